@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import click
 
-from clipcid_cli import __version__
+from clipcid_cli import __version__, typed
 from clipcid_cli.commands.command import PageContext
 from clipcid_cli.commands.failures import explain, validate_world
 from clipcid_cli.commands.signals import end_on_signals, leave_end_to_signal, open_closed
@@ -33,6 +33,7 @@ COMMANDS = {
     "export": "Export a model to open_clip, Hugging Face or ONNX.",
     "runs": "List what a work directory holds, as a table and a page.",
     "verify": "Check that files are as they were written.",
+    "doctor": "Compare this machine with what a run needs.",
 }
 
 
@@ -112,6 +113,7 @@ def run(arguments: Sequence[str]) -> int:
         f"--{flag}" in arguments or os.environ.get(f"CLIPCID_{flag.upper()}", "").lower() in ("1", "true", "yes", "on")
         for flag in ("debug", "json")
     )
+    typed.remember(arguments)
     try:
         validate_world()
         # click's own `main` makes exit 1 of every broken pipe; it is for shells that ask for completions.

@@ -55,7 +55,12 @@ def command_line(*words: str | Path, **flags: Any) -> str:
     Args:
         flags: Values by name, several in a tuple; None gives no flag, and neither does the default of `work`.
     """
-    line = ["clipcid", *map(str, words)]
+    return " ".join(filter(None, [shlex.join(["clipcid", *map(str, words)]), flag_words(**flags)]))
+
+
+def flag_words(**flags: Any) -> str:
+    """Return flags as they are typed; `flags` are as of `command_line`."""
+    line = list[str]()
     for name, value in flags.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):

@@ -26,7 +26,6 @@ _ENTRIES: dict[type, dict[str, Any]] = {
     },
     formats.BalanceSidecar: {
         "embeddings": "embeddings/tiny",
-        "flags": {},
         "pictures": {"shown": 0, "unread": [], "why": ""},
         "result": {
             "images": 24,
@@ -51,7 +50,6 @@ _ENTRIES: dict[type, dict[str, Any]] = {
         "counts": {"read": 3, "used": 3, "skipped": {}},
         "embeddings": "embeddings/tiny",
         "keep_list": None,
-        "flags": {},
         "model": None,
         "num_nearest": 3,
         "temperatures": {"image": 0.02, "caption": 0.03},

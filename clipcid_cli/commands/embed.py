@@ -13,7 +13,7 @@ from clipcid_cli.commands.summary import (
     format_skipped,
     print_facts,
 )
-from clipcid_cli.steps.embed.result import EmbedCost, Embedded, TextsCost, TextsResult
+from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 
@@ -30,23 +30,13 @@ def show(result: Embedded, console: Console) -> None:
             facts["disk"] += f": more than the {format_bytes(result.free_bytes)} free"
         print_facts(console, "Would embed", facts)
         return
-    if isinstance(result, TextsCost):
-        facts = {
-            "texts": f"{result.texts:,}",
-            "disk": f"{result.bytes / 1e6:,.1f} MB and the texts",
-            "time": f"about {format_seconds(result.seconds['encode'])}",
-        }
-        print_facts(console, "Would embed", facts)
-        return
-    if isinstance(result, TextsResult):
-        empty = result.skipped.get("empty_line", 0)
-        skipped = count(empty, "empty line") if empty else "none"
-        noun, number, rate = "texts", result.texts, result.texts_per_second
-    else:
-        skipped = format_skipped(result.skipped) or "none"
-        noun, number, rate = "images", result.images, result.images_per_second
-    speed = f"{rate:,.0f} {noun}/s" if rate else "embedded earlier"
-    print_facts(console, "Embedded", {noun: f"{number:,}", "skipped": skipped, "speed": speed}, result.files)
+    rate = result.images_per_second
+    facts = {
+        "images": f"{result.images:,}",
+        "skipped": format_skipped(result.skipped) or "none",
+        "speed": f"{rate:,.0f} images/s" if rate else "embedded earlier",
+    }
+    print_facts(console, "Embedded", facts, result.files)
 
 
 command = step_command(
@@ -63,7 +53,6 @@ Examples:
   clipcid embed laion/
   clipcid embed photos/ --model ViT-B-32:laion2b_s34b_b79k --no-text
   clipcid embed photos/ --views 4 --view-kind mix --text-variants 4
-  clipcid embed --texts captions.txt --model ViT-B-32:laion2b_s34b_b79k
   clipcid embed "laion/{00000..00099}.tar" --model my-clip/ --out my-clip-emb/
 """,
 )

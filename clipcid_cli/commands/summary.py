@@ -18,8 +18,9 @@ _PART = r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\]"""  # of a word, as a shell 
 _WORD = re.compile(rf"(?:{_PART}|\S)+")
 _FLAG = re.compile(r"--?[A-Za-z]")
 _AFTER_SLASH = re.compile(r"(?<=/)(?=.)")
-# A command line, or a flag with its value, that ends a sentence: "Give --embeddings, or run: clipcid embed DATA".
-_COMMAND = re.compile(rf"(?P<before>.*:) (?P<command>(?:clipcid|torchrun) .*|--[a-z-]+ (?:{_PART})+)")
+# A command line, or a flag with its value, that ends a sentence: "Give --embeddings, or run: clipcid embed DATA". One that
+# made an output is no advice, and is broken like other text.
+_COMMAND = re.compile(rf"(?P<before>.*(?<!made by):) (?P<command>(?:clipcid|torchrun) .*|--[a-z-]+ (?:{_PART})+)")
 
 
 def wrap(text: str, width: int) -> str:
@@ -123,7 +124,7 @@ def _count_above(lines: Sequence[Sequence[str]], left: int, width: int) -> int |
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for above in range(min(left, len(widths) - 1) + 1):
         rest = widths[above:]
-        if sum(rest) + _GAP * (len(rest) - 1) + _INDENT * (above > 0) <= width:
+        if sum(rest) + _GAP * (len(rest) - 1) + (_INDENT if above else 0) <= width:
             return above
     return None
 

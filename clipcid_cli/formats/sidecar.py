@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import msgspec
 
 from clipcid_cli import __version__
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, flag_words
 from clipcid_cli.formats.files import read_regular, reading, write_json
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.shown import redact_all
+from clipcid_cli.typed import made_by, this_command
 
 FORMAT_VERSION = 2
 LARGEST_SIDECAR = 2**30
@@ -44,6 +45,7 @@ class Sidecar(Run, kw_only=True):
     outputs: list[FileRecord] = []  # the files that it stands for, relative to its folder
     counts: dict[str, Any]  # numbers of samples or rows read, used and skipped by reason
     seconds: dict[str, int | float]  # time by phase
+    command: list[str] = []  # the command as typed, word by word; empty where a step was called from Python
 
     def records(self, folder: Path) -> list[FileRecord]:
         """Return what is recorded of the files, whose paths are relative to the sidecar's `folder`."""
@@ -108,10 +110,18 @@ class EmbedMade(msgspec.Struct):
     seed: int = 0
 
 
-class RowsSidecar(Sidecar, kw_only=True):
-    """A sidecar of a folder of embeddings, whose manifest names the files."""
+class EmbedSidecar(Sidecar, kw_only=True):
+    """``embed.json``, of a folder of embeddings whose manifest names the files."""
 
     model: ModelRecord
+    images_per_second: float | None
+    data: DataSpec
+    run: dict[str, Any] = {}
+
+    @property
+    def made(self) -> EmbedMade:
+        """What is read of the settings."""
+        return msgspec.convert(self.settings, EmbedMade)
 
     def records(self, folder: Path) -> list[FileRecord]:
         """Return what is recorded of the files of the manifest too."""
@@ -123,25 +133,6 @@ class RowsSidecar(Sidecar, kw_only=True):
         with reading(path, "a manifest of embeddings", fix):
             files = [file for shard in shards for file in shard["files"].values() if file is not None]
             return self.outputs + msgspec.convert(files, list[FileRecord])
-
-
-class EmbedSidecar(RowsSidecar, kw_only=True):
-    """``embed.json``."""
-
-    images_per_second: float | None
-    data: DataSpec
-    run: dict[str, Any] = {}
-
-    @property
-    def made(self) -> EmbedMade:
-        """What is read of the settings."""
-        return msgspec.convert(self.settings, EmbedMade)
-
-
-class TextsSidecar(RowsSidecar, kw_only=True):
-    """``texts.json``, of `embed --texts`."""
-
-    texts_per_second: float | None
 
 
 class ForestSidecar(Sidecar, kw_only=True):
@@ -210,7 +201,6 @@ class BalanceSidecar(Sidecar, kw_only=True):
     """``balance.json``; the embeddings are named relative to the work directory."""
 
     embeddings: str
-    flags: dict[str, Any]
     pictures: Pictures
     result: dict[str, Any]
 
@@ -220,7 +210,6 @@ class ClusterSidecar(Sidecar, kw_only=True):
 
     embeddings: str | list[str]  # relative to the work directory; several teachers' in a list
     keep_list: FileRecord | None  # None where all images were clustered
-    flags: dict[str, Any]
     model: ModelRecord | None  # None for embeddings of another tool
     # The map by which the teacher's image rows were repaired; None where they were taken as they are.
     repair: FileRecord | None = None
@@ -277,30 +266,6 @@ class EvaluationSidecar(Sidecar, kw_only=True):
     prompts: dict[str, LinesRecord] | None = None  # by ``class_names`` and ``templates``
 
 
-class Calibration(msgspec.Struct):
-    """How well a temperature's confidences fit; `algorithms.metrics.calibration` defines the measures."""
-
-    temperature: float
-    expected_calibration_error: float
-    log_loss: float
-    images: int
-
-    def __str__(self) -> str:
-        return f"{100 * self.expected_calibration_error:.1f}% at {self.temperature:.4g}"
-
-
-class Calibrations(msgspec.Struct):
-    """How sure a classifier is, as it is and at a temperature fitted on a part of the images."""
-
-    bins: int
-    all: Calibration  # all images at the model's own temperature
-    fitted_share: float
-    fitted_images: int
-    temperature: float | None  # with the least log loss on the fitted images; None where there is no minimum
-    before: Calibration | None  # the other images at the model's own temperature; None where there are none
-    after: Calibration | None  # the same at the fitted temperature
-
-
 class ClassScore(msgspec.Struct):
     """How well one class is told."""
 
@@ -324,14 +289,13 @@ class Example(msgspec.Struct):
 
 
 class ZeroshotSidecar(EvaluationSidecar, kw_only=True):
-    """The sidecar of an `eval-zeroshot`; without calibration where an image has no class or several."""
+    """The sidecar of a metrics file of `eval-zeroshot`."""
 
     images_per_second: float
     customary: str
     intervals: dict[str, tuple[float, float]]
     chance: dict[str, float] = {}
     majority: float | None = None
-    calibration: Calibrations | None
     per_class: list[ClassScore]
     examples: list[Example]
 
@@ -458,6 +422,13 @@ def read_sidecar(path: Path, kind: type[AnySidecar], fix: str | None = None) -> 
         return msgspec.convert(content, kind)
 
 
+def run_again(step: str, sidecar: Sidecar | None, **flags: Any) -> str:
+    """Return the fix that makes an output anew: the flags to add to its command, which is shown as it was typed."""
+    fix = f"Run {step} again with {flag_words(**flags, overwrite=True)}"
+    command = [] if sidecar is None else sidecar.command
+    return "\n".join(filter(None, [f"{fix}.", made_by("The output that is there was", command)]))
+
+
 def write_sidecar(path: Path, sidecar: Sidecar) -> None:
     """Write a sidecar with its checksum."""
     write_json(path, seal(msgspec.to_builtins(sidecar)))
@@ -475,6 +446,7 @@ def make_sidecar(kind: type[AnySidecar], step: str, run: Run, entries: dict[str,
     content = {"format_version": FORMAT_VERSION, "tool": "clipcid", "tool_version": __version__, "step": step}
     seconds = {phase: round(value, 3) for phase, value in entries["seconds"].items()}
     content |= {"settings": run.settings, "inputs": run.inputs, **entries, "seconds": seconds}
+    content["command"] = this_command()
     assert content.keys() <= {*kind.__struct_fields__}, content.keys() - {*kind.__struct_fields__}
     plain = msgspec.to_builtins(content, enc_hook=lambda number: number.item())  # NumPy's numbers
     return msgspec.convert(redact_all(plain), kind)

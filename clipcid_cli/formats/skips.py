@@ -11,7 +11,6 @@ from clipcid_cli.errors import ClipcidError
 REASONS = {
     "no_image": "no image",
     "no_key": "no key",
-    "empty_line": "empty line",
     "no_caption": "no caption",
     "no_label": "no class",
     "duplicate_key": "key seen before in the shard",

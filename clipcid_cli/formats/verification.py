@@ -14,10 +14,9 @@ import msgspec
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import describe, open_regular
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.sidecar import RowsSidecar, Sidecar, read_sidecar
+from clipcid_cli.formats.sidecar import EmbedSidecar, Sidecar, read_sidecar
 
-_STEPS = ("embed", "texts", "balance", "forest", "cluster", "repair", "distill", "export", "write-shards", "matched")
-_OF_ROWS = ("embed", "texts")  # whose manifest records files too
+_STEPS = ("embed", "balance", "forest", "cluster", "repair", "distill", "export", "write-shards", "matched")
 _OF_EVALUATIONS = "sidecars"  # the folder of sidecars whose files are in the one above
 _UNFINISHED = re.compile(r"\.[a-z].*-([0-9a-f]{16}|[0-9a-f]{32})")
 _CHECKSUM = b'"checksum": "blake2b'
@@ -96,10 +95,10 @@ def read_output(path: Path, root: Path) -> list[RecordedFile]:
     if sidecar is None:
         raise ClipcidError("is a link that leads nowhere")
     files = [RecordedFile(path, file) for file in sidecar.outputs]
-    if sidecar.step in _OF_ROWS and all(find_problem(file, root) is None for file in files):
+    if sidecar.step == "embed" and all(find_problem(file, root) is None for file in files):
         if not _is_inside(path.parent / "manifest.parquet", root):
             raise ClipcidError("has a manifest that is a link out of the folder, and was not followed")
-        rows = read_sidecar(path, RowsSidecar, _FIX)
+        rows = read_sidecar(path, EmbedSidecar, _FIX)
         assert rows is not None
         files = [RecordedFile(path, file) for file in rows.records(path.parent)]
     return files

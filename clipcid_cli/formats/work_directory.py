@@ -6,13 +6,12 @@ elsewhere and the command to make it.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.errors import ClipcidError, command_line, flag_words
 from clipcid_cli.formats.fingerprint import hash_json, validate_unchanged
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.sidecar import (
@@ -22,6 +21,7 @@ from clipcid_cli.formats.sidecar import (
     DistillSidecar,
     EmbedSidecar,
     read_sidecar,
+    run_again,
     sidecar_path,
 )
 
@@ -47,10 +47,6 @@ class WorkDirectory:
 
     def embeddings(self, model_slug: str) -> Path:
         return self.path / "embeddings" / model_slug
-
-    def texts(self, model_slug: str) -> Path:
-        """Return the folder of one model's embeddings of texts without images."""
-        return self.path / "texts" / model_slug
 
     def second_moment(self, identity: str) -> Path:
         """Return the file of the second moment of embeddings, in which `distill` finds principal axes."""
@@ -114,12 +110,11 @@ class WorkDirectory:
         record = sidecar_path(self.balance, "balance")
         sidecar = read_sidecar(record, BalanceSidecar)
         if sidecar is not None:
-            other = f"Use the list as it is now: {shlex.join(['--keep-list', str(path)])}"
+            fix = f"Or use the list as it is now: {flag_words(keep_list=path)}"
             if not path.exists():
-                other = "Take all images: --keep-list none"
-            again = command_line("balance", **_flags_of(sidecar, self.path), overwrite=True)
-            fix = f"{other}\nOr make it again: {again}"
-            validate_unchanged(self.balance, sidecar.outputs, record, fix)
+                fix = "Or take all images: --keep-list none"
+            again = run_again("balance", sidecar)
+            validate_unchanged(self.balance, sidecar.outputs, record, f"{again}\n{fix}")
             return path
         if path.exists() or unfinished(self.balance, "balance") is not None:
             raise ClipcidError(
@@ -135,7 +130,7 @@ class WorkDirectory:
         if sidecar is None or not (self.clusters / CLUSTERS).exists():
             raise self._missing("clusters", self.clusters, "--clusters", "cluster", **flags)
         table = [file for file in sidecar.outputs if file.path == CLUSTERS]
-        validate_unchanged(self.clusters, table, record, remake_clusters(self.clusters, sidecar, self.path))
+        validate_unchanged(self.clusters, table, record, run_again("cluster", sidecar))
         return self.clusters
 
     def find_student(self) -> Path:
@@ -169,30 +164,3 @@ class WorkDirectory:
         some = " (only unfinished ones)" if folder.is_dir() and any(folder.iterdir()) else ""
         command = command_line(*words, **flags, work=self.path)
         return ClipcidError(f"There are no {what} in {folder}{some}.", f"Give {flag}, or run: {command}")
-
-
-def remake_clusters(folder: Path, sidecar: ClusterSidecar, work: Path | None, **more: Any) -> str:
-    """Return the fix that makes clusters again: a command where they are those of the step's work directory.
-
-    Args:
-        more: Flags in which the new ones differ.
-    """
-    if work is None or folder.resolve() != WorkDirectory(work).clusters.resolve():
-        again = "" if more else ", or rerun the command that made these, with --overwrite"
-        return f"Name other clusters with --clusters{again}."
-    keep_list = "none"  # there may be a list by now
-    if sidecar.keep_list is not None:
-        own = WorkDirectory(work).balance / KEEP_LIST
-        keep_list = sidecar.keep_list.path if Path(sidecar.keep_list.path).absolute() != own.absolute() else ""
-    flags = _flags_of(sidecar, work)
-    flags.pop("keep_list", None)
-    flags |= {"keep_list": keep_list or None} | more
-    return f"Run: {command_line('cluster', **flags, overwrite=True)}"
-
-
-def _flags_of(sidecar: BalanceSidecar | ClusterSidecar, work: Path) -> dict[str, Any]:
-    """Return the flags of the command that made an output of a work directory."""
-    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in sidecar.flags.items()}
-    flags.pop("embeddings", None)  # named as they are found from here
-    names = [sidecar.embeddings] if isinstance(sidecar.embeddings, str) else sidecar.embeddings
-    return flags | {"embeddings": tuple(work / name for name in names), "work": work}

@@ -47,6 +47,8 @@ _WORKER_IMPORTS = [
     "clipcid_cli.runtime.models.decode",
     "clipcid_cli.runtime.pipeline",
     "clipcid_cli.formats.data.samples",
+    "clipcid_cli.formats.data.distant",
+    "clipcid_cli.formats.data.tar_shards",
     "clipcid_cli.formats.data.index",
 ]
 
@@ -95,8 +97,8 @@ class HostMemory(NamedTuple):
     shared: int
 
 
-def estimate_host_memory(item_bytes: int, batch_bytes: int, workers: int, num_parts: int = 1) -> HostMemory:
-    """Estimate what a run takes of this host, with as many other processes like this one; an error where there is less.
+def host_memory_of(item_bytes: int, batch_bytes: int, workers: int, num_parts: int = 1) -> HostMemory:
+    """Estimate what a run takes of this host, with as many other processes like this one.
 
     Args:
         item_bytes: What a worker makes of one item, which waits in /dev/shm.
@@ -108,7 +110,13 @@ def estimate_host_memory(item_bytes: int, batch_bytes: int, workers: int, num_pa
     shared = processes * item_bytes * (_AHEAD * workers + num_parts) if workers else 0
     batches = 2 if num_parts == 1 else 3
     own = memory_in_use(torch.device("cpu")) + batches * batch_bytes + workers * (_WORKER_BYTES + item_bytes)
-    needed = HostMemory(processes * own + shared, shared)
+    return HostMemory(processes * own + shared, shared)
+
+
+def estimate_host_memory(item_bytes: int, batch_bytes: int, workers: int, num_parts: int = 1) -> HostMemory:
+    """Estimate as `host_memory_of` does; an error where this host has less."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = host_memory_of(item_bytes, batch_bytes, workers, num_parts)
     limits = [(needed.total, memory_limit(), "memory")]
     with suppress(OSError):  # only Linux has it
         limits.append((needed.shared, shutil.disk_usage("/dev/shm").free, "free space in /dev/shm"))

@@ -24,7 +24,6 @@ from clipcid_cli.algorithms.near.exact import BoolArray, HalfArray, IntArray
 from clipcid_cli.algorithms.near.nearest import Integers, integer_dtype, nearest, top
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
-from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.files import write_npy
@@ -55,7 +54,6 @@ from clipcid_cli.steps.inputs import choose_keep_list, open_teachers, skip_rows
 from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.reporting import format_duration
 from clipcid_cli.steps.settings.cluster import ClusterSettings
-from clipcid_cli.steps.settings.shared import given_flags
 
 # As many as faiss asks for before it warns.
 _MIN_PER_CENTROID = 39
@@ -310,7 +308,7 @@ def _choose_rows(settings: ClusterSettings) -> ClusterRows:
     if settings.features == "joint" and not embeddings.has_texts:
         raise ClipcidError(
             f"--features joint needs text embeddings, but {folder} has none.",
-            f"Use --features image, or embed the captions too: {data_command(folder, embeddings.sidecar, text=True)}",
+            f"Use --features image, or embed the captions too. {embeddings.embed_again(text=True)}",
         )
     keep_list = choose_keep_list(settings.keep_list, work, "rows", settings.max_bad_fraction)
     try:
@@ -478,7 +476,6 @@ def _write(
         keep_list=None if rows.keep_list is None else record(rows.keep_list),
         repair=None if embeddings.image_map is None else embeddings.image_map.record,
         space="stored" if embeddings.image_map is None else "repaired",
-        flags=given_flags(plan.settings),
         model=embeddings.model,
         num_nearest=plan.num_nearest,
         temperatures=temperatures,

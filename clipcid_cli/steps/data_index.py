@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.activity import count_received
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.data.index import (
     DataIndex,
@@ -23,25 +23,18 @@ from clipcid_cli.formats.data.index import (
     read_record,
     write_part,
 )
-from clipcid_cli.formats.data.remote import count_received, is_remote
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Columns, ListFormat, Sample
-from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.skips import CAPTION_CHANGES, Skips
-from clipcid_cli.formats.user_cache import cache_folder
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.pipeline import default_workers, ordered_map
-from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 _OF_DATA = {*IMAGE_SUFFIXES, "tar"}
 # Fewer shards than this are listed before a worker has started.
 _FEW_SHARDS = 8
-# Each worker holds one copy for each shard of a group at most, those it read last: together the group that is read, and the
-# one before, of which batches are still being made. And what is being fetched ahead, and by a worker.
-_SHARDS_IN_USE = 2 * SHARDS_MIXED + FETCHED_AT_ONCE + 1
 
 
 def open_named(settings: ReadingSettings, data: str, index_root: Path | None = None) -> Dataset:
@@ -183,33 +176,6 @@ def open_part(dataset: Dataset, shard_index: int) -> Part:
     folder = dataset.index_folder
     assert folder is not None, "opened without a folder for the index"
     return DataIndex(folder, (dataset.shards[shard_index],), (_find_record(dataset, folder, shard_index),)).part(0)
-
-
-def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:
-    """Return indexed data, read from local copies, of `gigabytes` at most, where shards are streamed."""
-    index = dataset.index
-    if index is None or not any(shard.is_streamed for shard in dataset.shards):
-        return dataset
-    needed = sum(sorted((record.fingerprint.size for record in index.records), reverse=True)[:_SHARDS_IN_USE])
-    if needed > gigabytes * 1e9:
-        raise ClipcidError(
-            f"--cache-size {gigabytes:g} is too small: the {min(_SHARDS_IN_USE, len(dataset.shards))} shards that are read, "
-            f"fetched ahead or still in use at a time have up to {needed / 1e9:.3g} GB.",
-            f"Give --cache-size {-(-needed // 10**7) / 100:g} or more, or make smaller shards.",
-        )
-    cache = ShardCache(cache_folder(), int(gigabytes * 1e9))
-    return dataclasses.replace(dataset, index=dataclasses.replace(index, cache=cache))
-
-
-def warn_of_copies(dataset: Dataset, context: DistContext) -> None:
-    """Say what it costs that each host reads all shards behind URLs, and what to do about it."""
-    if context.spans_hosts and any(is_remote(shard.file) for shard in dataset.shards):
-        assert dataset.index is not None
-        size = sum(record.fingerprint.size for record in dataset.index.records)
-        volume = f", {size / 1e9:,.1f} GB" if size else ""  # that of commands is not known
-        reporting.warn(
-            f"Each host fetches all shards in every epoch{volume}: put CLIPCID_CACHE on a disk that the hosts share."
-        )
 
 
 def _finish(dataset: Dataset, folder: Path) -> DataIndex:

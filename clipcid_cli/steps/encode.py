@@ -17,8 +17,8 @@ from functools import partial
 import torch
 from PIL import Image
 
+from clipcid_cli.formats.data.activity import count_received
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.remote import count_received
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.rows import Kind

@@ -16,18 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError, command_line
-from clipcid_cli.formats.embeddings.command import data_command, embed_command
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.join import Keys, join, parquet_listing
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.sidecar import (
-    DataSpec,
     EmbedSidecar,
     ModelRecord,
-    RowsSidecar,
-    TextsSidecar,
     read_sidecar,
     sidecar_path,
 )
@@ -127,23 +122,17 @@ def find_mismatch(recorded: ModelRecord, name: ModelName) -> ModelMismatch | Non
 
 
 def choose_embeddings(work: Path, name: ModelName) -> Path:
-    """Return the folder of a model's embeddings: by its name, unless a model of other weights has that name."""
-    return _own_folder(WorkDirectory(work).embeddings(name.slug), "embed", EmbedSidecar, name)
+    """Return the folder of a model's embeddings in a work directory: the one of its name.
 
-
-def choose_texts(work: Path, name: ModelName) -> Path:
-    """Return the folder of a model's embeddings of texts: by its name, unless a model of other weights has that name."""
-    return _own_folder(WorkDirectory(work).texts(name.slug), TEXTS, TextsSidecar, name)
-
-
-def _own_folder(folder: Path, step: str, kind: type[RowsSidecar], name: ModelName) -> Path:
-    """Return a folder, or one with the hash of the model's weights in its name where a model at another place has it."""
+    Where that holds embeddings of a model of the same name at another place, the hash of the weights is added to the name.
+    """
+    folder = WorkDirectory(work).embeddings(name.slug)
     weights = find_weights(name.path) if name.path is not None else None
     if weights is None or name.path is None:
         return folder
     recorded: ModelRecord | None = None
     with suppress(ClipcidError):  # damaged, or of an earlier version: told where it is read
-        sidecar = read_sidecar(sidecar_path(folder, step), kind)
+        sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
         recorded = None if sidecar is None else sidecar.model
     if recorded is None or Path(recorded.spec).resolve() == name.path.resolve():
         return folder
@@ -162,14 +151,9 @@ def validate_teacher(what: str, recorded: ModelRecord, teacher: ModelName, fix: 
         )
 
 
-def embed_with(name: ModelName, settings: TrainingDataSettings, data: DataSpec | None = None) -> str:
-    """Return the command that embeds the data of a run, else `data`, with another model, for a fix."""
-    return embed_command(name.spec, data, settings.data, **settings.data_flags, work=settings.work)
-
-
-def embed_again(embeddings: Embeddings, settings: TrainingDataSettings, **more: Any) -> str:
-    """Return the command that makes embeddings as they are, or with more beside them, for a fix."""
-    return data_command(embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags, **more)
+def embed_with(name: ModelName, settings: TrainingDataSettings) -> str:
+    """Return the command that embeds the data of this run with a model, for a fix."""
+    return command_line("embed", settings.data or "DATA", model=name.spec, **settings.data_flags, work=settings.work)
 
 
 def cluster_with(name: ModelName, settings: TrainingDataSettings) -> str:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.addresses import is_pipe, is_url
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.remote import is_pipe, is_url
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.host import count_cores

@@ -261,8 +261,8 @@ def test_shards_that_were_added_are_told_and_taken_in(clipcid: Clipcid, tiny_mod
     assert "not embedded yet" not in clipcid("balance", "--keep", 0.5).said
     write_tar(tmp_path / "data/1.tar", shard_members(6, 4))
     told = clipcid("balance", "--keep", 0.5).said
-    assert f"{tmp_path}/data has 1 shard that is not embedded yet. To include them, run: clipcid balance" in told
-    again = clipcid(*shlex.split(re.search(r"run: clipcid (balance .*?--model \S+)", told)[1]))
+    assert f"{tmp_path}/data has 1 shard that is not embedded yet. To include them, name the data" in told
+    again = clipcid("balance", "data", "--keep", 0.5)
     assert "made with other settings or inputs, will be replaced: inputs: 1 more shard now" in again.said
     assert len(read_keep(tmp_path)) == 10
 

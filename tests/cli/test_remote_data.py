@@ -15,7 +15,7 @@ from shard_server import serve
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import open_dataset
-from clipcid_cli.steps.data_index import cache_shards
+from clipcid_cli.steps.shard_copies import cache_shards
 
 
 def write_shards(folder: Path, shards: int, each: int) -> Path:

@@ -35,6 +35,7 @@ QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
 
 SHARDS = "data/pairs/{00000..00001}.tar"
 FLAGS = ("--device", "cpu", "--precision", "fp32", "--workers", 0, "--json")
+EXPORT_FLAGS = ("--precision", "fp32", "--json")  # it runs on the CPU, and has no workers
 
 Arrays = dict[str, np.ndarray]
 
@@ -50,7 +51,8 @@ def make_place(folder: Path) -> Path:
 
 def ask(place: Path, *arguments: object, **options: Any) -> Any:
     """Run a command line in the place and return its JSON object; `options` are those of `run_clipcid`."""
-    return run_clipcid(*arguments, *FLAGS, cwd=place, **options).json
+    flags = EXPORT_FLAGS if arguments[0] == "export" else FLAGS
+    return run_clipcid(*arguments, *flags, cwd=place, **options).json
 
 
 def read_samples(number: int) -> list[tuple[str, bytes]]:

@@ -107,7 +107,6 @@ def test_stored_views_variants_and_further_texts(place: Path) -> None:
     augmented = ("--views", 2, "--view-kind", "strong,mix", "--text-variants", 2)
     write_tar(place / "few" / "0.tar", read_samples(FEW))
     ask(place, "embed", "few", "--model", "teacher", *augmented, "--work", "views")
-    ask(place, "embed", "--texts", "data/classification/classnames.txt", "--model", "teacher", "--work", "views")
     student = ("distill", "--student", "student.json", "--batch-size", 64, "--work", "views")
     answer = ask(place, *student, "--name", "views", "--steps", 8)
     check_run("distill-views", place / "views" / "distill" / "views", answer, rel=2e-3)

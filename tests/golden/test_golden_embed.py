@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 import pytest
 from conftest import Clipcid, kill_when, write_tar
 from golden import (
     FLAGS,
-    QUICKSTART,
     RECORDING_ROWS,
     REFERENCES,
     ROWS,
@@ -125,17 +123,6 @@ def test_other_forms_of_the_data_have_the_same_rows(place: Path, embedded: Any, 
     assert_same(
         {name: found[name] for name in columns}, {name: whole[name][order] for name in columns}, arrays_within=TOLERANCE
     )
-
-
-def test_texts_without_images(place: Path) -> None:
-    answer = ask(
-        place, "embed", "--texts", "data/classification/classnames.txt", "--model", "teacher", "--work", "texts"
-    )
-    folder = place / "texts" / "texts" / "teacher"
-    with pa.OSFile(str(folder / "texts.arrow")) as file:
-        texts = pa.ipc.open_file(file).read_all()["text"].to_pylist()
-    assert texts == (QUICKSTART / "data" / "classification" / "classnames.txt").read_text().splitlines()
-    check("embed-texts", {"json": plain(answer), "text_emb": read_rows(folder, "text_emb")}, arrays_within=TOLERANCE)
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def read_predictions(place: Path, result: Any) -> pd.DataFrame:
 def test_zero_shot(place: Path, results: dict[tuple[str, str], Any], model: str, dataset: str) -> None:
     """At most one image is answered otherwise, and the metrics are those of the answers."""
     result = results[model, dataset]
-    # Of 644 or 344 images; intervals and calibration are of random draws and halves of them.
+    # Of 644 or 344 images; intervals are of random draws of them.
     check(f"zeroshot-{model}-{dataset}", {"json": plain(result)}, rel=0.02, within=0.01)
     written = json.loads((place / result["files"]["metrics"]).read_text())
     for field in ("dataset", "model", "task", "language", "metrics"):

@@ -212,4 +212,9 @@ SCENES: dict[str, tuple[Scene, ...]] = {
         Scene("result", f"clipcid verify {_EMBEDDINGS} --read-data"),
         Scene("faults", "clipcid verify clipcid-work/clusters", before=_damage_clusters),
     ),
+    "doctor": (
+        Scene("help", "clipcid doctor --help", exact=True),
+        Scene("usage: no such GPU", "clipcid doctor --gpus 8xH99", exact=True),
+        Scene("missing input: no such data", "clipcid doctor --data nowhere", exact=True),
+    ),
 }

@@ -25,15 +25,14 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import is_remote, without_query
+from clipcid_cli.formats.data.addresses import is_remote, without_query
+from clipcid_cli.formats.data.shard_files import NUM_SHARDS, is_benchmark
 from clipcid_cli.formats.files import LARGEST_TEXT, read_regular, reading
 from clipcid_cli.shown import REDACTED, redact
 
 CLASS_NAMES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"
 _DATASET_TYPE = "dataset_type.txt"
-_NUM_SHARDS = "nshards.txt"
-_NUMBER = re.compile("0|[1-9][0-9]{0,8}")  # of shards, or of one in its file's name
 # Names of the folders of splits; a folder that contains any other folder has no splits.
 _SPLITS = frozenset({"train", "trainval", "test", "val", "valid", "validation"})
 _NUMBERED_SHARDS = re.compile(r"[\d{}.,-]+\.tar")
@@ -82,7 +81,7 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
             return _describe(name_data(data), data, folder)
         whole = folder.resolve().parent
         return _describe(f"{name_data(str(whole))}/{folder.resolve().name}", data, whole)
-    listed = sorted(path.parent.name for path in folder.glob(f"*/{_NUM_SHARDS}"))
+    listed = sorted(path.parent.name for path in folder.glob(f"*/{NUM_SHARDS}"))
     splits = listed or _plain_splits(folder)
     if splits and split not in splits:
         raise MissingSplitError(
@@ -91,30 +90,6 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
         )
     described = _describe(name_data(data), str(folder / split) if splits else data, folder)
     return dataclasses.replace(described, plain_splits=() if listed else tuple(splits))
-
-
-def is_benchmark(spec: str) -> bool:
-    """Tell whether this is the folder of a split, with shards."""
-    return not is_remote(spec) and Path(spec, _NUM_SHARDS).is_file()
-
-
-def list_benchmark_tars(folder: Path) -> list[str]:
-    """List the shards of a split, all of which must be there."""
-    with reading(folder / _NUM_SHARDS, "a number of shards", "Fix the file."):
-        text = read_regular(folder / _NUM_SHARDS, LARGEST_TEXT).decode("utf-8", errors="replace").strip()
-    if not _NUMBER.fullmatch(text) or int(text) == 0:
-        raise ClipcidError(f"{folder / _NUM_SHARDS} contains {text[:40]!r}, not a number of shards.", "Fix the file.")
-    count = int(text)
-    tars = (path for path in folder.glob("*.tar") if _NUMBER.fullmatch(path.stem) and path.is_file())
-    numbers = {int(path.stem) for path in tars}
-    missing = count - sum(index < count for index in numbers)
-    if missing:
-        first = next(index for index in range(count) if index not in numbers)
-        raise ClipcidError(
-            f"{folder} should contain {count} shards ({_NUM_SHARDS}); {missing} are missing, first {first}.tar.",
-            f"Copy them there, or fix {_NUM_SHARDS}.",
-        )
-    return [str(folder / f"{index}.tar") for index in range(count)]
 
 
 def _plain_splits(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ import re
 from functools import cached_property
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import (
+from clipcid_cli.formats.data.addresses import (
     WEB_SCHEMES,
     is_chain,
     is_remote,

@@ -22,8 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import is_remote, open_remote
-from clipcid_cli.formats.files import describe, open_regular, read_part
+from clipcid_cli.formats.data.addresses import is_remote
+from clipcid_cli.formats.data.opening import open_source
+from clipcid_cli.formats.files import describe, read_part
 from clipcid_cli.formats.parquet import validate_expansion
 
 _ROWS = 64  # that become Python's bytes at a time, or fewer, so that they are of at most
@@ -39,7 +40,7 @@ _ENDS = struct.Struct("<2q")  # where an image begins and ends, in the table of 
 def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
     """Open a file or what is behind a URL; what a damaged one raises while it is read becomes one error that names it."""
     try:
-        with open_remote(path) if is_remote(path) else open_regular(path) as opened:
+        with open_source(path) as opened:
             source = opened if is_remote(path) else pa.OSFile(path)
             with pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER) as file:
                 validate_expansion(file.metadata, opened)

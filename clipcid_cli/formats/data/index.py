@@ -16,9 +16,8 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -27,15 +26,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.cells import Origin
-from clipcid_cli.formats.data.samples import ByteRange, Sample, split_captions
+from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Shard
-from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy, fetch_ahead
 from clipcid_cli.formats.files import atomic_file, lock, read_regular, write_error, write_parquet
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.join import find_repeat
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.shown import redact
+
+if TYPE_CHECKING:
+    from clipcid_cli.formats.data.cells import Origin
+    from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
 
 # Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB.
 _PARTS_KEPT = 48
@@ -116,16 +117,7 @@ class Part:
         captions = row["captions"]
         if captions is None:
             assert self.shard is not None, "captions are in the shard's own file"
-            places = zip(self.shard.member_keys, row["captions_at"], strict=True)
-            try:
-                texts = [(key, self._locate(place).read()) for key, place in places if place is not None]
-            except OSError as error:
-                raise ClipcidError(
-                    f"The captions in {self.shard.file} cannot be read: {error}.",
-                    "Put the file back, then run the same command again.",
-                ) from error
-            lines = self.shard.caption_lines
-            captions = chain(*(split_captions(text, key, a_line_each=lines) for key, text in texts))
+            captions = self.shard.read_captions([text and self._locate(text) for text in row["captions_at"]])
         return Sample(
             key=row["key"],
             image=self._locate(row["image"]),
@@ -136,14 +128,12 @@ class Part:
     def _locate(self, place: dict[str, Any]) -> ByteRange:
         if self.shard is None:
             return ByteRange(**place, max_bytes=self.max_sample_bytes, origin=self.origin)
-        table = self.shard.table
-        column = None if table is None else table.image
         return ByteRange(
             self.shard.file,
             place["offset"],
             place["size"],
             copy=self.copy,
-            column=column,
+            column=self.shard.image_column,
             max_bytes=self.max_sample_bytes,
         )
 
@@ -181,9 +171,8 @@ class DataIndex:
         shard = self.shards[shard_index]
         path = str(_part_path(self.folder, shard))
         digest = self.records[shard_index].digest
-        origin = None if shard.slices is None else shard.slices.origin
-        file_of = shard if shard.file else None
-        return Part(path, digest, file_of, self.copy(shard_index), shard.max_sample_bytes, origin)
+        in_file = shard if shard.file else None
+        return Part(path, digest, in_file, self.copy(shard_index), shard.max_sample_bytes, shard.origin)
 
     def skips(self, number: int) -> Skips:
         """Return what was left out of a shard, with the list of it."""
@@ -191,9 +180,9 @@ class DataIndex:
         return dataclasses.replace(counted, listed=[*self.part(number).skipped]) if counted.total else counted
 
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
-        """Copy shards to the cache in the background, in order; see `shard_cache.fetch_ahead`."""
+        """Copy shards to the cache in the background, in order; see `ShardCache.fetch_ahead`."""
         if self.cache is not None:
-            fetch_ahead(filter(None, map(self.copy, numbers)))
+            self.cache.fetch_ahead(filter(None, map(self.copy, numbers)))
 
     def copy(self, number: int) -> ShardCopy | None:
         """Return the copy of a shard, whether it is there or not; None of one that is read where it is."""
@@ -201,10 +190,9 @@ class DataIndex:
         if self.cache is None or not shard.is_streamed:
             return None
         record = self.records[number]
-        column = None if shard.table is None else shard.table.image
         # With its secrets, to be fetched; and an index may be someone else's: what is fetched is what the data names.
         described = msgspec.structs.replace(record.fingerprint, path=shard.source)
-        return ShardCopy(self.cache, described, record.digest, column)
+        return self.cache.copy(described, record.digest, shard.image_column)
 
 
 def index_folder(root: Path, kind: str, settings: dict[str, Any]) -> Path:

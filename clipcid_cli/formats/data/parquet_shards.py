@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.image_column import (
+    count_rows,
     have_images,
     is_image_column,
     open_parquet,
@@ -32,6 +34,8 @@ from clipcid_cli.formats.data.samples import (
     gather_captions,
     read_cell,
 )
+from clipcid_cli.formats.data.shard import Opened, ReadOptions, Shard
+from clipcid_cli.formats.data.shard_files import is_parquet, name_shards
 from clipcid_cli.formats.files import atomic_file
 from clipcid_cli.formats.parquet import write_tables
 from clipcid_cli.formats.skips import Skips
@@ -65,7 +69,54 @@ class ImageTable:
         return [name for name in (*self.captions, self.key, self.label) if name is not None]
 
 
-def find_table(
+def open_tables(files: Sequence[str], options: ReadOptions) -> Opened | None:
+    """Open parquet files of images as shards, by the columns of the first one; None where it has no column of images."""
+    mixed = next((file for file in files if not is_parquet(file)), None)
+    if mixed is not None:
+        raise ClipcidError(f"{files[0]} is a parquet file, {mixed} is none.", "Give data of one form.")
+    table, classes = _find_table(files[0], options.columns, options.caption_keys)
+    if table is None:
+        return None
+    shards = [
+        ParquetShard(
+            name,
+            file,
+            prefix_keys=options.prefix_keys or table.key is None,  # numbers of rows repeat in other files
+            max_sample_bytes=options.max_sample_bytes,
+            table=table,
+        )
+        for name, file in zip(name_shards(files), files, strict=True)
+    ]
+    return Opened("parquet", shards, classes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParquetShard(Shard):
+    """A parquet file with images in it, on this disk or behind a URL."""
+
+    table: ImageTable
+
+    def read(self, skips: Skips) -> Iterator[Sample]:
+        return _read_parquet(self.source, self.name, self.table, skips, self.max_sample_bytes)
+
+    @property
+    def is_streamed(self) -> bool:
+        return True
+
+    @property
+    def image_column(self) -> str:
+        return self.table.image
+
+    def find_cut(self) -> str:
+        if not is_remote(self.source):
+            validate_parquet(self.source, self.table)
+        return ""
+
+    def estimate_samples(self) -> int:
+        return count_rows(self.source)
+
+
+def _find_table(
     path: str, columns: Columns, caption_keys: Sequence[str]
 ) -> tuple[ImageTable | None, tuple[str, ...] | None]:
     """Find the columns of a file of images, and the names of the classes where ``datasets`` has recorded them.
@@ -103,7 +154,7 @@ def find_table(
 
 
 def no_images_error(path: str, columns: Columns) -> ClipcidError:
-    """Say what a file in which `find_table` finds no images has instead."""
+    """Say what a file in which `open_tables` finds no images has instead."""
     with open_parquet(path) as file:
         schema: pa.Schema = file.schema_arrow
     image_columns = _list_image_columns(schema)
@@ -138,7 +189,7 @@ def _validate_columns(path: str, table: ImageTable, names: list[str]) -> None:
         )
 
 
-def read_parquet(
+def _read_parquet(
     path: str, name: str, table: ImageTable, skips: Skips, max_bytes: int = MAX_SAMPLE_BYTES
 ) -> Iterator[Sample]:
     """Yield the samples of a file with the bytes of their images; count rows without image or key, and repeated keys.
@@ -193,8 +244,8 @@ def _read_others(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> It
 def copy_rows(path: str, name: str, target: Path, table: ImageTable, keys: Set[str]) -> int:
     """Copy the rows of samples with the given keys to a new file, with all columns; return how many there were.
 
-    Keys are as `read_parquet` makes them. Values are not changed, and the schema keeps its metadata. Where keys are numbers
-    of rows, which change, the new file gets a column of them, after the file's name as the data set has them.
+    Keys are as the samples have them. Values are not changed, and the schema keeps its metadata. Where keys are numbers of
+    rows, which change, the new file gets a column of them, after the file's name as the data set has them.
     """
     copied = 0
 

@@ -8,7 +8,6 @@ import hashlib
 import io
 import itertools
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -20,19 +19,18 @@ from typing import Any, TypeVar
 import fsspec
 
 from clipcid_cli.errors import ClipcidError, TooManyBytesError
-from clipcid_cli.formats.files import open_regular, validate_size
-from clipcid_cli.formats.fingerprint import FileRecord, hash_windows
+from clipcid_cli.formats.data.activity import note_received
+from clipcid_cli.formats.data.addresses import CHAIN, command_of, is_chain, is_pipe, is_web, server_of, without_query
+from clipcid_cli.formats.files import validate_size
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.shown import redact
 
-_PIPE = "pipe:"
-_FILES = (".tar", ".parquet", ".csv", ".tsv")
 # Seconds before each further attempt at a connection that broke. Bytes received start the count anew.
 _WAITS = (0.25, 0.5, 1.0, 2.0, 4.0)
 # And then, where waiting will help and a run would die: overloaded servers ask for minutes.
 _LATER_WAITS = (8.0, 16.0, 32.0, 60.0, 60.0, 120.0)
 # Bytes requested at once: a stream waits for the server once per request.
 _REQUEST = 2**23
-_WINDOW = 2**16  # of a local shard, for its hash
 # Errors that another attempt would repeat.
 _LASTING = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)
 _PASSING_STATUSES = {408, 425, 429, *range(500, 600)}  # timeouts, "too many requests", "service unavailable"
@@ -43,17 +41,10 @@ _VERSIONS = (
     *("lastmodified", "last-modified", "last_modified", "mtime"),
 )
 
-_SCHEME = re.compile(r"([A-Za-z][\w+.-]*)://")
-_FILE = re.compile("(?:file://)+", re.IGNORECASE)
-_CHAIN = "::"  # fsspec's, by which one file system reads another, some by templates that are code
-
 # Images of a list that a server failed to send in a row, before the list's others there are left out.
 FAILURES = 3
 # Seconds for which they are.
 SKIP_SECONDS = 60.0
-
-WEB_SCHEMES = frozenset({"http", "https"})
-"""Schemes of what a list from anywhere may name, read by `web`, whose import takes a while."""
 
 Result = TypeVar("Result")
 
@@ -80,20 +71,6 @@ class _Failing:
 
 _failing = dict[str, _Failing]()
 
-_received = itertools.count(1)
-_last_received = 0
-
-
-def count_received() -> int:
-    """Return a number that grows while this process receives, asks again or waits for a copy that grows: no stall."""
-    return _last_received
-
-
-def note_received() -> None:
-    """Let `count_received` grow."""
-    global _last_received
-    _last_received = next(_received)
-
 
 class RemoteImageError(OSError):
     """An image of a list that could not be fetched."""
@@ -106,52 +83,6 @@ class RemoteImageError(OSError):
             status = 404  # fsspec's error for it
         self.answer = "no answer" if status is None else f"HTTP {status}"
         """What the server said: ``HTTP 403``."""
-
-
-def is_url(spec: str) -> bool:
-    """Tell a URL from a local path."""
-    return _SCHEME.match(spec) is not None
-
-
-def scheme_of(spec: str) -> str:
-    """Return the scheme of a URL in lower case; empty for a local path."""
-    match = _SCHEME.match(spec)
-    return "" if match is None else match[1].lower()
-
-
-def is_web(spec: str) -> bool:
-    """Tell whether this is an http or https address."""
-    return scheme_of(spec) in WEB_SCHEMES
-
-
-def strip_file_scheme(spec: str) -> str:
-    """Return the path that a ``file://`` address names, whatever it looks like then; anything else as it is."""
-    match = _FILE.match(spec)
-    if match is None:
-        return spec
-    path = spec[match.end() :]
-    return path if path[:1] in ("", "/", "~") else f"./{path}"
-
-
-def is_chain(url: str) -> bool:
-    """Tell whether fsspec would take a URL for several file systems, one within the other."""
-    return _CHAIN in url
-
-
-def is_pipe(spec: str) -> bool:
-    """Tell whether this is a ``pipe:`` command, whose output is a tar."""
-    return spec.startswith(_PIPE)
-
-
-def is_remote(spec: str) -> bool:
-    """Tell whether this is read as a stream: a URL or a command."""
-    return is_url(spec) or is_pipe(spec)
-
-
-def without_query(spec: str) -> str:
-    """Return a web address without the query that signs it, where what is before that names a file; else all of it."""
-    place, _, _ = spec.partition("?")
-    return place if spec.startswith(("http://", "https://")) and place.lower().endswith(_FILES) else spec
 
 
 def open_remote(path: str) -> io.BufferedReader:
@@ -249,7 +180,7 @@ class _CommandOutput:
 
     def __init__(self, path: str) -> None:
         # By the shell, as webdataset does.
-        self._process = subprocess.Popen(path.removeprefix(_PIPE), shell=True, stdout=subprocess.PIPE, bufsize=0)
+        self._process = subprocess.Popen(command_of(path), shell=True, stdout=subprocess.PIPE, bufsize=0)
 
     def read(self, size: int) -> bytes:
         assert self._process.stdout is not None
@@ -303,7 +234,7 @@ def read_image(url: str, max_bytes: int, listed_in: str | None = None) -> bytes:
         validate_size(url, len(data), max_bytes)
         return data
 
-    server = _server_of(url)
+    server = server_of(url)
     failing = _failing.get(server)
     if failing is not None and failing.count >= FAILURES and time.monotonic() < failing.until:
         raise _failing_error(url)
@@ -323,7 +254,7 @@ def read_image(url: str, max_bytes: int, listed_in: str | None = None) -> bytes:
 
 def _failing_error(url: str) -> ClipcidError:
     return ClipcidError(
-        f"{url} is left out: {_server_of(url)} did not send the last {FAILURES} images.",
+        f"{url} is left out: {server_of(url)} did not send the last {FAILURES} images.",
         f"Check the server; it is asked again after {SKIP_SECONDS:g} seconds.",
     )
 
@@ -348,29 +279,6 @@ def _describe(info: dict[str, Any]) -> tuple[int, str]:
     return int(known.get("size") or 0), version
 
 
-def describe_shard(path: str) -> FileRecord:
-    """Describe a shard as `describe_file` does or, where it is local, by a hash of its size and windows of 64 KiB.
-
-    `fingerprint.record` would read most shards whole.
-    """
-    if is_remote(path):
-        return describe_file(path)
-    with naming_shard(path), open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        return FileRecord(path, size, hash_windows(file, size, _WINDOW))
-
-
-@contextlib.contextmanager
-def naming_shard(path: str) -> Iterator[None]:
-    """Turn any OSError inside the block into one error that names the shard."""
-    try:
-        yield
-    except OSError as error:
-        raise ClipcidError(
-            f"Shard {path} cannot be read: {error.strerror or error}.", "Check the path and its permissions."
-        ) from error
-
-
 def list_folder(url: str) -> list[str]:
     """List the addresses of what a folder behind a URL holds."""
 
@@ -390,11 +298,8 @@ def list_folder(url: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def local_file(path: str) -> Iterator[Path]:
-    """Give a local path with the content of `path`; what is behind a URL or a command is a copy, removed afterwards."""
-    if not is_remote(path):
-        yield Path(path)
-        return
+def temporary_copy(path: str) -> Iterator[Path]:
+    """Give a file of this disk with the content behind a URL or of a command; it is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="clipcid-") as folder:
         copy = Path(folder, "copy" + Path(without_query(path)).suffix)
         most = shutil.disk_usage(folder).free * 9 // 10
@@ -413,7 +318,7 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of a URL and the path within it."""
     if is_chain(url):
         raise ClipcidError(
-            f"{url} holds {_CHAIN}, by which file systems are read one through the other.",
+            f"{url} holds {CHAIN}, by which file systems are read one through the other.",
             "Give the address of a file, or copy the data to a local folder.",
         )
     more = dict[str, Any]()
@@ -432,11 +337,7 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
 
 def expect_answers(url: str) -> None:
     """Be patient with the server of a URL: another process has heard from it."""
-    _answered.add(_server_of(url))
-
-
-def _server_of(url: str) -> str:
-    return "/".join(url.split("/")[:3])
+    _answered.add(server_of(url))
 
 
 def _ask(url: str, question: Callable[[Any, str], Result], patient: bool = True) -> Result:
@@ -458,7 +359,7 @@ def _retry(path: str, attempt: Callable[[], Result], patient: bool = True) -> Re
         except Exception as error:  # every fsspec backend raises its client's own errors
             status = _status_of(error)
             waits: tuple[float, ...] = _WAITS
-            if patient and not is_pipe(path) and (status in _PASSING_STATUSES or _server_of(path) in _answered):
+            if patient and not is_pipe(path) and (status in _PASSING_STATUSES or server_of(path) in _answered):
                 waits += _LATER_WAITS
             note_received()
             if _is_lasting(error, status):
@@ -468,7 +369,7 @@ def _retry(path: str, attempt: Callable[[], Result], patient: bool = True) -> Re
             time.sleep(waits[attempts - 1])
         else:
             note_received()
-            _answered.add(_server_of(path))
+            _answered.add(server_of(path))
             return result
     raise AssertionError("the last attempt returns or raises")
 

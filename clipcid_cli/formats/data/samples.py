@@ -11,26 +11,25 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from glob import glob
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import parse_npy
-from clipcid_cli.formats.data.cells import Origin
-from clipcid_cli.formats.data.image_column import read_copied, read_row
-from clipcid_cli.formats.data.remote import RemoteImageError, is_pipe, is_url, read_image, read_remote
-from clipcid_cli.formats.data.shard_cache import ShardCopy
+from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.files import open_descriptor, read_part, read_regular, validate_size
 from clipcid_cli.formats.skips import Skips
+
+if TYPE_CHECKING:
+    from clipcid_cli.formats.data.cells import Origin
+    from clipcid_cli.formats.data.shard_cache import ShardCopy
 
 # Suffixes of images; of several in one sample the first in this order is taken (open_clip's, then others that Pillow reads).
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
 
 _OPEN_FILES = 64
-# Copies a process holds, so that they are not removed: one for each shard whose samples are shuffled together.
-_OPEN_COPIES = 16
 
 _VECTOR = "a vector with a 1 for each class the image has and 0 for the others."
 
@@ -111,27 +110,13 @@ class ByteRange:
             validate_size(self.path, self.size, self.max_bytes)
         if self.data is not None:
             return self.data
-        if self.column is not None:
-            if self.copy is None:
-                return read_row(self.path, self.column, self.offset)
-            return read_copied(_copy_handle(self.copy).fd, str(self.copy.local), self.offset)
-        if self.size is None and not is_pipe(self.path):
-            return self._read_whole()
-        if self.copy is None and is_pipe(self.path):
-            raise OSError(f"the output of {self.path} has passed")
-        assert self.size is not None, "part of a file"
-        if self.copy is None and is_url(self.path):
-            return read_remote(self.path, self.offset, self.size)
-        handle = _handle(self.path) if self.copy is None else _copy_handle(self.copy)
-        return read_part(handle.fd, self.path, self.offset, self.size)
+        if self.copy is not None or self.column is not None or is_remote(self.path):
+            from clipcid_cli.formats.data.distant import read_distant  # none of it is needed for files of this disk
 
-    def _read_whole(self) -> bytes:
-        if not is_url(self.path):
+            return read_distant(self)
+        if self.size is None:
             return read_regular(self.path, self.max_bytes)
-        try:
-            return read_image(self.path, self.max_bytes, None if self.origin is None else self.origin.url)
-        except ClipcidError as error:  # one image of a list, not a shard
-            raise RemoteImageError(error) from error
+        return read_part(_open_kept(self.path).fd, self.path, self.offset, self.size)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -208,8 +193,8 @@ def match_pattern(pattern: str) -> list[str]:
     return sorted(glob(os.path.expanduser(pattern)), key=natural_key) or [pattern]
 
 
-class _Handle:
-    """A file that is closed when the cache drops it."""
+class Handle:
+    """A descriptor of an open file, closed when nothing holds it any more."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -219,18 +204,8 @@ class _Handle:
 
 
 @lru_cache(maxsize=_OPEN_FILES)
-def _handle(path: str) -> _Handle:
-    return _Handle(open_descriptor(path))
-
-
-@lru_cache(maxsize=_OPEN_COPIES)
-def _copy_handle(copy: ShardCopy) -> _Handle:
-    return _Handle(copy.open())
-
-
-def close_copies() -> None:
-    """Close the copies of shards that this process holds open, so that they can make room for others."""
-    _copy_handle.cache_clear()
+def _open_kept(path: str) -> Handle:
+    return Handle(open_descriptor(path))
 
 
 def member_of(key: str) -> str:

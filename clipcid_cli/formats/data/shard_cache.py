@@ -31,8 +31,10 @@ from typing import IO
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.activity import note_received
 from clipcid_cli.formats.data.image_column import copy_images
-from clipcid_cli.formats.data.remote import describe_shard, expect_answers, note_received, open_remote
+from clipcid_cli.formats.data.opening import describe_shard, open_source
+from clipcid_cli.formats.data.remote import expect_answers
 from clipcid_cli.formats.files import describe, lock, open_regular, read_regular, write_error, write_text
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.user_cache import make_private, user_folder
@@ -77,6 +79,21 @@ class ShardCache:
             if used + size > self.max_bytes:
                 raise self.full(f"copies in use take {used:,}, and the next takes {size:,}")
             yield
+
+    def copy(self, fingerprint: FileRecord, listing: str, column: str | None) -> ShardCopy:
+        """Return the copy of a shard in the cache, whether it exists or not."""
+        return ShardCopy(self, fingerprint, listing, column)
+
+    def fetch_ahead(self, copies: Iterable[ShardCopy]) -> None:
+        """Fetch copies in the background, in order; those asked for earlier and not begun are given up.
+
+        What goes wrong shows when a copy is opened.
+        """
+        waiting = _start_fetching()
+        with waiting.mutex:
+            waiting.queue.clear()
+        for copy in copies:
+            waiting.put(copy)
 
     def full(self, why: str) -> ClipcidError:
         """Return the error for a copy that is not within the limit."""
@@ -229,7 +246,7 @@ class ShardCopy:
             return CopyRecord(size, _hash_file(file.fileno()))
         digest = hashlib.sha256()  # the fastest there is where processors compute it
         hashed: Future[None] | None = None
-        with open_remote(self.shard.path) as source, ThreadPoolExecutor(1) as pool:
+        with open_source(self.shard.path) as source, ThreadPoolExecutor(1) as pool:
             while piece := source.read(_PIECE):
                 file.write(piece)
                 if file.tell() > self.cache.max_bytes:
@@ -291,18 +308,6 @@ def _remove(copy: Path) -> None:
     copy.unlink()
     for path in (_record_of(copy), _memory_of(copy)):
         path.unlink(missing_ok=True)
-
-
-def fetch_ahead(copies: Iterable[ShardCopy]) -> None:
-    """Fetch copies in the background, in order; those asked for earlier and not begun are given up.
-
-    What goes wrong shows when a copy is opened.
-    """
-    waiting = _start_fetching()
-    with waiting.mutex:
-        waiting.queue.clear()
-    for copy in copies:
-        waiting.put(copy)
 
 
 @lru_cache(maxsize=1)

@@ -1,48 +1,34 @@
-"""Tar shards: the place of each member, read from the headers alone, so that any sample is one read away.
+"""Tars: the place of each member, read from the headers alone, so that any sample is one read away.
 
-New shards are made of existing ones by copying members byte for byte.
+New tars are made of existing ones by copying members byte for byte.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Set
 from functools import partial
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import is_pipe, is_remote, naming_shard, open_remote
-from clipcid_cli.formats.data.samples import (
-    IMAGE_SUFFIXES,
-    JSON,
-    MAX_SAMPLE_BYTES,
-    MOST_TEXT,
-    ByteRange,
-    Sample,
-    gather_captions,
-    member_of,
-    split_captions,
-)
+from clipcid_cli.formats.data.addresses import is_pipe, is_remote
+from clipcid_cli.formats.data.opening import open_shard
+from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES
 from clipcid_cli.formats.files import atomic_file, open_regular
-from clipcid_cli.formats.skips import Skips
 
 _BLOCK = tarfile.BLOCKSIZE
 _READ = 2**17  # of a stream at a time
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
-_CLASS = re.compile(rb"[+-]?[0-9]{1,9}")
 _OCTAL = re.compile(rb"[ ]*[0-7]+[ ]*(\0.*)?", re.DOTALL)
 _SIZE = re.compile(rb"\x80.*|[ ]*[0-7]*[ ]*(\0.*)?", re.DOTALL)  # GNU's binary form of a large number, or octal digits
 _EXTENSIONS = b"xXgLK"  # types of headers that say more of the next member
 _LARGEST_EXTENSION = 2**20  # bytes of a long name or of pax records; real ones have a few hundred
 _LONGEST_NAME = 4_096  # bytes, as of a path in Linux
-_MOST_OF_CLASS = 1_024  # bytes of a ``.cls``
 # A tar ends with two empty blocks and is padded to records of twenty, as tar programs write it.
 _END = bytes(2 * _BLOCK)
 _RECORD = 20 * _BLOCK
@@ -153,7 +139,7 @@ def read_members(path: str | Path, max_bytes: int = MAX_SAMPLE_BYTES, *, allow_c
     path = str(path)
     name = ""
     remote = is_remote(path)
-    with _open(path) as file:
+    with open_shard(path) as file:
         end = None if remote else os.fstat(file.fileno()).st_size
         try:
             options: Any = {"tarinfo": _Header, "encoding": "utf-8", "errors": "surrogateescape"}
@@ -202,7 +188,7 @@ def validate_tar(path: Path) -> None:
 
     A CutTarError where it ends too early.
     """
-    with _open(str(path)) as file:
+    with open_shard(str(path)) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(_BLOCK)
         file.seek(max(0, size - 2 * _BLOCK))
@@ -223,31 +209,41 @@ def validate_tar(path: Path) -> None:
             pass
 
 
-class Group(NamedTuple):
-    """Consecutive members of one key."""
+@dataclasses.dataclass
+class Group:
+    """Consecutive members of one key, as of one sample."""
 
     key: str
-    members: dict[str, Member]  # the first of each suffix, in their order
-    repeats: int  # how often one of the suffixes occurs again: webdataset reads no shard with such a sample
-    is_cut: bool  # whether the tar ends within one of them
+    members: dict[str, Member] = dataclasses.field(default_factory=dict)  # the first of each suffix, in their order
+    again: Counter[str] = dataclasses.field(default_factory=Counter)  # how often a suffix occurs after its first
+    is_cut: bool = False  # whether the tar ends within one of them
+
+    @property
+    def repeats(self) -> int:
+        """How often one of the suffixes occurs again: webdataset reads no shard with such a sample."""
+        return max(self.again.values(), default=0)
 
 
 def group_members(members: Iterable[Member]) -> Iterator[Group]:
     """Group consecutive members of one key: names that agree up to the first dot, as in webdataset."""
-    named = ((split_name(member.name), member) for member in members)
-    keyed = ((name[0], name[1], member) for name, member in named if name is not None)
-    for key, rows in groupby(keyed, itemgetter(0)):
-        files: dict[str, Member] = {}
-        again = Counter[str]()
-        is_cut = False
-        for _, suffix, member in rows:
-            if member.is_cut:
-                is_cut = True
-            elif suffix in files:
-                again[suffix] += 1
-            else:
-                files[suffix] = member
-        yield Group(key, files, max(again.values(), default=0), is_cut)
+    group: Group | None = None
+    for member in members:
+        name = split_name(member.name)
+        if name is None:
+            continue
+        key, suffix = name
+        if group is None or group.key != key:
+            if group is not None:
+                yield group
+            group = Group(key)
+        if member.is_cut:
+            group.is_cut = True
+        elif suffix in group.members:
+            group.again[suffix] += 1
+        else:
+            group.members[suffix] = member
+    if group is not None:
+        yield group
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -262,97 +258,6 @@ def split_name(name: str) -> tuple[str, str] | None:
     if not dot or not (base or (slash and "." not in folder.rpartition("/")[2])):
         return None
     return folder + slash + base, suffix.lower()
-
-
-def validate_member_keys(keys: Sequence[str]) -> None:
-    """Refuse keys of captions whose members hold no texts."""
-    for key in keys:
-        if key.lower() == JSON:
-            raise ClipcidError(
-                "--caption-key json would take all of each .json as a caption.",
-                "Name a field of the .json: --caption-key json:FIELD",
-            )
-        if key.lower() in (*IMAGE_SUFFIXES, "npy"):
-            raise ClipcidError(
-                f"--caption-key {key} names files that hold no text.", "Name those of captions, such as txt."
-            )
-
-
-def read_tar(
-    path: str,
-    name: str,
-    skips: Skips,
-    caption_keys: Sequence[str],
-    *,
-    caption_lines: bool,
-    max_bytes: int = MAX_SAMPLE_BYTES,
-    allow_cut: bool = False,
-) -> Iterator[Sample]:
-    """Yield the samples of a tar in order, and count keys without an image or that occur earlier.
-
-    What is behind a URL or a command is read once, and the samples come with their bytes. Of a local file only the headers,
-    captions and classes are read.
-
-    Args:
-        max_bytes: What a member may have; a larger image is not held, and reading it is a TooManyBytesError.
-        allow_cut: Whether the sample that a local file ends within is counted, and no CutTarError.
-    """
-
-    def locate(member: Member | None, most: int | None = None) -> ByteRange | None:
-        """Return where a member is, or its first `most` bytes."""
-        if member is None:
-            return None
-        size = member.size if most is None else min(member.size, most)
-        data = None if member.data is None or len(member.data) < size else member.data[:size]
-        return ByteRange(path, member.offset, size, data, max_bytes=max_bytes)
-
-    seen: set[str] = set()
-    suffixes = [member_of(key) for key in caption_keys]
-    with naming_shard(path):
-        for key, files, repeats, is_cut in group_members(read_members(path, max_bytes, allow_cut=allow_cut)):
-            if is_cut:
-                skips.add("cut_off", f"{name}/{key}")
-                continue
-            image = locate(next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None))
-            is_repeated = key in seen
-            seen.add(key)
-            for _ in range(repeats):
-                skips.add("duplicate_key", f"{name}/{key}")
-            if is_repeated or image is None:
-                skips.add("duplicate_key" if is_repeated else "no_image", f"{name}/{key}")
-                continue
-            texts = tuple(locate(files.get(suffix), MOST_TEXT + 1) for suffix in suffixes)
-            by_key = [
-                () if text is None else split_captions(text.read(), key, a_line_each=caption_lines, skips=skips)
-                for key, text in zip(caption_keys, texts, strict=True)
-            ]
-            label = locate(files.get("cls"), _MOST_OF_CLASS)
-            yield Sample(
-                key=key,
-                image=image,
-                captions=gather_captions(caption_keys, by_key, skips),
-                label=None if label is None else _parse_label(label.read(), f"{name}/{key}"),
-                multi_hot=locate(files.get("npy")),
-                attributes=locate(files.get(JSON), MOST_TEXT + 1),
-                # A command's output passes, so that its captions are to be kept in the index.
-                captions_at=() if is_pipe(path) else texts,
-            )
-
-
-def _parse_label(text: bytes, where: str) -> int:
-    text = text.strip()
-    if not _CLASS.fullmatch(text):
-        raise ClipcidError(
-            f"The .cls of sample {where} contains {text[:40]!r}, not the number of a class.",
-            "Write one integer, from 0 to 999,999,999.",
-        )
-    return int(text)
-
-
-@contextmanager
-def _open(path: str) -> Iterator[Any]:
-    with naming_shard(path), open_remote(path) if is_remote(path) else open_regular(path) as file:
-        yield file
 
 
 class Copied(NamedTuple):
@@ -379,12 +284,12 @@ def copy_samples(source: Path, target: Path, keys: Set[str]) -> Copied:
     read = 0
     copied = set[str]()
     ranges = list[tuple[int, int]]()
-    for key, files, repeats, is_cut in group_members(read_members(source, allow_cut=True)):
-        read += 1 + repeats
-        if is_cut or key not in keys or key in copied:
+    for group in group_members(read_members(source, allow_cut=True)):
+        read += 1 + group.repeats
+        if group.is_cut or group.key not in keys or group.key in copied:
             continue
-        copied.add(key)
-        for member in files.values():
+        copied.add(group.key)
+        for member in group.members.values():
             start = member.start
             if ranges and ranges[-1][1] == start:  # adjacent members are copied together
                 start = ranges.pop()[0]

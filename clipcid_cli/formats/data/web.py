@@ -20,7 +20,8 @@ from urllib.parse import urljoin, urlsplit
 import aiohttp
 import fsspec.asyn
 
-from clipcid_cli.formats.data.remote import WEB_SCHEMES, ChangedError
+from clipcid_cli.formats.data.addresses import WEB_SCHEMES
+from clipcid_cli.formats.data.remote import ChangedError
 from clipcid_cli.formats.files import validate_size
 
 CONNECT_SECONDS = 10.0

@@ -20,8 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.command import data_command, remake
+from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.embeddings.copies import Copies
 from clipcid_cli.formats.embeddings.layouts import AGAIN, EmbeddingFile, find_files
 from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, validate_replaceable
@@ -38,7 +37,7 @@ from clipcid_cli.formats.fingerprint import (
 from clipcid_cli.formats.join import Listing, Values, find_repeat
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
-from clipcid_cli.formats.sidecar import EmbedSidecar, ModelRecord, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import EmbedSidecar, ModelRecord, read_sidecar, run_again, sidecar_path
 
 MAX_UNPACKED = 4 * 2**30
 """Limit on the memory of each process for compressed arrays, all files together."""
@@ -49,10 +48,7 @@ KEY_COLUMN = "key"
 # Of metadata without one, in this order.
 _OTHER_KEYS = ("image_path", "uid")
 _COPIES = ".rows"
-_REMAKE = (
-    "Rerun the command that made it, with --overwrite; or copy the rows to another folder, without embed.json, and name "
-    "that one."
-)
+_COPY = "Or copy the rows to another folder, without embed.json, and name that one."
 
 
 class Embeddings:
@@ -134,7 +130,7 @@ class Embeddings:
         if kind not in self.kinds:
             raise ClipcidError(
                 f"{self.folder} contains no text embeddings.",
-                f"Embed captions too; the data needs some: {data_command(self.folder, self.sidecar, text=True)}",
+                f"Embed captions too; the data needs some. {self.embed_again(text=True)}",
             )
         files = [file.parts[kind] for file in self.files if kind in file.parts]
         if (size := sum(file.unpacked for file in files)) > MAX_UNPACKED:
@@ -145,6 +141,12 @@ class Embeddings:
             )
         is_params = kind is Kind.VIEW_PARAMS
         return FileRows(files, files[0].shape[-1], as_stored=self.is_verified or is_params)
+
+    def embed_again(self, **flags: Any) -> str:
+        """Return the fix that makes them anew with some flags; those of another tool are not replaced."""
+        if self.sidecar is None:
+            return f"Run: {command_line('embed', 'DATA', model='MODEL', **flags)}"
+        return run_again("embed", self.sidecar, **flags)
 
     def mapped(self, image_map: RowMap) -> Embeddings:
         """Return them with other rows of images and views."""
@@ -287,7 +289,7 @@ class Embeddings:
 
     def _describe_files(self, kinds: Collection[Kind]) -> list[FileRecord]:
         if self.sidecar is not None:
-            validate_replaceable(self.folder, self._records, self._memo, remake(self.folder, self.sidecar))
+            validate_replaceable(self.folder, self._records, self._memo, f"{self.embed_again()}\n{_COPY}")
         parts = [part for part in (Kind.IMAGES, METADATA, *kinds) if self._files_of(part)]
         return [record_together(self._name_together(part), self.contents(part)) for part in parts]
 
@@ -363,7 +365,7 @@ def _read_column(file: EmbeddingFile, names: tuple[str, ...], default: Callable[
 
 def read_embed_sidecar(folder: Path) -> EmbedSidecar | None:
     """Read the sidecar of a folder of embeddings; None when there is none."""
-    return read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar, _REMAKE)
+    return read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar, f"{run_again('embed', None)}\n{_COPY}")
 
 
 def open_embeddings(
@@ -392,7 +394,7 @@ def open_embeddings(
             )
         files = find_files(folder, array, Copies(None if work is None else work / _COPIES))
         return Embeddings(folder, files, None, memo, keys=keys, key_column=key_column, work=work)
-    fix = remake(folder, sidecar)
+    fix = f"{run_again('embed', sidecar)}\n{_COPY}"
     validate_unchanged(folder, sidecar.outputs, sidecar_path(folder, "embed"), fix, memo)
     records, rows = open_recorded(folder, memo, fix)
     metadata = (folder / record.files[METADATA].path for record in records)

@@ -26,8 +26,8 @@ from clipcid_cli.formats.arrays import load_arrays
 from clipcid_cli.formats.files import atomic_file, reading
 from clipcid_cli.formats.fingerprint import validate_unchanged
 from clipcid_cli.formats.parquet import count_rows, read_columns
-from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
-from clipcid_cli.formats.work_directory import CLUSTERS, remake_clusters
+from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, run_again, sidecar_path
+from clipcid_cli.formats.work_directory import CLUSTERS
 
 CENTROIDS = "centroids.npy"
 PROGRESS = ".progress.npz"
@@ -65,7 +65,7 @@ class Clusters:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process open the files itself instead of receiving their rows."""
-        return open_clusters, (self.folder, None, True)
+        return open_clusters, (self.folder, True)
 
 
 def read_cluster_sidecar(folder: Path) -> ClusterSidecar:
@@ -79,15 +79,14 @@ def read_cluster_sidecar(folder: Path) -> ClusterSidecar:
     return sidecar
 
 
-def open_clusters(folder: Path, work: Path | None = None, is_checked: bool = False) -> Clusters:
+def open_clusters(folder: Path, is_checked: bool = False) -> Clusters:
     """Open what `cluster` wrote; output that is unfinished, or whose files do not fit together, is an error.
 
     Args:
-        work: Of the step, for the fix.
         is_checked: Whether the centroids are known to be finite, so that they need not be read.
     """
     sidecar = read_cluster_sidecar(folder)
-    fix = remake_clusters(folder, sidecar, work)
+    fix = run_again("cluster", sidecar)
     validate_unchanged(folder, sidecar.outputs, sidecar_path(folder, "cluster"), fix)
     num_rows = count_rows(folder / CLUSTERS, fix)
     with reading(folder / CENTROIDS, "centroids", fix):

@@ -316,12 +316,17 @@ def validate_hub_name(name: ModelName, entry: str, value: Any) -> None:
         )
 
 
-def read_width(name: ModelName) -> int | None:
-    """Return the width of a model's embeddings from its configuration, without loading it; None for one on a hub."""
+def find_config(name: ModelName) -> dict[str, Any] | None:
+    """Return the ``model_cfg`` of a model without loading it; None for one on a hub."""
     if name.kind == "hub":
         return None
-    config, _ = read_config(name.path or _config_folder() / f"{name.architecture}.json")
-    return int(config["embed_dim"])
+    return read_config(name.path or _config_folder() / f"{name.architecture}.json")[0]
+
+
+def read_width(name: ModelName) -> int | None:
+    """Return the width of a model's embeddings from its configuration, without loading it; None for one on a hub."""
+    config = find_config(name)
+    return None if config is None else int(config["embed_dim"])
 
 
 @cache

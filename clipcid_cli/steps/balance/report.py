@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,10 +19,10 @@ from clipcid_cli.algorithms.near.edges import Edges, sort_edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray
 from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.algorithms.sets.star import count_kept, star_cover
-from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.benchmark import find_benchmark_folder, read_class_names
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.files import describe, write_text
@@ -37,7 +38,8 @@ from clipcid_cli.steps.balance.filters.against import NearReferences
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, open_recorded, take_texts
 from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets
-from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
+from clipcid_cli.steps.settings.balance import LINKAGES
+from clipcid_cli.typed import this_command
 
 REPORT = "report.html"
 
@@ -119,7 +121,7 @@ def write_report(found: Outcome, result: BalanceResult, warnings: list[str]) -> 
         render_report(
             "balance.html",
             result=result,
-            command=_name_command(run.settings),
+            command=shlex.join(this_command()),
             linkage=run.settings.linkage,
             warnings=warnings,
             num_sets=len(measured),
@@ -182,14 +184,6 @@ def _find_stars(run: BalanceRun, sets: Sets, label: int, cutoff: float, copies: 
     order = np.argsort(-represented, kind="stable")[: count_kept(representatives)]
     found: list[int] = rows.unique[place[order]].tolist()
     return found
-
-
-def _name_command(settings: BalanceSettings) -> str:
-    """Return the command with the flags that decide what is kept."""
-    amount = ("keep", "threshold", "cosine_distance")
-    first = ("against", "against_threshold", "min_caption_similarity", "max_caption_similarity")
-    flags = {name: getattr(settings, name) for name in (*amount, *first, "linkage", "select", "max_per_cluster")}
-    return command_line("balance", **flags, neighbors=None if settings.neighbors == "exact" else settings.neighbors)
 
 
 def _choose_members(sets: Sets, label: int) -> IntArray:

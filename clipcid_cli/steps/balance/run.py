@@ -8,9 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, list_shards
-from clipcid_cli.formats.embeddings.command import reading_flags
 from clipcid_cli.formats.embeddings.folder import Embeddings, read_embed_sidecar
 from clipcid_cli.formats.embeddings.rows import METADATA, Kind, remove_copies
 from clipcid_cli.formats.files import validate_writable
@@ -50,7 +49,6 @@ from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.inputs import open_given
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
-from clipcid_cli.steps.settings.shared import given_flags
 
 
 def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
@@ -159,14 +157,7 @@ def _note_new_shards(settings: BalanceSettings, embeddings: Embeddings) -> None:
     new = len(set(now) - embedded)
     if new and not embedded.isdisjoint(now):
         shards = "1 shard that is" if new == 1 else f"{new:,} shards that are"
-        flags = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in given_flags(settings).items()
-        }
-        flags |= {"model": embeddings.sidecar.model.spec, "work": settings.work} | reading_flags(
-            embeddings.sidecar.data
-        )
-        again = command_line("balance", spec, **flags)
-        reporting.note(f"{spec} has {shards} not embedded yet. To include them, run: {again}")
+        reporting.note(f"{spec} has {shards} not embedded yet. To include them, name the data in the command.")
 
 
 def _model_of(work: WorkDirectory) -> str | None:
@@ -184,7 +175,7 @@ def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | N
     if settings.write_shards is not None or settings.write_data is not None:
         flag = FLAG if settings.write_shards is None else "--write-shards"
         data = validate_data(settings, embeddings, flag)
-        if settings.write_shards is not None and not all(shard.is_tar for shard in data.shards):
+        if settings.write_shards is not None and not data.has_tars:
             raise ClipcidError(
                 f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
                 f"Give {FLAG} in its place, which writes the form of the data.",

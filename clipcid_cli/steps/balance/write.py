@@ -47,7 +47,6 @@ from clipcid_cli.steps.balance.write_data import WRITE_DATA
 from clipcid_cli.steps.balance.write_shards import WRITE_SHARDS
 from clipcid_cli.steps.inputs import list_bad_rows
 from clipcid_cli.steps.settings.balance import BalanceSettings
-from clipcid_cli.steps.settings.shared import given_flags
 
 # A set that holds this share of all images, and so many, is a chain or a placeholder more often than many copies of one
 # picture.
@@ -135,7 +134,6 @@ def write(found: Outcome) -> BalanceResult:
         seconds=result.seconds,
         outputs=[record(run.work / name, run.work) for name in written],
         embeddings=WorkDirectory(run.settings.work).name_of(run.embeddings.folder),
-        flags=given_flags(run.settings),
         pictures=pictures,
         result=result,
     )

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.addresses import without_query
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.folders_and_lists import Images, copy_list
-from clipcid_cli.formats.data.parquet_shards import copy_rows
-from clipcid_cli.formats.data.remote import without_query
+from clipcid_cli.formats.data.folders import FolderImages
+from clipcid_cli.formats.data.list_copies import copy_list
+from clipcid_cli.formats.data.lists import ListImages
+from clipcid_cli.formats.data.parquet_shards import ParquetShard, copy_rows
 from clipcid_cli.formats.data.shard import Shard
+from clipcid_cli.formats.data.slices import Slice
 from clipcid_cli.formats.files import atomic_file, link_or_copy, open_regular, read_regular, write_error, write_json
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json, record
 from clipcid_cli.formats.output import Output, is_claimed
@@ -34,7 +37,7 @@ _LINKED = "write-data.files.jsonl"
 
 def form_of(data: Dataset) -> Form:
     """Choose how the kept samples of data are written."""
-    if all(shard.is_tar for shard in data.shards):
+    if data.has_tars:
         return TarForm(FLAG)
     if data.kind == "parquet":
         return ParquetForm(FLAG)
@@ -95,7 +98,7 @@ class ParquetForm(_ShardwiseForm):
     records_files = True
 
     def write_one(self, shard: Shard, keys: Set[str], output: Output[Sidecar]) -> tuple[int, list[str]]:
-        assert shard.table is not None, "a parquet file"
+        assert isinstance(shard, ParquetShard), "a parquet file"
         path = f"{shard.name}{self.suffix}"
         if not keys:
             (output.work / path).unlink(missing_ok=True)
@@ -110,10 +113,11 @@ class FolderForm(_ShardwiseForm):
     records_files = False
 
     def write_one(self, shard: Shard, keys: Set[str], output: Output[Sidecar]) -> tuple[int, list[str]]:
-        assert isinstance(shard.slices, Images), "a slice of a folder"
+        assert isinstance(shard, Slice), "a slice of a folder"
+        assert isinstance(shard.images, FolderImages), "a slice of a folder"
         linked = list[str]()
         count = 0
-        for key, paths in shard.slices.files(shard.number):
+        for key, paths in shard.images.files(shard.index):
             if key in keys:
                 count += 1
                 linked += paths
@@ -151,8 +155,9 @@ class ListForm(_OwnForm):
     ) -> tuple[dict[str, int], list[FileRecord]]:
         if not shards:
             return {}, []
-        images = shards[0].slices
-        assert isinstance(images, Images), "a list"
+        assert isinstance(shards[0], Slice), "a slice of a list"
+        images = shards[0].images
+        assert isinstance(images, ListImages), "a list"
         target = output.work / os.path.basename(redact(without_query(images.source))).lstrip(
             "."
         )  # hidden files are scratch

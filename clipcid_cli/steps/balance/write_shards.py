@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.remote import local_file
+from clipcid_cli.formats.data.opening import local_file
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.tars import Copied, copy_samples, count_samples
 from clipcid_cli.formats.files import read_regular, write_json

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipcid_cli.formats.data.activity import count_received
 from clipcid_cli.formats.data.index import SampleRef
-from clipcid_cli.formats.data.remote import count_received
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.rows import Kind, take_captions, take_images
 from clipcid_cli.runtime.distributed import DistContext
@@ -337,8 +337,6 @@ class Batches:
         random = np.random.default_rng(derive_seed("extra texts", self._seed, step))
         count = self._inputs.teacher.num_extra_texts(self._batch_size)
         own = slice(*self._context.rank_range(count))
-        if extra.variants is None:
-            return [ExtraText(row) for row in random.integers(len(extra.rows), size=count)[own].tolist()]
         # Captions are read only from shards that the batch reads anyway: another would be fetched for one caption.
         shards = np.unique(self._samples.shard_of(rows)).tolist()
         readable = np.concatenate([np.arange(*self._samples.bounds(shard)) for shard in shards])

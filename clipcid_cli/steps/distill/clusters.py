@@ -18,7 +18,8 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.clusters import CENTROIDS, Clusters, TopClusters, open_clusters, read_cluster_sidecar
 from clipcid_cli.formats.results.matched_samples import Column
-from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory, remake_clusters
+from clipcid_cli.formats.sidecar import run_again
+from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
@@ -84,11 +85,11 @@ def find_clusters(
 ) -> FoundClusters:
     """Open the clusters; those of another teacher or of an earlier keep list are refused."""
     folder = settings.clusters or WorkDirectory(settings.work).find_clusters()
-    clusters = open_clusters(folder, settings.work)
+    clusters = open_clusters(folder)
     model = clusters.sidecar.model
     if model is not None and online is not None:
         validate_teacher(f"clusters in {folder}", model, online, cluster_with(online, settings))
-    again = _cluster_again(settings, clusters, embeddings)
+    again = _cluster_again(clusters, embeddings)
     if embeddings is not None:
         embedded = embeddings.model
         if model is not None and embedded is not None and model.weights_hash != embedded.weights_hash:
@@ -105,7 +106,7 @@ def find_clusters(
     if keep_list is not None and made_from is not None and made_from.hash != record(keep_list).hash:
         raise ClipcidError(
             f"The clusters in {folder} were made from another keep list than {keep_list} holds now.",
-            _cluster_again(settings, clusters, None, keep_list=keep_list),
+            _cluster_again(clusters, None, keep_list=keep_list),
         )
     return FoundClusters(settings, clusters)
 
@@ -138,7 +139,7 @@ class FoundClusters:
                 or_not = ", or these could not be embedded (--max-bad-fraction)" if settings.online_teacher else ""
                 raise ClipcidError(
                     f"{lacking}: the clusters were made from another keep list{or_not}.",
-                    _cluster_again(settings, clusters, embeddings, keep_list=settings.keep_list),
+                    _cluster_again(clusters, embeddings, keep_list=settings.keep_list),
                 )
             reporting.warn(f"{lacking}: they are left out.")
         teach_text = settings.cluster_towers == "both"
@@ -169,9 +170,9 @@ def validate_width(clusters: Clusters, teaching: str, width: int, fix: str) -> N
         )
 
 
-def _cluster_again(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings | None, **more: Any) -> str:
+def _cluster_again(clusters: Clusters, embeddings: Embeddings | None, **more: Any) -> str:
     named = {} if embeddings is None else embeddings.flags
-    return remake_clusters(clusters.folder, clusters.sidecar, settings.work, **named, **more)
+    return run_again("cluster", clusters.sidecar, **named, **more)
 
 
 def _validate_repair(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings | None) -> None:
@@ -185,7 +186,7 @@ def _validate_repair(settings: DistillSettings, clusters: Clusters, embeddings: 
     now = "as it is" if used is None else "repaired" if clustered is None else "repaired otherwise"
     raise ClipcidError(
         f"The clusters in {clusters.folder} are of {of}, and this run has its teacher {now}.",
-        _cluster_again(settings, clusters, embeddings, repair=settings.repair),
+        _cluster_again(clusters, embeddings, repair=settings.repair),
     )
 
 

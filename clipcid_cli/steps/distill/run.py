@@ -21,7 +21,6 @@ from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output, scratch_folder
-from clipcid_cli.steps.data_index import warn_of_copies
 from clipcid_cli.steps.distill.plan import DistillPlan, make_plan, validate_named
 from clipcid_cli.steps.distill.report import write_report
 from clipcid_cli.steps.distill.result import DistillCost, Distilled
@@ -32,6 +31,7 @@ from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.shard_copies import warn_of_copies
 
 
 def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:

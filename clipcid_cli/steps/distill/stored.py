@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
@@ -25,7 +23,6 @@ from clipcid_cli.steps.inputs import (
     advise_keys,
     choose_embeddings,
     compare_keys,
-    embed_again,
     embed_with,
     find_mismatch,
     open_teachers,
@@ -81,7 +78,8 @@ def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistCon
     folder = choose_embeddings(settings.work, with_default_tag(parse_model(teacher)))
     exists = context.on_rank0(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
     if not exists:
-        validate_views(settings, folder, None, configured().get("views", 0), teacher)
+        with_views = f"run: {embed_with(parse_model(teacher), settings)} --views 4"
+        validate_views(settings, folder, configured().get("views", 0), with_views)
         if not settings.dry_run:  # and before hours of embedding
             context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
     # Existing embeddings of images only may suffice; new ones are of captions too.
@@ -137,7 +135,7 @@ def open_stored(settings: DistillSettings, folders: tuple[Path, ...], work: Path
             "Use losses that need one tower only: "
             + ", ".join(name for name, entry in LOSSES.items() if entry.one_tower)
             + f"\nOr add a teacher that has captions: --embeddings {folder} --embeddings OTHER"
-            + f"\nOr embed the captions too: {embed_again(embeddings, settings, text=True)}",
+            + f"\nOr embed the captions too. {embeddings.embed_again(text=True)}",
         )
     reporting.note("They are of images only: losses use the teacher's image tower alone.")
     return embeddings
@@ -147,7 +145,7 @@ def _validate_made_by(teacher: ModelName, embeddings: Embeddings, settings: Dist
     """Refuse embeddings that another model made, as far as they tell."""
     folder = embeddings.folder
     if embeddings.sidecar is not None:
-        fix = f"Omit --embeddings, or run: {embed_with(teacher, settings, embeddings.sidecar.data)}"
+        fix = f"Omit --embeddings, or run: {embed_with(teacher, settings)}"
         if settings.num_teachers > 1:
             fix = f"Give --teacher in the order of --embeddings. {fix}"
         validate_teacher(f"embeddings in {folder}", embeddings.sidecar.model, teacher, fix)
@@ -196,7 +194,8 @@ def validate_matches(settings: DistillSettings, dataset: Dataset, embeddings: Em
     if counts.without_embedding == counts.candidates:
         message += f" {compare_keys(first_key(dataset), at_fault)}"
         advice = advise_keys(at_fault)
-    raise ClipcidError(message, f"{advice}Give the data that was embedded, or run: {embed_again(at_fault, settings)}")
+    again = f"Give the data that was embedded, or embed this data. {at_fault.embed_again()}"
+    raise ClipcidError(message, advice + again)
 
 
 def first_key(dataset: Dataset) -> str:
@@ -205,16 +204,7 @@ def first_key(dataset: Dataset) -> str:
     return str(index.part(int(np.flatnonzero(index.sizes)[0])).keys[0])
 
 
-def validate_views(
-    settings: DistillSettings, folder: Path, sidecar: EmbedSidecar | None, views: int, model: str | None = None
-) -> None:
-    """Refuse embeddings without views where these were asked for by name; those of `model` are to be made."""
-    if settings.views != "stored" or views:
-        return
-    more: dict[str, Any] = {"views": 4, "view_kind": ("mix",), "fast_decode": False}
-    if sidecar is None:
-        more |= {"work": settings.work} | ({"model": model} if model else {})
-    raise ClipcidError(
-        f"--views stored, but {folder} holds no views.",
-        f"Omit --views stored, or run: {data_command(folder, sidecar, settings.data, **settings.data_flags, **more)}",
-    )
+def validate_views(settings: DistillSettings, folder: Path, views: int, with_views: str) -> None:
+    """Refuse embeddings without views where these were asked for by name; `with_views` says how to make some."""
+    if settings.views == "stored" and not views:
+        raise ClipcidError(f"--views stored, but {folder} holds no views.", f"Omit --views stored, or {with_views}")

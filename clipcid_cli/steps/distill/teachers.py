@@ -29,7 +29,6 @@ from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.distill.stored import validate_matches, validate_views
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
-from clipcid_cli.steps.inputs import embed_again
 from clipcid_cli.steps.repair import MAX_SCALE, describe_pairing, judge_pairing, repair_teacher, teacher_scale
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -174,11 +173,9 @@ class StoredTeacher(Teacher):
 
     def fingerprints(self) -> list[FileRecord]:
         kinds = _kinds_shown(self.num_views, self.first_captions)
-        if self.extra_texts is None:
-            return self.embeddings.fingerprints(kinds)
-        if self.extra_texts.variants is not None:
+        if self.extra_texts is not None:
             kinds.append(Kind.VARIANTS)
-        return self.embeddings.fingerprints(kinds) + self.extra_texts.fingerprints
+        return self.embeddings.fingerprints(kinds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,8 +295,7 @@ def choose_teacher(
     validate_matches(settings, dataset, embeddings, counts)
     num_views = _choose_views(settings, embeddings)
     extra_texts = find_extra_texts(settings, embeddings, judgement.trust)
-    varies = extra_texts is not None and extra_texts.variants is not None
-    first_captions = _choose_captions(settings, embeddings, counts, varies)
+    first_captions = _choose_captions(embeddings, counts, varies=extra_texts is not None)
     return StoredTeacher(
         embeddings=embeddings,
         judgement=judgement,
@@ -340,7 +336,8 @@ def _choose_trust(settings: DistillSettings, repair: RepairFigures | None, pairi
 def _choose_views(settings: DistillSettings, embeddings: Embeddings) -> int:
     """Return how many stored views of each image are shown, and say so."""
     views = embeddings.num_each(Kind.VIEWS) if settings.shows_views else 0
-    validate_views(settings, embeddings.folder, embeddings.sidecar, views)
+    with_views = f"embed some. {embeddings.embed_again(views=4, view_kind='mix')}"
+    validate_views(settings, embeddings.folder, views, with_views)
     if views:
         reporting.note(
             f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
@@ -349,7 +346,7 @@ def _choose_views(settings: DistillSettings, embeddings: Embeddings) -> int:
     return views
 
 
-def _choose_captions(settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts, varies: bool) -> bool:
+def _choose_captions(embeddings: Embeddings, counts: MatchCounts, *, varies: bool) -> bool:
     """Tell whether samples may only show their first caption; refuse other captions than were embedded or varied."""
     has_several = counts.several_captions > 0 and embeddings.has_texts
     shows_all = has_several and Kind.FURTHER in embeddings.kinds
@@ -357,7 +354,7 @@ def _choose_captions(settings: DistillSettings, embeddings: Embeddings, counts: 
         key, now, embedded = counts.changed
         raise ClipcidError(
             f"Sample {key!r} has {now} captions, but {embedded} were embedded in {embeddings.folder}: the data has changed.",
-            f"Run: {embed_again(embeddings, settings)}",
+            embeddings.embed_again(),
         )
     if shows_all:
         reporting.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.samples import close_copies
+from clipcid_cli.formats.data.distant import close_copies
 from clipcid_cli.formats.files import write_json
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.boards import open_board

@@ -321,7 +321,7 @@ def load_encoder(plan: EmbedPlan, context: DistContext) -> EmbedEncoder:
         )
     decoder = AugmentingDecoder(
         image_size=model.info.image_size,
-        transform=None if plan.of_texts else model.pixel_transform(),
+        transform=model.pixel_transform(),
         tokenizer=model.tokenizer if settings.text else None,
         # With views each sample makes 1 + V pictures: a batch's memory stays what it is.
         batch_size=batch_size if views is None else max(1, batch_size // (1 + views.number)),

@@ -12,14 +12,11 @@ from typing import Any
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.dataset import Dataset, open_described
-from clipcid_cli.formats.data.folders_and_lists import Images
-from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES
-from clipcid_cli.formats.data.texts import open_texts
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.embeddings.manifest import FINISHED, read_manifest, read_unfinished
-from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.fingerprint import FileRecord, find_lost, record_together
 from clipcid_cli.formats.output import (
     OutputSpec,
@@ -29,7 +26,7 @@ from clipcid_cli.formats.output import (
     other_run_error,
     unfinished,
 )
-from clipcid_cli.formats.sidecar import DataSpec, EmbedSidecar, TextsSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import DataSpec, EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import STRONG
@@ -37,11 +34,11 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model, with_defaul
 from clipcid_cli.runtime.text_variants import RULES
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
-from clipcid_cli.steps.inputs import choose_embeddings, choose_texts, find_mismatch
+from clipcid_cli.steps.inputs import choose_embeddings, find_mismatch
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 EMBED = "embed"
-"""Name of the sidecar of embeddings of images and captions; of those of texts alone it is `TEXTS`."""
+"""Name of the sidecar of embeddings."""
 # The flags that choose another place; other commands, which embed too, have no --out.
 ELSEWHERE = "--work, or --out of clipcid embed"
 # Settings in the sidecar that are known once the model is loaded.
@@ -62,8 +59,6 @@ _OTHER_OUTPUTS = ("balance", "cluster", "distill", "export")
 _LOOKED_AT = 100  # samples, for captions of every key
 _NAMED_COLUMNS = 12
 
-EmbeddedSidecar = EmbedSidecar | TextsSidecar
-
 
 @dataclasses.dataclass(frozen=True)
 class EmbedPlan:
@@ -71,36 +66,26 @@ class EmbedPlan:
 
     settings: EmbedSettings
     without_text: str  # how to embed the images alone, for the errors; empty when captions are needed
-    step: str  # name of the sidecar: ``embed``, or ``texts`` for a file of texts
     folder: Path
     name: ModelName
     dataset: Dataset
     shards: list[FileRecord]  # content and name of each shard
     # The sidecar of finished embeddings that match the request; None where there is something to do.
-    finished: EmbeddedSidecar | None = None
+    finished: EmbedSidecar | None = None
     is_begun: bool = False  # whether an unfinished run on the very same data has left its work
     # Whether all shards that are embedded already are still there, so that others may be added to them.
     may_grow: bool = False
 
     @property
-    def of_texts(self) -> bool:
-        """Whether it is a file of texts, without images."""
-        return self.step == TEXTS
-
-    @property
-    def sidecar_type(self) -> type[EmbedSidecar] | type[TextsSidecar]:
-        return TextsSidecar if self.of_texts else EmbedSidecar
-
-    @property
     def input(self) -> FileRecord:
         return record_together(self.dataset.spec, self.shards)
 
-    def identify(self, of_model: dict[str, Any], may_differ: Collection[str]) -> OutputSpec[Any]:
+    def identify(self, of_model: dict[str, Any], may_differ: Collection[str]) -> OutputSpec[EmbedSidecar]:
         """Say what decides the output, given the settings of the model."""
         return OutputSpec(
             self.folder,
-            self.step,
-            self.sidecar_type,
+            EMBED,
+            EmbedSidecar,
             settings=self.requested | of_model,
             inputs=[self.input],
             overwrite=self.settings.overwrite,
@@ -114,24 +99,17 @@ class EmbedPlan:
     def keys_are_free(self) -> bool:
         """Whether rows are the same whatever their keys are, so that these alone are rewritten: views are drawn by key."""
         settings = self.settings
-        has_numbers = self.dataset.shards[0].table is not None and self.dataset.keys == "sample"
-        return not (self.of_texts or settings.views or settings.text_variants or has_numbers)
+        has_numbers = self.dataset.kind == "parquet" and self.dataset.keys == "sample"
+        return not (settings.views or settings.text_variants or has_numbers)
 
     def decide_rows(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Return what of all settings decides the rows of a shard."""
         return settings | {"keys": "sample"} if self.keys_are_free else settings
 
     @property
-    def max_bad_fraction(self) -> float:
-        """Largest share of unusable samples; the empty lines of a file of texts are no fault of theirs."""
-        return 1.0 if self.of_texts else self.settings.max_bad_fraction
-
-    @property
     def requested(self) -> dict[str, Any]:
         """The settings that decide the rows, as JSON values, but for those of the model."""
         settings = self.settings
-        if self.of_texts:
-            return {}
         settings_of_rows = {"text": settings.text, "keys": self.dataset.keys, "fast_decode": settings.fast_decode}
         if self.dataset.caption_lines:
             settings_of_rows["caption_lines"] = True
@@ -157,21 +135,15 @@ class EmbedPlan:
 def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
     """Look at the data, the model's name and the output."""
     name = with_default_tag(parse_model(settings.model))
-    if settings.texts is not None:
-        dataset = open_texts(settings.texts)
-        step = TEXTS
-        folder = settings.out or choose_texts(settings.work, name)
-    else:
-        dataset = _open_data(settings)
-        step = EMBED
-        folder = settings.out or choose_embeddings(settings.work, name)
-        if settings.text and not _has_captions(dataset):
+    dataset = _open_data(settings)
+    folder = settings.out or choose_embeddings(settings.work, name)
+    if settings.text:
+        if not _has_captions(dataset):
             raise _no_captions_error(dataset, without_text)
-        if settings.text:
-            _note_lines(dataset)
-            _warn_of_empty_keys(dataset)
-    plan = EmbedPlan(settings, without_text, step, folder, name, dataset, describe_shards(dataset))
-    _validate_own_folder(folder, step)
+        _note_lines(dataset)
+        _warn_of_empty_keys(dataset)
+    plan = EmbedPlan(settings, without_text, folder, name, dataset, describe_shards(dataset))
+    _validate_own_folder(folder)
     with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
         return _look_at_output(plan)
     return plan
@@ -180,10 +152,9 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
 def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
     """Compare the request with what the folder holds, as far as that is known before the model is loaded."""
     folder = plan.folder
-    step = plan.step
-    sidecar = read_sidecar(sidecar_path(folder, step), plan.sidecar_type)
+    sidecar = read_sidecar(sidecar_path(folder, EMBED), EmbedSidecar)
     if sidecar is None:
-        there = read_unfinished(folder, step)
+        there = read_unfinished(folder, EMBED)
     else:
         if find_mismatch(sidecar.model, plan.name) is None:
             # What the request leaves open is as it was; it would differ on another machine, for one.
@@ -196,9 +167,9 @@ def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
         there = [record.input for record in read_manifest(folder, "Add --overwrite to replace it.")]
     lost = find_lost(there, plan.shards)
     if lost and not plan.settings.overwrite:
-        flags = _compare_reading(sidecar.data, plan.dataset) if isinstance(sidecar, EmbedSidecar) else {}
-        raise other_run_error(f"{folder} holds {step} output", flags or {"inputs": lost}, ELSEWHERE)
-    begun = unfinished(folder, step)
+        flags = _compare_reading(sidecar.data, plan.dataset) if sidecar is not None else {}
+        raise other_run_error(f"{folder} holds {EMBED} output", flags or {"inputs": lost}, ELSEWHERE)
+    begun = unfinished(folder, EMBED)
     is_begun = begun is not None and [each.content for each in begun.inputs] == [plan.input.content]
     return dataclasses.replace(plan, is_begun=is_begun, may_grow=not lost)
 
@@ -247,8 +218,8 @@ def _no_captions_error(dataset: Dataset, without_text: str) -> ClipcidError:
         fixes = [f"Name their column with {'--caption-key' if dataset.caption_keys else '--caption-column'}."]
     if without_text:
         fixes.insert(1 if dataset.kind == "list" else 0, without_text)
-    images = dataset.shards[0].slices
-    if isinstance(images, Images) and (columns := images.column_names()):
+    columns = dataset.shards[0].column_names()
+    if columns:
         problem += f"; the list has the columns {', '.join(columns[:_NAMED_COLUMNS])}"
     others = [f"Or {fix[0].lower()}{fix[1:]}" for fix in fixes[1:]]
     return ClipcidError(f"{problem}.", "\n".join([fixes[0], *others]))
@@ -298,18 +269,12 @@ def describe_shards(dataset: Dataset) -> list[FileRecord]:
     return [msgspec.structs.replace(record, shard=shard.name) for record, shard in described]
 
 
-def _validate_own_folder(folder: Path, step: str) -> None:
+def _validate_own_folder(folder: Path) -> None:
     """Refuse a folder with embeddings that this step did not write, since it would replace files there."""
-    other, held, wanted = (
-        (EMBED, "images", "texts alone") if step == TEXTS else (TEXTS, "texts without images", "the data")
-    )
-    if is_claimed(folder, other):
-        fix = f"Choose another folder for those of {wanted} with --out."
-        raise ClipcidError(f"{folder} holds embeddings of {held}.", fix)
     output = next((each for each in _OTHER_OUTPUTS if is_claimed(folder, each)), None)
     if output is not None:
         raise ClipcidError(f"{folder} holds the output of clipcid {output}.", "Choose another folder with --out.")
-    first = None if is_claimed(folder, step) else find_rows(folder)
+    first = None if is_claimed(folder, EMBED) else find_rows(folder)
     if first is not None:
         raise ClipcidError(
             f"{folder} contains embeddings that clipcid did not write, such as {first}.",

@@ -15,16 +15,6 @@ class EmbedResult(msgspec.Struct):
     files: dict[str, str]
 
 
-class TextsResult(msgspec.Struct):
-    """What was embedded of a file of texts, likewise."""
-
-    texts: int
-    skipped: dict[str, int]
-    texts_per_second: float | None
-    seconds: dict[str, float]
-    files: dict[str, str]
-
-
 class EmbedCost(msgspec.Struct):
     """What embedding would take, estimated from a few batches."""
 
@@ -39,13 +29,4 @@ class EmbedCost(msgspec.Struct):
     shared_memory_bytes: int
 
 
-class TextsCost(msgspec.Struct):
-    """What embedding a file of texts would take."""
-
-    dry_run: bool
-    texts: int
-    bytes: int
-    seconds: dict[str, float]
-
-
-Embedded = EmbedResult | TextsResult | EmbedCost | TextsCost
+Embedded = EmbedResult | EmbedCost

@@ -1,4 +1,4 @@
-"""`embed`: the images and captions of a data set, or the lines of a text file, to rows of float16, shard by shard."""
+"""`embed`: the images and captions of a data set to rows of float16, shard by shard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import PIL
 import torch
 
 from clipcid_cli.errors import ClipcidError, command_line
-from clipcid_cli.formats.data.remote import is_pipe
+from clipcid_cli.formats.data.addresses import is_pipe
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.folder import read_embed_sidecar
@@ -31,10 +31,9 @@ from clipcid_cli.formats.embeddings.manifest import (
     read_manifest,
 )
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.formats.embeddings.text_folder import TEXTS, TEXTS_FILE, write_texts
-from clipcid_cli.formats.fingerprint import FileRecord, record
+from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, remove_leftovers
-from clipcid_cli.formats.sidecar import TextsSidecar, sidecar_path
+from clipcid_cli.formats.sidecar import EmbedSidecar, sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED, skipped_file
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
@@ -46,8 +45,8 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index, note_captions, stream_shard
 from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder, recount_partners
-from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, choose_text, describe_shards, make_plan
-from clipcid_cli.steps.embed.result import EmbedCost, Embedded, EmbedResult, TextsCost, TextsResult
+from clipcid_cli.steps.embed.plan import EMBED, EmbedPlan, choose_text, make_plan
+from clipcid_cli.steps.embed.result import EmbedCost, Embedded, EmbedResult
 from clipcid_cli.steps.encode import Batch, Encoded, encode, join, list_batches
 from clipcid_cli.steps.inputs import choose_embeddings
 from clipcid_cli.steps.preflight import validate_samples
@@ -67,7 +66,7 @@ _EARLY_CHECK = 10_000
 
 
 def run(settings: EmbedSettings) -> Embedded:
-    """Embed a data set or a file of texts."""
+    """Embed a data set."""
     with open_dist_context(settings.device) as context:
         return make_embeddings(settings, context)
 
@@ -82,7 +81,7 @@ def make_embeddings(settings: EmbedSettings, context: DistContext, without_text:
         return _describe(plan, plan.finished)
     shards = "1 shard" if len(plan.shards) == 1 else f"{len(plan.shards):,} shards"
     reporting.note(f"Embedding {plan.dataset.spec} ({shards}) with {plan.name.spec}.")
-    if not plan.of_texts and (settings.dry_run or not plan.is_begun):
+    if settings.dry_run or not plan.is_begun:
         validate_samples(plan.dataset, context, settings, dry_run=settings.dry_run)
     encoder = load_encoder(plan, context)
     reporting.note(encoder.describe())
@@ -96,8 +95,7 @@ def make_embeddings(settings: EmbedSettings, context: DistContext, without_text:
         writer = EmbeddingWriter(output.work, plan.decide_rows(spec.settings), plan.shards, plan.dataset.keys)
         context.on_rank0(lambda: _start(output, writer))
         timings = _embed_missing(plan, encoder, writer, context)
-        if not plan.of_texts:
-            plan = dataclasses.replace(plan, dataset=ensure_index(plan.dataset, context, encoder.workers))
+        plan = dataclasses.replace(plan, dataset=ensure_index(plan.dataset, context, encoder.workers))
         sidecar = context.on_rank0(lambda: _commit(plan, encoder, output, writer.finish(), timings))
     return _describe(plan, sidecar)
 
@@ -159,7 +157,7 @@ def embed_images_first(request: EmbedSettings, name: ModelName) -> str:
 def _remove_leftovers(plan: EmbedPlan) -> None:
     made = plan.finished
     assert made is not None
-    remove_leftovers(OutputSpec(plan.folder, plan.step, type(made), settings=made.settings, inputs=made.inputs))
+    remove_leftovers(OutputSpec(plan.folder, EMBED, EmbedSidecar, settings=made.settings, inputs=made.inputs))
 
 
 def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
@@ -183,7 +181,7 @@ def _embed_missing(
 
     def find_missing() -> tuple[list[int], float | None]:
         missing = [number for number in range(total) if writer.read_record(number) is None]
-        if any(is_pipe(shard.file) for shard in plan.dataset.shards) and not plan.dataset.is_counted:
+        if any(is_pipe(shard.file) for shard in plan.dataset.shards) and plan.dataset.index is None:
             return missing, None  # nothing is known of the output of a command
         return missing, plan.dataset.estimate_samples() * len(missing) / total
 
@@ -206,13 +204,8 @@ def _embed_missing(
     batches = list_batches(plan.dataset, mine, stream, encoder.decoder.batch_size, reject)
     parts = list[Encoded]()
     start = time.perf_counter()
-    with reporting.progress("embed", expected, "texts" if plan.of_texts else "images") as progress:
+    with reporting.progress("embed", expected, "images") as progress:
         for batch, encoded in encode(batches, encoder.decoder, encoder, encoder.model.device, encoder.workers):
-            if plan.of_texts and encoded.failures:  # no text may be missing
-                text = int(encoded.samples[min(encoded.failures)].key)
-                raise ClipcidError(
-                    f"The embedding of text {text + 1:,} is not finite.", "Try --precision fp32, or remove the text."
-                )
             parts.append(encoded)
             shown += len(encoded.samples)
             progress.advance(len(encoded.samples) * len(missing) / len(mine))  # the bar covers all processes
@@ -227,10 +220,10 @@ def _embed_missing(
             skipped.merge(made.skipped.counted())
             read += made.read
             finished += 1
-            if not plan.dataset.is_counted:  # what remains is estimated by what was read
+            if plan.dataset.index is None:  # what remains is estimated by what was read
                 progress.expect(shown * len(missing) / finished)
             if read >= _EARLY_CHECK:
-                skipped.check(read, plan.max_bad_fraction, plan.dataset.spec)
+                skipped.check(read, plan.settings.max_bad_fraction, plan.dataset.spec)
         # What was spent neither waiting for workers nor writing.
         seconds["encode"] = time.perf_counter() - start - sum(seconds.values())
         return context.gather((embedded, seconds))
@@ -268,10 +261,10 @@ def _make_rows(encoder: EmbedEncoder, shard: Shard, parts: Sequence[Encoded], la
 def _commit(
     plan: EmbedPlan,
     encoder: EmbedEncoder,
-    output: Output[Any],
+    output: Output[EmbedSidecar],
     records: Sequence[ShardRecord],
     timings: Sequence[tuple[int, dict[str, float]]],
-) -> EmbeddedSidecar:
+) -> EmbedSidecar:
     """Check the embeddings of all shards together and commit them."""
     rows = sum(each.rows for each in records)
     skips = merge_skips(records)
@@ -287,42 +280,22 @@ def _commit(
     written = [output.work / name for name in (MANIFEST, SKIPPED)]
     outputs = [record(path, output.work) for path in written if path.exists()]
     model = _describe_model(encoder.model)
-    sidecar: EmbeddedSidecar
-    if plan.of_texts:
-        sidecar = output.commit(
-            outputs=[*outputs, _write_texts(plan, output.work)],
-            model=model,
-            counts={"texts": rows, "skipped": dict(sorted(skips.counts.items()))},
-            seconds={"encode": elapsed},
-            texts_per_second=speed,
-        )
-    else:
-        sidecar = output.commit(
-            outputs=outputs,
-            model=model,
-            counts={"images": rows, **_count_images(plan, records, skips)},
-            seconds={phase: fmean(each[phase] for _, each in timings) for phase in ("read", "encode", "write")},
-            images_per_second=speed,
-            data=plan.dataset.describe(),
-            run={"processes": len(timings), "device": encoder.model.device.type, "pillow": PIL.__version__},
-        )
-    return sidecar
-
-
-def _write_texts(plan: EmbedPlan, work: Path) -> FileRecord:
-    """Write the texts beside their rows, unless the file has changed since it was read."""
-    dataset = plan.dataset
-    if describe_shards(dataset) != plan.shards:
-        raise ClipcidError(f"{dataset.spec} changed while it was being embedded.", "Run the same command again.")
-    write_texts(work, ([sample.captions[0] for sample in shard.stream()] for shard in dataset.shards))
-    return record(work / TEXTS_FILE, work)
+    return output.commit(
+        outputs=outputs,
+        model=model,
+        counts={"images": rows, **_count_images(plan, records, skips)},
+        seconds={phase: fmean(seconds[phase] for _, seconds in timings) for phase in ("read", "encode", "write")},
+        images_per_second=speed,
+        data=plan.dataset.describe(),
+        run={"processes": len(timings), "device": encoder.model.device.type, "pillow": PIL.__version__},
+    )
 
 
 def _count_images(plan: EmbedPlan, records: Sequence[ShardRecord], skips: Skips) -> dict[str, Any]:
     """Count the samples that were read, skipped and adapted, and say so; refuse too many that were skipped."""
     read = sum(each.read for each in records)
     fix = plan.without_text if "no_caption" in skips.counts else ""
-    skips.check(read, plan.max_bad_fraction, plan.dataset.spec, fix)
+    skips.check(read, plan.settings.max_bad_fraction, plan.dataset.spec, fix)
     adapted = {how: sum(getattr(each, how) for each in records) for how in _ADAPTED}
     for how, number in adapted.items():
         if number:
@@ -340,18 +313,15 @@ def _describe_model(model: ClipModel) -> dict[str, Any]:
     return found if model.logit_bias is None else found | {"logit_bias": model.logit_bias}
 
 
-def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> EmbedResult | TextsResult:
+def _describe(plan: EmbedPlan, sidecar: EmbedSidecar) -> EmbedResult:
     counts = sidecar.counts
-    seconds = sidecar.seconds
-    files = {TEXTS if plan.of_texts else "embeddings": str(plan.folder)}
+    files = {"embeddings": str(plan.folder)}
     files |= skipped_file(sidecar, plan.folder)
-    files["sidecar"] = str(sidecar_path(plan.folder, plan.step))
-    if isinstance(sidecar, TextsSidecar):
-        return TextsResult(counts["texts"], counts["skipped"], sidecar.texts_per_second, seconds, files)
-    return EmbedResult(counts["images"], counts["skipped"], sidecar.images_per_second, seconds, files)
+    files["sidecar"] = str(sidecar_path(plan.folder, EMBED))
+    return EmbedResult(counts["images"], counts["skipped"], sidecar.images_per_second, sidecar.seconds, files)
 
 
-def _estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext) -> EmbedCost | TextsCost:
+def _estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext) -> EmbedCost:
     """Estimate what embedding would cost: from the median time of three batches, with captions of typical length."""
     samples = context.on_rank0(plan.dataset.estimate_samples)
     decoder = encoder.decoder
@@ -371,8 +341,6 @@ def _estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext)
     taken = time_trial(encode_together, device, repeats=3).seconds
     seconds = {"encode": round(taken / threads * samples / decoder.batch_size / context.size, 1)}
     size = encoder.bytes_per_sample
-    if plan.of_texts:
-        return TextsCost(True, samples, samples * size, seconds)
     folder = plan.folder.absolute()
     free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
     return EmbedCost(True, len(plan.shards), samples, samples * size, size, seconds, free, memory.total, memory.shared)

@@ -1,4 +1,4 @@
-"""From a model's rows of a data set to metrics, and what explains them: classes, example images, calibration.
+"""From a model's rows of a data set to metrics, and what explains them: classes and example images.
 
 Shape letters: N images, C classes.
 """
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.metrics.calibration import BINS, Blocks, fit_scale, measure_calibration
 from clipcid_cli.algorithms.metrics.chance import guess_captions, guess_classes, guess_order, largest_class
 from clipcid_cli.algorithms.metrics.classification import (
     ACCURACY_TOP_K,
@@ -27,13 +26,9 @@ from clipcid_cli.algorithms.metrics.classification import (
 from clipcid_cli.algorithms.metrics.intervals import Array, CellMetrics
 from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, recall_metrics, retrieval_ranks
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.formats.sidecar import Calibration, Calibrations, ClassScore, Example
-from clipcid_cli.runtime.pipeline import threads_for
-from clipcid_cli.runtime.randomness import key_fractions
+from clipcid_cli.formats.sidecar import ClassScore, Example
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.model import TaskRows
-
-FITTED_FRACTION = 0.5  # of the images, by hash of the key: a temperature is fitted on them
 
 _CORRECT_EXAMPLES = 6
 _WRONG_EXAMPLES_PER_CLASS = 4
@@ -195,38 +190,3 @@ def _measure_retrieval(rows: TaskRows, device: torch.device) -> TaskResult:
         texts=len(texts),
         chance=guess_captions(encoded.captions.numpy()),
     )
-
-
-def calibrate(rows: TaskRows, scale: float) -> Calibrations | None:
-    """Measure how well a classifier, at its factor on cosines, knows how sure it is; None without one class an image."""
-    weights = rows.weights
-    if weights is None or rows.task.multi_label:
-        return None
-    is_fitted = torch.from_numpy(key_fractions(rows.keys) < FITTED_FRACTION)
-
-    def block(chosen: torch.Tensor) -> Blocks:
-        """Return what computes the cosines of some of the images."""
-        columns = rows.encoded.rows[Kind.IMAGES], rows.labels
-        parts = zip(*(torch.split(column[chosen], _SCORED_AT_ONCE) for column in columns), strict=True)
-        pairs = [(part, own) for part, own in parts if len(part)]
-        return lambda: ((part @ weights.T, own) for part, own in pairs)
-
-    def measure_at(chosen: torch.Tensor, scale: float | None) -> Calibration | None:
-        if scale is None or not bool(chosen.any()):
-            return None
-        found = measure_calibration(block(chosen), scale)
-        return Calibration(1 / scale, found.expected_calibration_error, found.log_loss, found.images)
-
-    with threads_for(_SCORED_AT_ONCE * weights.numel()):
-        best = fit_scale(block(is_fitted))
-        whole = measure_at(torch.ones_like(is_fitted), scale)
-        assert whole is not None, "a classification has images"
-        return Calibrations(
-            bins=BINS,
-            all=whole,
-            fitted_share=FITTED_FRACTION,
-            fitted_images=int(is_fitted.sum()),
-            temperature=None if best is None else 1 / best,
-            before=measure_at(~is_fitted, scale),
-            after=measure_at(~is_fitted, best),
-        )

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 import msgspec
 
 from clipcid_cli.formats.results.metrics import Metrics
-from clipcid_cli.formats.sidecar import Calibrations, LinesRecord
+from clipcid_cli.formats.sidecar import LinesRecord
 
 
 class Preview(msgspec.Struct):
@@ -35,7 +35,6 @@ class ZeroshotResult(Metrics, kw_only=True):
     intervals: dict[str, tuple[float, float]]  # the 95 % interval of each metric; none with ``--bootstrap 0``
     chance: dict[str, float]  # what a guess scores, of the metrics where that is known
     majority: float | None  # share of the images in the largest class, where each has one
-    calibration: Calibrations | None
     images: int
     skipped: dict[str, int]
     images_per_second: float

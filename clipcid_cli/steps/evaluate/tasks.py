@@ -30,7 +30,8 @@ from clipcid_cli.formats.data.benchmark import (
     read_folder_numbers,
     read_templates,
 )
-from clipcid_cli.formats.data.dataset import Dataset, fingerprint_images, open_described
+from clipcid_cli.formats.data.dataset import Dataset, open_described
+from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.samples import Sample, read_classes
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL

@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from clipcid_cli.algorithms.metrics.calibration import BINS
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import ByteRange, match_pattern
@@ -31,7 +30,7 @@ from clipcid_cli.formats.results.metrics import (
     write_predictions,
     write_results,
 )
-from clipcid_cli.formats.sidecar import Calibrations, Example, ZeroshotSidecar
+from clipcid_cli.formats.sidecar import Example, ZeroshotSidecar
 from clipcid_cli.formats.skipped import make_table, write_skipped
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
@@ -42,7 +41,7 @@ from clipcid_cli.shown import is_redacted
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import note_captions
 from clipcid_cli.steps.evaluate.compare import compare_results
-from clipcid_cli.steps.evaluate.measure import FITTED_FRACTION, calibrate, measure
+from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_skips
 from clipcid_cli.steps.evaluate.result import ComparisonResult, Preview, Previews, ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
@@ -169,14 +168,9 @@ def _evaluate_pair(
 ) -> ZeroshotResult:
     settings = plan.settings
     path = plan.metrics_path(model.name, task)
-    identity = task.describe() | {
-        "bootstrap": settings.bootstrap,
-        "calibration": {"bins": BINS, "fitted_share": FITTED_FRACTION},
-        "seed": settings.seed,
-    }
-    # These change the intervals and the calibration only.
-    may_differ = ("bootstrap", "seed", "calibration")
-    with model.claim(path, ZeroshotSidecar, identity, data, may_differ) as output:
+    # They change the intervals only.
+    draws = {"bootstrap": settings.bootstrap, "seed": settings.seed}
+    with model.claim(path, ZeroshotSidecar, task.describe() | draws, data, draws) as output:
 
         def find_result() -> ZeroshotResult | None:
             if output.finished is None or not path.is_file():
@@ -208,7 +202,6 @@ def _write(
     with timed(seconds, "compare"):
         found = measure(rows, model.context.device)
         intervals = found.draws.intervals(settings.bootstrap, settings.seed)
-        calibration = calibrate(rows, model.model.logit_scale)
     output.start()
     written = [output.root / path.name]
     write_metrics(written[0], model.make_metrics(task.name, task.task, found.draws.values()))
@@ -232,7 +225,6 @@ def _write(
         intervals=intervals,
         chance=found.chance,
         majority=found.majority,
-        calibration=calibration,
         per_class=found.per_class,
         examples=found.examples,
     )
@@ -252,7 +244,6 @@ def _make_result(sidecar: ZeroshotSidecar, task: ZeroshotTask, path: Path, *, re
         intervals=sidecar.intervals,
         chance=sidecar.chance,
         majority=sidecar.majority,
-        calibration=sidecar.calibration,
         images=sidecar.counts["images"],
         skipped=sidecar.counts["skipped"],
         images_per_second=round(sidecar.images_per_second, 1),
@@ -349,22 +340,10 @@ def _detail(result: ZeroshotResult, dataset: Dataset) -> dict[str, Any]:
             "templates": ", ".join(settings["templates"][:3]) + (" …" if len(settings["templates"]) > 3 else ""),
             "precision": settings["precision"],
             "batch size": settings["batch_size"],
-            **_describe_calibration(sidecar.calibration),
             "skipped": ", ".join(f"{count} {reason}" for reason, count in result.skipped.items()) or "nothing",
             "metrics file": result.files["metrics"],
         },
     }
-
-
-def _describe_calibration(found: Calibrations | None) -> dict[str, str]:
-    """Say how sure the model is of its answers, and at which temperature it would be as sure as it is right."""
-    if found is None:
-        return {}
-    text = {"calibration error": str(found.all)}
-    if found.after is not None and found.before is not None:
-        others = f"the half that was not fitted on, {found.after.images:,} images"
-        text["at the fitted temperature"] = f"{found.after}, before {found.before}: {others}"
-    return text
 
 
 def _thumbnail(example: Example) -> str | None:

@@ -10,7 +10,8 @@ import msgspec
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Dataset, fingerprint_images
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.models.export_folder import WEB

@@ -111,14 +111,9 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     )
     extra_texts: int | None = _input(
         None,
-        "Further texts in each batch, for the text tower alone, by losses fd and mfd: those of `embed --texts`, or "
-        "else of `embed --text-variants`. By default one per sample, if there are such texts; 0 for none.",
+        "Further texts in each batch, for the text tower alone, by losses fd and mfd: those of `embed "
+        "--text-variants`. By default one per sample, if there are such texts; 0 for none.",
         within=Range(0),
-    )
-    texts: Path | None = _input(
-        None,
-        "Output folder of `embed --texts` for --extra-texts; by default the one in the work directory.",
-        operational=True,
     )
     clusters: Path | None = _input(
         None, "Output folder of `clipcid cluster`; by default the one in the work directory.", operational=True
@@ -328,7 +323,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
             if name not in self.losses():
                 self._validate_no_flags_of(name)
         self._validate_stored_extras()
-        if self.extra_texts or self.texts is not None:
+        if self.extra_texts:
             self._validate_extra_texts()
 
     def _validate_teachers(self) -> None:
@@ -340,13 +335,11 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
                 f"--teacher was given {named} times, --embeddings {folders}.",
                 "Give one --embeddings for each teacher, in their order; or only one of the two flags.",
             )
-        if self.num_teachers > 1:
-            for flag, is_given in (("--online-teacher", self.online_teacher), ("--texts", self.texts is not None)):
-                if is_given:
-                    raise UsageError(
-                        f"{flag} works with one teacher, and there are {self.num_teachers}.",
-                        f"Omit {flag}, or name one teacher.",
-                    )
+        if self.num_teachers > 1 and self.online_teacher:
+            raise UsageError(
+                f"--online-teacher works with one teacher, and there are {self.num_teachers}.",
+                "Omit --online-teacher, or name one teacher.",
+            )
 
     def _validate_no_flags_of(self, loss: str) -> None:
         given = [flag_of(field) for field in given_fields(self) if field.name in _FLAGS_OF[loss]]
@@ -358,22 +351,15 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
             raise UsageError(f"{flags}: only for the {loss} loss, which the run does not have.", f"{fix}.")
 
     def _validate_stored_extras(self) -> None:
-        given = {
-            "--views stored": self.views == "stored",
-            "--texts": self.texts is not None,
-        }
-        flags = " and ".join(flag for flag, is_given in given.items() if is_given)
-        if flags and (self.online_teacher or not self.needs_teacher):
+        if self.views == "stored" and (self.online_teacher or not self.needs_teacher):
             reason = "--online-teacher reads none" if self.online_teacher else "no loss of the run needs a teacher"
             raise UsageError(
-                f"{flags}: only for stored embeddings of a teacher, but {reason}.",
-                f"Omit {flags}" + (", or --online-teacher." if self.online_teacher else "."),
+                f"--views stored: only for stored embeddings of a teacher, but {reason}.",
+                "Omit --views stored" + (", or --online-teacher." if self.online_teacher else "."),
             )
 
     def _validate_extra_texts(self) -> None:
-        flag = f"--extra-texts {self.extra_texts}" if self.extra_texts else "--texts"
-        if self.extra_texts == 0:
-            raise UsageError("--texts names the texts for --extra-texts, but that is 0.", "Omit one of the two.")
+        flag = f"--extra-texts {self.extra_texts}"
         taking = [name for name, entry in LOSSES.items() if entry.compares_features]
         if not set(taking) & self.losses().keys():
             raise UsageError(

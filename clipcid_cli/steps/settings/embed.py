@@ -60,15 +60,9 @@ class EmbedSettings(AugmentationSettings, TrainingDataSettings):
         metavar="MODEL",
     )
     text: bool = _embed(True, "Also embed the captions.")
-    texts: Path | None = _embed(
-        None,
-        "Embed this UTF-8 file, one text per line, instead of images: more texts for the student's text tower "
-        "(`clipcid distill --extra-texts`).",
-        metavar="FILE",
-    )
     out: Path | None = _embed(
         None,
-        "Output folder; by default embeddings/<model> in the work directory, texts/<model> for --texts.",
+        "Output folder; by default embeddings/<model> in the work directory.",
         operational=True,
     )
     batch_size: int | None = group("How it runs")(
@@ -110,20 +104,14 @@ class EmbedSettings(AugmentationSettings, TrainingDataSettings):
             raise UsageError(
                 "--views needs full-resolution images, which --fast-decode does not decode.", "Omit one of the two."
             )
-        if self.texts is not None and (self.data is not None or self.views or self.text_variants or not self.text):
-            raise UsageError(
-                "--texts embeds a file of texts alone, without DATA, --views, --text-variants or --no-text.",
-                "Give two commands: one for DATA, one for --texts.",
-            )
-        if self.texts is not None and self.fast_decode:
-            raise UsageError("--texts decodes no images, --fast-decode decodes them faster.", "Omit --fast-decode.")
         if self.text_variants and not self.text:
             raise UsageError("--text-variants embeds captions, --no-text does not.", "Omit one of the two.")
         for field in given_fields(self):
             if not self.views and field.name in ("view_kind", "crop_scale", "color_jitter", "gray_probability"):
                 flag = flag_of(field)
-                fix = f"Omit {flag}" + (", or add --views V, the number of views." if self.texts is None else ".")
-                raise UsageError(f"{flag} was given, but no --views.", fix)
+                raise UsageError(
+                    f"{flag} was given, but no --views.", f"Omit {flag}, or add --views V, the number of views."
+                )
         for kind in self.view_kinds:
             if kind not in VIEW_KINDS:
                 raise UsageError(f"--view-kind cannot be {kind!r}.", f"Choose from: {', '.join(VIEW_KINDS)}.")

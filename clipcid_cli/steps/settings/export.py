@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.shared import FRACTION, Range, TrustSettings, argument, group
@@ -14,7 +15,6 @@ QUANTIZED = ("fp16", "int8")
 # The newest set that PyTorch 2.13 exports without converting; ONNX Runtime runs it from 1.17 on.
 DEFAULT_OPSET = 20
 
-_run = group("How it runs")
 _output = group("Output")
 _classes = group("Classes")
 _check = group("Verification")
@@ -22,16 +22,12 @@ _check = group("Verification")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportSettings(TrustSettings):
-    """Settings of `export`."""
+    """Settings of `export`, which runs on the CPU and draws nothing at random."""
+
+    omitted: ClassVar[tuple[str, ...]] = ("device", "batch_size", "workers", "seed")
 
     model: str | None = argument(
         None, "Model to export: a folder or architecture:tag. By default, the newest student in the work directory."
-    )
-    workers: int | None = _run(
-        None,
-        "Without effect: `export` decodes the few images of --data itself.",
-        within=Range(0),
-        operational=True,
     )
     ema: bool = _output(
         False,

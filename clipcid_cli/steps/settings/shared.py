@@ -138,7 +138,7 @@ def output_settings(settings: Any) -> dict[str, Any]:
     return {
         field.name: plain(getattr(settings, field.name))
         for field in dataclasses.fields(settings)
-        if not setting_of(field).operational
+        if not setting_of(field).operational and field.name not in settings.omitted
     }
 
 
@@ -437,13 +437,3 @@ class EvaluationSettings(ReadingSettings):
         "directory.",
     )
     data_root: Path = _read(Path("data"), "Folder with copies of the data sets given by name.", operational=True)
-
-
-def given_flags(settings: SharedSettings) -> dict[str, Any]:
-    """Return the flags by which a command makes the same again: those not at their default, as plain JSON values."""
-    of_run = {field.name for field in dataclasses.fields(SharedSettings) if setting_of(field).operational}
-    return {
-        field.name: plain(getattr(settings, field.name))
-        for field in given_fields(settings)
-        if not setting_of(field).positional and field.name not in of_run
-    }

@@ -52,7 +52,6 @@ _BALANCED = "clipcid-work/balance"
 _AGAIN = ("--overwrite",)
 _SAVED = ("--checkpoint-every", "1")
 _RUN_AGAIN = (*_DISTILL, "--name", "done", *_SAVED)
-_TEXTS = ("embed", "--texts", "classes.txt", "--model", "model", "--out", "texts")
 _EXPORT = ("export", "model", "--format", "open-clip", "--out", "exported")
 _ZEROSHOT = ("eval-zeroshot", "model", "classified", "--predictions")
 _COMPARE = ("eval-zeroshot", "--compare", "clipcid-work/eval/a.json", "clipcid-work/eval/b.json")
@@ -114,7 +113,6 @@ TARGETS = {
     "labels": Target("classified/0.tar", ("eval-linear", "model", "--train", "classified", "--test", "classified")),
     "settings": Target("c.toml", ("balance", "--config", "c.toml"), "text"),
     "run": Target(f"{_BALANCED}/.balance-*/.run.json", ("balance", "--keep", "0.7"), "json"),
-    "texts.json": Target("texts/texts.json", _TEXTS, "json"),
     "distill.json": Target("clipcid-work/distill/done/distill.json", _RUN_AGAIN, "json"),
     "distill.json of export": Target(
         "clipcid-work/distill/done/distill.json",
@@ -163,7 +161,6 @@ def make_place(place: Path) -> None:
         (*_DISTILL, "--name", "run", *_SAVED),
         _ZEROSHOT,
         _LINEAR,
-        _TEXTS,
         _EXPORT,
     )
     for step in steps:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import ByteRange, Sample
-from clipcid_cli.formats.data.shard import Slices, cut
+from clipcid_cli.formats.data.shard import Shard
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.matched_samples import open_rows
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
@@ -29,25 +30,26 @@ from clipcid_cli.steps.distill.samples import Sources, count_usable, match_sampl
 from clipcid_cli.steps.distill.teachers import Teacher
 
 
-@dataclasses.dataclass(frozen=True)
-class ListedRows(Slices):
-    """Slices of given sizes; every fifth sample has no caption."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ListedRows(Shard):
+    """Some rows of a data set; every fifth sample has no caption."""
 
-    sizes: tuple[int, ...]
+    first: int
+    size: int
 
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def read(self, number: int, skips: Skips) -> Iterator[Sample]:
-        first = sum(self.sizes[:number])
-        for row in range(first, first + self.sizes[number]):
+    def read(self, skips: Skips) -> Iterator[Sample]:
+        for row in range(self.first, self.first + self.size):
             yield Sample(f"{row:05d}", ByteRange("none"), () if row % 5 == 4 else (f"caption {row}",))
 
-    def stamp(self, number: int) -> tuple[int, int]:
-        return self.sizes[number], sum(self.sizes[:number])
+    @property
+    def file(self) -> str:
+        return ""
 
-    def fingerprint(self, number: int) -> tuple[int, str]:
-        return self.sizes[number], ""
+    def stamp(self) -> tuple[int, int]:
+        return self.size, self.first
+
+    def fingerprint(self) -> FileRecord:
+        return FileRecord(self.name, self.size, "")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_inputs(root: Path, sizes: list[int], dropped: int) -> tuple[Inputs, list[str]]:
     """Make the inputs of shards of some sizes, without every seventh sample, and list the keys they should hold."""
     folder = Path(tempfile.mkdtemp(dir=root))
-    dataset = Dataset("none", "list", cut(ListedRows(tuple(sizes)), "none"), index_folder=folder / "index")
+    shards = tuple(
+        ListedRows(f"{index:05d}", "none", first=sum(sizes[:index]), size=size) for index, size in enumerate(sizes)
+    )
+    dataset = Dataset("none", "list", shards, index_folder=folder / "index")
     with open_dist_context("cpu") as context:
         dataset = ensure_index(dataset, context, 0)
     numbers = np.arange(sum(sizes))

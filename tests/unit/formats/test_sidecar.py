@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from sidecars import make_sidecar, unfinish
 
+from clipcid_cli import typed
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import sidecar as formats
 from clipcid_cli.formats.files import write_json, write_text
-from clipcid_cli.formats.sidecar import BalanceSidecar, EmbedSidecar, Run, read_sidecar
+from clipcid_cli.formats.sidecar import BalanceSidecar, EmbedSidecar, Run, read_sidecar, run_again
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 
@@ -41,12 +43,22 @@ def test_one_that_was_edited_at_any_depth_is_refused(tmp_path: Path, change: Any
     assert found.value.fix == "Make it again."
 
 
-def test_a_secret_is_not_recorded() -> None:
+def test_a_secret_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(typed, "_words", ())
     run = Run(settings={}, inputs=[])
-    entries = make_sidecar(BalanceSidecar) | {"flags": {"against": "https://ann:pw@host/a.tar", "keep": 0.5}}
-    kept = {name: entries[name] for name in ("embeddings", "flags", "pictures", "result", "counts", "seconds")}
-    flags = formats.make_sidecar(BalanceSidecar, "balance", run, kept).flags
-    assert flags == {"against": "https://REDACTED@host/a.tar", "keep": 0.5}
+    entries = make_sidecar(BalanceSidecar)
+    kept = {name: entries[name] for name in ("embeddings", "pictures", "result", "counts", "seconds")}
+    typed.remember(["balance", "https://ann:pw@host/a.tar", "--keep", "0.5"])
+    command = formats.make_sidecar(BalanceSidecar, "balance", run, kept).command
+    assert command == ["clipcid", "balance", "https://REDACTED@host/a.tar", "--keep", "0.5"]
+
+
+def test_a_recorded_command_is_shown_and_not_offered() -> None:
+    entries = make_sidecar(BalanceSidecar, command=["clipcid", "balance", "a\nRun: rm -r ~"])
+    fix = run_again("balance", msgspec.convert(entries, BalanceSidecar), keep=0.5)
+    first, second = fix.split("\n")
+    assert first == "Run balance again with --keep 0.5 --overwrite."
+    assert second == r"The output that is there was made by: clipcid balance 'a\nRun: rm -r ~'"
 
 
 @pytest.mark.parametrize(("version", "said"), [(1, "written by an earlier clipcid"), (99, "knows up to 2")])

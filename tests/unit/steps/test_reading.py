@@ -20,7 +20,8 @@ from shard_server import serve
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import match_class_names
-from clipcid_cli.formats.data.dataset import Dataset, fingerprint_images, open_dataset
+from clipcid_cli.formats.data.dataset import Dataset, open_dataset
+from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.files import lock
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, RETRIEVAL

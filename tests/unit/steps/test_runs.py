@@ -51,7 +51,7 @@ def write_evaluation(work: Path, run_name: str, acc1: float, variant: str = "") 
         work / "eval" / name, about | {"task": "zeroshot_classification", "metrics": {"acc1": acc1, "acc5": None}}
     )
     measured = {"images_per_second": 1.0, "customary": "acc1", "intervals": {"acc1": [acc1 - 0.1, acc1 + 0.1]}}
-    measured |= {"chance": {"acc1": 0.25}, "majority": 0.4, "calibration": None, "per_class": [], "examples": []}
+    measured |= {"chance": {"acc1": 0.25}, "majority": 0.4, "per_class": [], "examples": []}
     sidecar = make_sidecar(formats.ZeroshotSidecar, counts={"images": 9, "texts": 4, "skipped": {}}, **measured)
     write_json(work / "eval" / "sidecars" / name, sidecar)
 

@@ -20,8 +20,8 @@ from clipcid_cli.formats.fingerprint import record, validate_unchanged
 from clipcid_cli.formats.join import join, parquet_listing
 from clipcid_cli.formats.results.clusters import read_labels
 from clipcid_cli.formats.results.keep_list import Column
-from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
-from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory, remake_clusters
+from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, run_again, sidecar_path
+from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun, FoundClusters
 from clipcid_cli.steps.balance.result import ClusterCapResult
@@ -70,7 +70,7 @@ def find_cap_clusters(settings: BalanceSettings) -> FoundClusters | None:
             f"{folder} holds no finished clusters.",
             f"Give --clusters DIR, or run: {_cluster_all(settings)}",
         )
-    fix = remake_clusters(folder, sidecar, settings.work)
+    fix = run_again("cluster", sidecar)
     validate_unchanged(folder, [each for each in sidecar.outputs if each.path == CLUSTERS], path, fix)
     images = sidecar.result["images"]
     reporting.note(f"Clusters: {folder}, of {images:,} images.")

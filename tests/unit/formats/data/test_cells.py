@@ -17,7 +17,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset, open_described
 from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.runtime.distributed import open_dist_context
-from clipcid_cli.steps.data_index import cache_shards, ensure_index
+from clipcid_cli.steps.data_index import ensure_index
+from clipcid_cli.steps.shard_copies import cache_shards
 
 
 def write_list(folder: Path, *cells: object, name: str = "list.csv") -> Path:

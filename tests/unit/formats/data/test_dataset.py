@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data import texts
-from clipcid_cli.formats.data.dataset import Columns, Dataset, fingerprint_images, open_dataset, open_described
+from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.samples import ListFormat, Sample, natural_key, read_classes
-from clipcid_cli.formats.data.texts import open_texts
 from clipcid_cli.formats.skips import Skips
 
 
@@ -137,7 +135,7 @@ def test_image_folder_with_captions(tmp_path: Path) -> None:
 
 
 def test_folders_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipcid_cli.formats.data.folders_and_lists.VIRTUAL_SHARD", 4)
+    monkeypatch.setattr("clipcid_cli.formats.data.slices.VIRTUAL_SHARD", 4)
     for number in range(10):
         (tmp_path / f"{number}.png").write_bytes(make_image(number))
     dataset = open_dataset(tmp_path)
@@ -498,57 +496,3 @@ def test_any_names_have_one_order_by_the_numbers_in_them(names: list[str]) -> No
 
 def test_a_name_that_begins_another_comes_before_it() -> None:
     assert sorted(["cat2", "cat10", "cat", "ca"], key=natural_key) == ["ca", "cat", "cat2", "cat10"]
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        [b"", b"a", b"", b"b", b"c", b" ", b"d", b""],
-        [b"a", *[b"%d" % row for row in range(12)]],
-        [b"a", b"b", b"c", b"d"],
-        [b"", b"a"],
-    ],
-)
-def test_each_text_is_in_one_slice_and_each_empty_line_counted_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[bytes]
-) -> None:
-    monkeypatch.setattr(texts, "TEXTS_A_SHARD", 2)
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
-    dataset, skips = pickle.loads(pickle.dumps(open_texts(path))), Skips()
-    expected = [line.decode() for line in lines if line.strip()]
-    found = [sample for shard in dataset.shards for sample in shard.stream(skips)]
-    assert [sample.captions for sample in found] == [(text,) for text in expected]
-    assert [sample.key for sample in found] == [str(row) for row in range(len(expected))]
-    # What ends without a line break is no further line.
-    assert skips.counts.get("empty_line", 0) == len(lines) - len(expected) - (lines[-1] == b"")
-    assert dataset.estimate_samples() == len(expected)
-    assert [len(shard.samples()) for shard in dataset.shards] == [2] * (len(expected) // 2) + [1] * (len(expected) % 2)
-    first = dataset.fingerprints()
-    path.write_bytes(path.read_bytes().replace(b"a", b"x"))
-    assert [one == other for one, other in zip(first, open_texts(path).fingerprints(), strict=True)] == [
-        False,
-        *[True] * (len(first) - 1),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "holds no text: it has 0 lines"),
-        (b"\n \n", "holds no text: it has 2 lines, all empty"),
-        (b"a\nb\0c\n", "line 2, holds a NUL character"),
-        (b"a\ncaf\xe9\n", "line 2, is not UTF-8: byte 4 is 0xe9"),
-        (b"a\n" + b"x" * 8193, "line 2, is longer than 8,192 characters"),
-        (b"a\n" + "漢".encode() * 100_000, "line 2, is longer than 8,192 characters"),
-    ],
-)
-def test_what_is_no_file_of_texts_is_told(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(content)
-    with pytest.raises(ClipcidError, match=message) as raised:
-        open_texts(path)
-    assert raised.value.fix
-    path.unlink()
-    with pytest.raises(ClipcidError, match="cannot be read"):
-        open_texts(path)

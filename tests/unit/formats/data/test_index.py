@@ -11,9 +11,8 @@ import pytest
 from conftest import make_caption, make_image, shard_members, write_tar
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data import dataset as dataset_module
 from clipcid_cli.formats.data import index as module
-from clipcid_cli.formats.data import tars
+from clipcid_cli.formats.data import tar_shards
 from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.data.index import DataIndex, SampleRef
 from clipcid_cli.formats.data.shard import Shard
@@ -68,8 +67,8 @@ def test_it_says_what_a_listing_says_and_later_starts_open_no_shard(
     index = index_of(path, tmp_path / "index", **settings)
     plain = open_dataset(path, **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(tars, "read_members", lambda path: pytest.fail("a tar was listed again"))
-        patch.setattr(dataset_module, "validate_tar", lambda path: pytest.fail("a tar was opened again"))
+        patch.setattr(tar_shards, "read_members", lambda path: pytest.fail("a tar was listed again"))
+        patch.setattr(tar_shards, "validate_tar", lambda path: pytest.fail("a tar was opened again"))
         again = open_dataset(path, index_root=tmp_path / "index", **settings)
         assert again.index == index
         fingerprints, count = again.fingerprints(), again.estimate_samples()

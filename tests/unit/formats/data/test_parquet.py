@@ -18,7 +18,8 @@ from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, ope
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import open_dist_context
-from clipcid_cli.steps.data_index import cache_shards, ensure_index
+from clipcid_cli.steps.data_index import ensure_index
+from clipcid_cli.steps.shard_copies import cache_shards
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 NAMES = {"label": {"names": ["red_door", "boat"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}

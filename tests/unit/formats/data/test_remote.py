@@ -17,11 +17,13 @@ from shard_server import ShardServer, send, serve, serve_answers
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data import remote
+from clipcid_cli.formats.data.activity import count_received
 from clipcid_cli.formats.data.dataset import open_dataset, open_described
-from clipcid_cli.formats.data.remote import count_received, describe_file, open_remote, read_remote
-from clipcid_cli.formats.data.samples import ByteRange, Sample, close_copies
-from clipcid_cli.formats.data.shard import Shard
+from clipcid_cli.formats.data.distant import close_copies
+from clipcid_cli.formats.data.remote import describe_file, open_remote, read_remote
+from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
+from clipcid_cli.formats.data.tar_shards import TarShard
 from clipcid_cli.formats.files import lock
 from clipcid_cli.formats.fingerprint import FileRecord
 
@@ -109,19 +111,19 @@ def test_commands_that_fail_are_named(tiny_shards: Path, monkeypatch: pytest.Mon
     with pytest.raises(ClipcidError, match=r"The command pipe:exit 3 failed \(tried 2 times\): exit 3"):
         open_dataset("pipe:exit 3")
     with pytest.raises(ClipcidError, match=r"failed \(tried 2 times\): exit 4"):
-        list(Shard("0", f"pipe:cat {path}; exit 4").stream())
+        list(TarShard("0", f"pipe:cat {path}; exit 4").stream())
     for size, where in ((700, "within 000000.png"), (3000, r"within 00000\d\.\w+")):
         with pytest.raises(ClipcidError, match=f"is truncated: it ends {where}"):
-            list(Shard("0", f"pipe:head -c {size} {path}").stream())
+            list(TarShard("0", f"pipe:head -c {size} {path}").stream())
     with pytest.raises(ClipcidError, match="is damaged at byte 0: there is no tar header"):
-        list(Shard("0", "pipe:seq 1000").stream())
+        list(TarShard("0", "pipe:seq 1000").stream())
 
 
 def test_a_command_that_fails_once_is_run_again(tiny_shards: Path, tmp_path: Path) -> None:
     path, mark = shlex.quote(str(tiny_shards / "00000.tar")), shlex.quote(str(tmp_path / "mark"))
     command = f"pipe:if [ -e {mark} ]; then cat {path}; else touch {mark}; head -c 4000 {path}; exit 1; fi"
-    assert contents(list(Shard("0", command).stream())) == contents(
-        Shard("0", str(tiny_shards / "00000.tar")).samples()
+    assert contents(list(TarShard("0", command).stream())) == contents(
+        TarShard("0", str(tiny_shards / "00000.tar")).samples()
     )
 
 

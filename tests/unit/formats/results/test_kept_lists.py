@@ -15,7 +15,7 @@ import pytest
 from uid_data import UIDS, datacomp_subset
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.shard import Shard
+from clipcid_cli.formats.data.tar_shards import TarShard
 from clipcid_cli.formats.data.tars import copy_samples, count_samples
 from clipcid_cli.formats.results.keep_list import (
     are_uids,
@@ -110,7 +110,7 @@ def test_samples_are_copied_byte_for_byte(tmp_path: Path, form: int) -> None:
         for member in after.getmembers():
             assert raw_bytes(target, member) == raw_bytes(source, old[member.name])
     assert target.stat().st_size % 10240 == 0
-    assert [sample.key for sample in Shard("s", str(target)).samples()] == ["x/a", "x/" + "b" * 300, "c"]
+    assert [sample.key for sample in TarShard("s", str(target)).samples()] == ["x/a", "x/" + "b" * 300, "c"]
 
 
 def test_uids_are_what_datacomp_makes_of_them_each_once(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import shutil
 import threading
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 from conftest import TINY_CONFIG, make_caption, make_image, write_tar, write_tiny_model
 from distill_data import train
 from PIL import Image
-from sidecars import edit_sidecar
 from teaching_data import (
     ALONE,
     FP32,
@@ -32,7 +30,6 @@ from teaching_data import (
 )
 
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.data import texts as text_data
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import MixedView, Processor, mix_pixels
@@ -44,12 +41,9 @@ from clipcid_cli.steps.distill import batches
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker
 from clipcid_cli.steps.distill.teachers import describe_weights
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
-from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.cluster import ClusterSettings
-from clipcid_cli.steps.settings.embed import EmbedSettings
 
 COUNTS = (1, 3, 2, 5, 1, 4)
-TEXTS = [make_caption(number) for number in range(500, 523)]
 # Batches of 40 pictures hold ten samples, with 1 + 3 pictures each.
 MIXED = {"views": 3, "view_kind": ("strong", "mix,crop"), "crop_scale": 0.8, "seed": 5, "batch_size": 40}
 
@@ -123,49 +117,20 @@ def test_other_captions_than_those_embedded_are_refused(
     changed = write_captions(tmp_path / "now", now)
     with pytest.raises(ClipcidError, match=differing) as raised:
         join(changed, folder)
-    # The command makes all that there is, and can be copied.
-    words = shlex.split(raised.value.fix.removeprefix("Run: "))
-    given = ["--model", str(tiny_model), "--out", str(folder), "--views", "2", "--view-kind", "strong,mix"]
-    given += ["--crop-scale", "0.5", "--text-variants", "2", "--seed", "7", "--overwrite"]
-    given += ["--precision", "fp32", "--batch-size", "16"]
-    assert words[:3] == ["clipcid", "embed", str(changed)]
-    assert sorted(words[3:]) == sorted(given)
+    assert raised.value.fix.startswith("Run embed again with --overwrite.")
 
 
 @pytest.fixture(scope="module")
 def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work directory with embeddings of the tiny shards, two variants of each caption, and texts in files of ten."""
+    """A work directory with embeddings of the tiny shards and two variants of each caption."""
     folder = tmp_path_factory.mktemp("extra")
     embed_data(tiny_shards, tiny_model, folder / "embeddings" / "tiny", text_variants=2)
-    (folder / "lines.txt").write_text("\n".join(TEXTS))
-    given = {"precision": "fp32", "batch_size": 4, "workers": 0, "device": "cpu", "model": str(tiny_model)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_data, "TEXTS_A_SHARD", 10)
-        embed.run(EmbedSettings(texts=folder / "lines.txt", out=folder / "texts" / "tiny", **given))
     return folder
 
 
-def test_texts_that_do_not_fit_the_teacher_are_refused(work: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    embeddings = work / "embeddings" / "tiny"
-    copied = shutil.copytree(work / "texts" / "tiny", tmp_path / "texts")
-    edit_sidecar(copied / "texts.json", lambda found: found["model"].update(weights_hash="another", spec="Other"))
-    with pytest.raises(ClipcidError, match=r"were embedded by Other, width 32; .* of .*tiny, other weights, width 32"):
-        join(tiny_shards, embeddings, extra_texts=4, texts=copied)
-    path = copied / "text_emb" / "text_emb_0000.npy"
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ClipcidError, match="text_emb_0000"):
-        join(tiny_shards, embeddings, extra_texts=4, texts=copied)
-    (copied / "texts.json").unlink()
-    with pytest.raises(ClipcidError, match="There are none in"):
-        join(tiny_shards, embeddings, extra_texts=4, texts=copied)
-
-
-@pytest.mark.parametrize("of_lines", [True, False])
-def test_processes_share_what_one_would_take(of_lines: bool, work: Path, tiny_shards: Path, teacher: ClipModel) -> None:
-    texts = work / "texts" / "tiny" if of_lines else None
-    run = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12, texts=texts)
+def test_processes_share_what_one_would_take(work: Path, tiny_shards: Path, teacher: ClipModel) -> None:
+    run = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12)
     assert run.inputs.teacher.extra_texts is not None
-    assert (run.inputs.teacher.extra_texts.variants is None) == of_lines
     maker = BatchMaker(run.settings, run.inputs, Processor.of(teacher))
 
     def make(step: int, rank: int, size: int) -> TrainingBatch:
@@ -187,23 +152,20 @@ def test_processes_share_what_one_would_take(of_lines: bool, work: Path, tiny_sh
 
 
 def test_further_texts_by_default(work: Path, plain: Path, data: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    embeddings, lines = work / "embeddings" / "tiny", work / "texts" / "tiny"
+    embeddings = work / "embeddings" / "tiny"
     assert join(tiny_shards, embeddings).inputs.teacher.num_extra_texts(6) == 6
-    given = join(tiny_shards, embeddings, texts=lines).inputs.teacher.extra_texts
-    assert given is not None
-    assert given.variants is None, "they are lines"
     assert join(tiny_shards, embeddings, preset="dr").inputs.teacher.num_extra_texts(6) == 0, "no loss takes them"
     assert join(data, plain).inputs.teacher.num_extra_texts(6) == 0, "there are none"
     common = {"student": str(write_student(tmp_path)), "embeddings": (embeddings,), "teacher_space": "project"}
     common |= {"preset": "clip-kd", "steps": 3}
     without, _ = train(tmp_path / "a", tiny_shards, **common, extra_texts=0)
-    shown, said = train(tmp_path / "b", tiny_shards, **common, extra_texts=5, texts=lines)
-    assert f"Extra texts, for the text tower alone: the 23 texts of {lines}." in said
+    shown, said = train(tmp_path / "b", tiny_shards, **common, extra_texts=5)
+    assert "Extra texts, for the text tower alone: from the 2 variants of each sample's captions." in said
     assert "Each step the text tower sees 5 further texts." in said
     assert "Shared space: the teacher's 32 dimensions, by a learned layer per student tower." in said
     assert shown[0]["loss_fd"] != without[0]["loss_fd"]
     assert shown[0]["loss_icl"] == pytest.approx(without[0]["loss_icl"], rel=1e-5)
-    parts, _ = train(tmp_path / "c", tiny_shards, accum_freq=4, workers=1, **common, extra_texts=5, texts=lines)
+    parts, _ = train(tmp_path / "c", tiny_shards, accum_freq=4, workers=1, **common, extra_texts=5)
     for one, other in zip(shown, parts, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 

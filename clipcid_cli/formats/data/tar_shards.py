@@ -1,0 +1,172 @@
+"""Samples in tars: members that agree in their names up to the first dot, as webdataset writes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.addresses import is_pipe, is_remote, is_url
+from clipcid_cli.formats.data.opening import naming_shard
+from clipcid_cli.formats.data.samples import (
+    IMAGE_SUFFIXES,
+    JSON,
+    MOST_TEXT,
+    TXT,
+    ByteRange,
+    Sample,
+    gather_captions,
+    member_of,
+    split_captions,
+)
+from clipcid_cli.formats.data.shard import Opened, ReadOptions, Shard
+from clipcid_cli.formats.data.shard_files import name_shards
+from clipcid_cli.formats.data.tars import CutTarError, Group, Member, group_members, read_members, validate_tar
+from clipcid_cli.formats.skips import Skips
+
+_CLASS = re.compile(rb"[+-]?[0-9]{1,9}")
+_MOST_OF_CLASS = 1_024  # bytes of a ``.cls``
+_PROBED = 100  # samples of a tar behind a URL, whose places tell how many it has
+_SAMPLES_OF_COMMAND = 10_000  # as img2dataset makes shards
+
+
+def open_tars(files: Sequence[str], options: ReadOptions, *, is_benchmark: bool) -> Opened:
+    """Open tars as shards; in CLIP_benchmark's folders each line of a ``.txt`` is a caption."""
+    _validate_member_keys(options.caption_keys)
+    shards = [
+        TarShard(
+            name,
+            file,
+            prefix_keys=options.prefix_keys,
+            max_sample_bytes=options.max_sample_bytes,
+            caption_lines=options.caption_lines or is_benchmark,
+            caption_keys=options.caption_keys or (TXT,),
+        )
+        for name, file in zip(name_shards(files), files, strict=True)
+    ]
+    return Opened("benchmark" if is_benchmark else "webdataset", shards)
+
+
+def _validate_member_keys(keys: Sequence[str]) -> None:
+    """Refuse keys of captions whose members hold no texts."""
+    for key in keys:
+        if key.lower() == JSON:
+            raise ClipcidError(
+                "--caption-key json would take all of each .json as a caption.",
+                "Name a field of the .json: --caption-key json:FIELD",
+            )
+        if key.lower() in (*IMAGE_SUFFIXES, "npy"):
+            raise ClipcidError(
+                f"--caption-key {key} names files that hold no text.", "Name those of captions, such as txt."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TarShard(Shard):
+    """A tar on this disk, behind a URL, or that a command writes."""
+
+    caption_lines: bool = False  # whether each line of a ``.txt`` is a caption of its own
+    caption_keys: tuple[str, ...] = (TXT,)  # where captions are: extensions of members, or fields of the json member
+    is_cut: bool = False  # whether it ends too early, and the samples before the end are used
+
+    def read(self, skips: Skips) -> Iterator[Sample]:
+        """Yield the samples in order, and count keys without an image or that occur earlier.
+
+        What is behind a URL or a command is read once, and the samples come with their bytes. Of a local file only the
+        headers, captions and classes are read.
+        """
+        seen: set[str] = set()
+        with naming_shard(self.source):
+            members = read_members(self.source, self.max_sample_bytes, allow_cut=self.is_cut)
+            for group in group_members(members):
+                where = f"{self.name}/{group.key}"
+                if group.is_cut:
+                    skips.add("cut_off", where)
+                    continue
+                for _ in range(group.repeats):
+                    skips.add("duplicate_key", where)
+                image = self._find_image(group.members)
+                if group.key in seen:
+                    skips.add("duplicate_key", where)
+                elif image is None:
+                    skips.add("no_image", where)
+                else:
+                    yield self._make_sample(group, image, skips)
+                seen.add(group.key)
+
+    def _find_image(self, members: Mapping[str, Member]) -> ByteRange | None:
+        for suffix in IMAGE_SUFFIXES:
+            if suffix in members:
+                return self._place(members[suffix])
+        return None
+
+    def _make_sample(self, group: Group, image: ByteRange, skips: Skips) -> Sample:
+        members = group.members
+        texts = [self._place(members.get(member_of(key)), MOST_TEXT + 1) for key in self.caption_keys]
+        captions = [self._split(text, key, skips) for text, key in zip(texts, self.caption_keys, strict=True)]
+        label = self._place(members.get("cls"), _MOST_OF_CLASS)
+        return Sample(
+            key=group.key,
+            image=image,
+            captions=gather_captions(self.caption_keys, captions, skips),
+            label=None if label is None else _parse_label(label.read(), f"{self.name}/{group.key}"),
+            multi_hot=self._place(members.get("npy")),
+            attributes=self._place(members.get(JSON), MOST_TEXT + 1),
+            # A command's output passes, so that its captions are to be kept in the index.
+            captions_at=() if is_pipe(self.source) else tuple(texts),
+        )
+
+    def _place(self, member: Member | None, most: int | None = None) -> ByteRange | None:
+        """Return where a member is, or its first `most` bytes."""
+        if member is None:
+            return None
+        size = member.size if most is None else min(member.size, most)
+        data = None if member.data is None or len(member.data) < size else member.data[:size]
+        return ByteRange(self.source, member.offset, size, data, max_bytes=self.max_sample_bytes)
+
+    def _split(self, text: ByteRange | None, key: str, skips: Skips | None = None) -> tuple[str, ...]:
+        if text is None:
+            return ()
+        return split_captions(text.read(), key, a_line_each=self.caption_lines, skips=skips)
+
+    def read_captions(self, places: Sequence[ByteRange | None]) -> tuple[str, ...]:
+        try:
+            captions = [self._split(text, key) for text, key in zip(places, self.caption_keys, strict=True)]
+        except OSError as error:
+            raise ClipcidError(
+                f"The captions in {self.source} cannot be read: {error}.",
+                "Put the file back, then run the same command again.",
+            ) from error
+        return tuple(chain.from_iterable(captions))
+
+    def find_cut(self) -> str:
+        if not is_remote(self.source):
+            try:
+                validate_tar(Path(self.source))
+            except CutTarError as error:
+                return error.message
+        return ""
+
+    def estimate_samples(self) -> int:
+        if is_pipe(self.source):
+            return _SAMPLES_OF_COMMAND
+        if not is_url(self.source):
+            return len(self.samples())
+        first = list(islice(self.stream(), _PROBED))
+        if len(first) < _PROBED:
+            return len(first)
+        bytes_read = first[-1].image.offset - first[0].image.offset
+        return round(self.fingerprint().size * (_PROBED - 1) / bytes_read)
+
+
+def _parse_label(text: bytes, where: str) -> int:
+    text = text.strip()
+    if not _CLASS.fullmatch(text):
+        raise ClipcidError(
+            f"The .cls of sample {where} contains {text[:40]!r}, not the number of a class.",
+            "Write one integer, from 0 to 999,999,999.",
+        )
+    return int(text)

@@ -1,0 +1,26 @@
+"""How long a step of training takes on a device, computed: operations and bytes by their rates there."""
+
+from __future__ import annotations
+
+from clipcid_cli.algorithms.costs import BATCH_OF_DEVICE, Clip
+from clipcid_cli.runtime.devices import Device
+
+
+def step_seconds(
+    clip: Clip, device: Device, own: int = BATCH_OF_DEVICE, batch: int = BATCH_OF_DEVICE, candidates: int = 0
+) -> float:
+    """Return the seconds of a step of `own` samples on each device, of `batch` over all of them.
+
+    Args:
+        candidates: Centroids that the cluster loss compares each sample with.
+    """
+    device = device.reached()
+    products = own * clip.training_operations + clip.optimizer_operations
+    moved = own * clip.training_bytes(mixed=device.is_mixed) + clip.update_bytes
+    losses = clip.loss_operations(own, batch, candidates)
+    return products / device.product + moved / device.bandwidth + losses / device.exact
+
+
+def samples_per_second(clip: Clip, device: Device) -> float:
+    """Return how many samples a second one device trains on, in steps of the usual size."""
+    return BATCH_OF_DEVICE / step_seconds(clip, device)
