@@ -10,21 +10,25 @@ from typing import Any
 import msgspec
 
 from clipcid_cli.formats import sidecar as formats
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.fingerprint import identity_of
+from clipcid_cli.formats.results.clusters import ClusterSidecar
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
+from clipcid_cli.formats.results.run_folder import DistillSidecar
 from clipcid_cli.formats.sidecar import FORMAT_VERSION, Run, sidecar_path
 
 MODEL = {"spec": "tiny", "weights_hash": "blake2b:0", "config": {"text_cfg": {}, "vision_cfg": {}}}
 DATA = {"spec": "data", "keys": "sample", "image": "filepath", "caption": "title", "key": "key"}
 _EMBED_SETTINGS = {"text": True, "keys": "sample", "fast_decode": False, "precision": "fp32", "batch_size": 64}
 _ENTRIES: dict[type, dict[str, Any]] = {
-    formats.EmbedSidecar: {
+    EmbedSidecar: {
         "settings": {**_EMBED_SETTINGS, "preprocess": "blake2b:1"},
         "counts": {"images": 3, "read": 3, "skipped": {}, "laid_on_white": 0},
         "images_per_second": 1.0,
         "model": MODEL,
         "data": DATA,
     },
-    formats.BalanceSidecar: {
+    BalanceSidecar: {
         "embeddings": "embeddings/tiny",
         "pictures": {"shown": 0, "unread": [], "why": ""},
         "result": {
@@ -46,7 +50,7 @@ _ENTRIES: dict[type, dict[str, Any]] = {
             "seconds": {},
         },
     },
-    formats.ClusterSidecar: {
+    ClusterSidecar: {
         "counts": {"read": 3, "used": 3, "skipped": {}},
         "embeddings": "embeddings/tiny",
         "keep_list": None,
@@ -55,7 +59,7 @@ _ENTRIES: dict[type, dict[str, Any]] = {
         "temperatures": {"image": 0.02, "caption": 0.03},
         "result": {"images": 3, "clusters": 3, "objective": 0.5, "iterations": 1, "seconds": {}},
     },
-    formats.DistillSidecar: {
+    DistillSidecar: {
         "settings": {"losses": {"clip": {"value": 1.0}}, "val_fraction": 0.01, "ema": None},
         "counts": {"read": 3, "used": 3, "held_out": 0, "skipped": {}},
         "model": {},
@@ -66,7 +70,7 @@ _ENTRIES: dict[type, dict[str, Any]] = {
 }
 
 
-def make_sidecar(kind: type[formats.Kind], **entries: Any) -> dict[str, Any]:
+def make_sidecar(kind: type[formats.Sidecar], **entries: Any) -> dict[str, Any]:
     """Return the entries of a sidecar, with those given in the place of plain ones."""
     plain = {"format_version": FORMAT_VERSION, "tool": "clipcid", "tool_version": "0", "step": "step"}
     plain |= {"settings": {}, "inputs": [], "outputs": [], "counts": {}, "seconds": {}}

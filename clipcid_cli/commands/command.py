@@ -100,8 +100,7 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
 
 def _read_embedding(ctx: click.Context) -> dict[str, Any]:
     """Return what the configuration file and the environment say of `embed`, for a command that embeds."""
-    command = _sibling_commands(ctx)[EMBED]
-    assert command is not None
+    command = _sibling_command(ctx, EMBED)
     config = ctx.params["config"]
     with command.make_context(EMBED, [] if config is None else ["--config", str(config)], parent=ctx.parent) as own:
         given = (ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
@@ -256,11 +255,19 @@ def _click_type(kind: Any, setting: Setting) -> click.ParamType[Any]:
     return kind_of_number
 
 
-def _sibling_commands(ctx: click.Context) -> dict[str, click.Command | None]:
-    group = ctx.parent
-    assert group is not None
-    assert isinstance(group.command, click.Group)
-    return {name: group.command.get_command(group, name) for name in group.command.list_commands(group)}
+def _sibling_commands(ctx: click.Context) -> dict[str, click.Command]:
+    """Load all subcommands, which takes the settings of each."""
+    assert ctx.parent is not None
+    assert isinstance(ctx.parent.command, click.Group)
+    return {name: _sibling_command(ctx, name) for name in ctx.parent.command.list_commands(ctx.parent)}
+
+
+def _sibling_command(ctx: click.Context, name: str) -> click.Command:
+    assert ctx.parent is not None
+    assert isinstance(ctx.parent.command, click.Group)
+    command = ctx.parent.command.get_command(ctx.parent, name)
+    assert command is not None
+    return command
 
 
 def _validate_variables(ctx: click.Context) -> None:
@@ -269,7 +276,7 @@ def _validate_variables(ctx: click.Context) -> None:
     if not given:
         return
     commands = _sibling_commands(ctx)
-    known = set[str]().union(*map(_variables, filter(None, commands.values())))
+    known = set[str]().union(*map(_variables, commands.values()))
     for name in sorted(given - known):
         # With the name of a command in it, first of all of this one.
         complete = [_variable(command, name.removeprefix(_PREFIX)) for command in (str(ctx.command.name), *commands)]
@@ -316,9 +323,7 @@ def load_config(ctx: click.Context, parameter: click.Parameter, path: Path | Non
             close = difflib.get_close_matches(name, commands, n=1)
             hint = f"Did you mean [{close[0]}]?" if close else f"Tables are: {', '.join(commands)}."
             raise UsageError(f"{path}: [{name}] is not a command.", hint)
-        command = commands[name]
-        assert command is not None
-        values[name] = _read_table(command, path, table)
+        values[name] = _read_table(commands[name], path, table)
     ctx.default_map = values.get(ctx.command.name or "", {})
     return path
 

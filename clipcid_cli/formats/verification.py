@@ -12,9 +12,10 @@ from pathlib import Path
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.files import describe, open_regular
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.sidecar import EmbedSidecar, Sidecar, read_sidecar
+from clipcid_cli.formats.sidecar import Sidecar, read_sidecar
 
 _STEPS = ("embed", "balance", "forest", "cluster", "repair", "distill", "export", "write-shards", "matched")
 _OF_EVALUATIONS = "sidecars"  # the folder of sidecars whose files are in the one above
@@ -31,7 +32,7 @@ class Fault(msgspec.Struct, frozen=True):
     problem: str
 
 
-class Outputs(msgspec.Struct):
+class FolderContents(msgspec.Struct):
     """What a folder holds: sidecars, the folders of unfinished runs, and links that are not followed."""
 
     sidecars: list[Path] = []
@@ -50,9 +51,9 @@ class RecordedFile(msgspec.Struct, frozen=True):
         return Path(os.path.normpath(self.sidecar.parent / self.record.path))
 
 
-def find_outputs(root: Path) -> Outputs:
+def find_outputs(root: Path) -> FolderContents:
     """Look for outputs in a folder and all below it."""
-    outputs = Outputs()
+    outputs = FolderContents()
 
     def note_unread(error: OSError) -> None:
         outputs.faults.append(Fault(str(error.filename), f"cannot be read: {describe(error)}"))

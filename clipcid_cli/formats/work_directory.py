@@ -14,21 +14,18 @@ from typing import Any
 from clipcid_cli.errors import ClipcidError, command_line, flag_words
 from clipcid_cli.formats.fingerprint import hash_json, validate_unchanged
 from clipcid_cli.formats.output import unfinished
-from clipcid_cli.formats.sidecar import (
-    BalanceSidecar,
-    ClusterSidecar,
-    DataSpec,
-    DistillSidecar,
-    EmbedSidecar,
-    read_sidecar,
-    run_again,
-    sidecar_path,
-)
+from clipcid_cli.formats.sidecar import Sidecar, read_sidecar, run_again, sidecar_path
 
 KEEP_LIST = "keep.parquet"
 """Name of the keep list in its folder."""
 CLUSTERS = "clusters.parquet"
 """Name of the table of clusters in its folder."""
+
+
+class _Balanced(Sidecar, kw_only=True):
+    """What a sidecar of `balance` says of the embeddings: where they are, relative to the work directory."""
+
+    embeddings: str
 
 
 class WorkDirectory:
@@ -95,7 +92,7 @@ class WorkDirectory:
 
     def _balanced(self) -> Path | None:
         with suppress(ClipcidError):  # of an earlier version, or damaged: `balance --overwrite` replaces it
-            balanced = read_sidecar(sidecar_path(self.balance, "balance"), BalanceSidecar)
+            balanced = read_sidecar(sidecar_path(self.balance, "balance"), _Balanced)
             folder = None if balanced is None else self.path / balanced.embeddings
             return folder if folder is not None and folder.exists() else None
         return None
@@ -108,7 +105,7 @@ class WorkDirectory:
         """
         path = self.balance / KEEP_LIST
         record = sidecar_path(self.balance, "balance")
-        sidecar = read_sidecar(record, BalanceSidecar)
+        sidecar = read_sidecar(record, Sidecar)
         if sidecar is not None:
             fix = f"Or use the list as it is now: {flag_words(keep_list=path)}"
             if not path.exists():
@@ -126,7 +123,7 @@ class WorkDirectory:
     def find_clusters(self, **flags: Any) -> Path:
         """Find the folder of a finished `cluster`; `flags` are those of the command that makes it, for the error."""
         record = sidecar_path(self.clusters, "cluster")
-        sidecar = read_sidecar(record, ClusterSidecar)
+        sidecar = read_sidecar(record, Sidecar)
         if sidecar is None or not (self.clusters / CLUSTERS).exists():
             raise self._missing("clusters", self.clusters, "--clusters", "cluster", **flags)
         table = [file for file in sidecar.outputs if file.path == CLUSTERS]
@@ -145,20 +142,9 @@ class WorkDirectory:
         run = runs[-1].parent
         student = run / "student"
         fix = f"Use the model as it is now, by its path: {student}; or train it again: its command, with --overwrite."
-        sidecar = read_sidecar(runs[-1], DistillSidecar, fix)
+        sidecar = read_sidecar(runs[-1], Sidecar, fix)
         validate_unchanged(run, [] if sidecar is None else sidecar.outputs, runs[-1], fix)
         return student
-
-    def find_data(self, embeddings: Path | None = None) -> DataSpec:
-        """Find the data that embeddings were made from, those of a folder or what `find_embeddings` finds."""
-        folder = embeddings if embeddings is not None else self.find_embeddings()
-        sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
-        if sidecar is None:
-            raise ClipcidError(
-                f"{folder} does not record which data it was made from.",
-                "Give the data as the first argument (a folder of shards, …).",
-            )
-        return sidecar.data
 
     def _missing(self, what: str, folder: Path, flag: str, *words: str, **flags: Any) -> ClipcidError:
         some = " (only unfinished ones)" if folder.is_dir() and any(folder.iterdir()) else ""

@@ -32,6 +32,7 @@ from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claim
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
     PROGRESS,
+    ClusterSidecar,
     join_parts,
     map_tops,
     part_arrays,
@@ -40,7 +41,8 @@ from clipcid_cli.formats.results.clusters import (
     read_label_parts,
     top_paths,
 )
-from clipcid_cli.formats.sidecar import ClusterSidecar, RepairFigures, sidecar_path
+from clipcid_cli.formats.results.repair import RepairFigures
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, memory_for_rows, open_dist_context
@@ -50,7 +52,8 @@ from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.timing import time_trial, timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.inputs import choose_keep_list, open_teachers, skip_rows
+from clipcid_cli.steps.embeddings import open_teachers, skip_rows
+from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.reporting import format_duration
 from clipcid_cli.steps.settings.cluster import ClusterSettings

@@ -18,8 +18,16 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, RowMap
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import OutputSpec, find_output, open_output, remove_leftovers
-from clipcid_cli.formats.results.repair import REPAIR, STEP, read_repair, write_repair
-from clipcid_cli.formats.sidecar import PairingFigures, RepairFigures, RepairSidecar, sidecar_path
+from clipcid_cli.formats.results.repair import (
+    REPAIR,
+    STEP,
+    PairingFigures,
+    RepairFigures,
+    RepairSidecar,
+    read_repair,
+    write_repair,
+)
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.randomness import derive_seed, key_fractions

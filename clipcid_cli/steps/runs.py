@@ -19,10 +19,15 @@ import msgspec
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import natural_key
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import hash_json
+from clipcid_cli.formats.models.export_sidecar import ExportSidecar
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg
+from clipcid_cli.formats.results.clusters import ClusterSidecar
+from clipcid_cli.formats.results.evaluations import LinearSidecar, ZeroshotSidecar
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.results.metrics import (
     SUMMARY_REPORT,
     Metrics,
@@ -30,19 +35,8 @@ from clipcid_cli.formats.results.metrics import (
     read_metrics,
     read_metrics_sidecar,
 )
-from clipcid_cli.formats.results.run_folder import RunFolder, read_lines
-from clipcid_cli.formats.sidecar import (
-    BalanceSidecar,
-    ClusterSidecar,
-    DistillSidecar,
-    EmbedSidecar,
-    ExportSidecar,
-    LinearSidecar,
-    Sidecar,
-    ZeroshotSidecar,
-    read_sidecar,
-    sidecar_path,
-)
+from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder, read_lines
+from clipcid_cli.formats.sidecar import Sidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.settings.runs import RunsSettings

@@ -27,7 +27,7 @@ from balance import describe_machine, unit
 
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import OutputSpec, open_output
-from clipcid_cli.formats.sidecar import ClusterSidecar
+from clipcid_cli.formats.results.clusters import ClusterSidecar
 from clipcid_cli.steps.balance import compute, report, run, sets, write
 from clipcid_cli.steps.settings.balance import BalanceSettings
 

@@ -17,7 +17,7 @@ from sidecars import make_sidecar
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from clipcid_cli.formats.sidecar import DistillSidecar
+from clipcid_cli.formats.results.run_folder import DistillSidecar
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "grey": (120, 120, 120), "red": (210, 50, 40)}
 

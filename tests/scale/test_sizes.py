@@ -18,6 +18,7 @@ from sidecars import make_sidecar
 from clipcid_cli.formats.arrays import map_strings, save_arrays
 from clipcid_cli.formats.files import write_json, write_npy
 from clipcid_cli.formats.results.clusters import (
+    ClusterSidecar,
     TopClusters,
     join_parts,
     open_clusters,
@@ -26,7 +27,6 @@ from clipcid_cli.formats.results.clusters import (
     part_path,
 )
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
-from clipcid_cli.formats.sidecar import ClusterSidecar
 
 pytestmark = pytest.mark.slow
 

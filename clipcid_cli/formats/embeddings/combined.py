@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import METADATA, Float16, Kind, Numbers, Rows
-from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.embeddings.rows import METADATA, EmbeddingFile, Float16, Kind, Numbers, Rows
+from clipcid_cli.formats.fingerprint import FileRecord, Memo
 from clipcid_cli.formats.join import join
 from clipcid_cli.formats.sidecar import ModelRecord
 
@@ -30,16 +31,8 @@ class CombinedEmbeddings(Embeddings):
     def __init__(self, members: Sequence[Embeddings], weights: Sequence[float], scratch: Path | None) -> None:
         """Join the members, whose keys are unique; `scratch` is as `folder` of `join`."""
         first = next((member for member in members if member.has_texts), members[0])
-        super().__init__(
-            first.folder,
-            first.files,
-            first.sidecar,
-            first._memo,
-            first._records,
-            first._keys,
-            first._key_columns[0],
-            first._work,
-        )
+        super().__init__(first.folder, first.files, first.sidecar, Memo())
+        self._first = first
         self._members = tuple(members)
         self.weights = tuple(weights)
         self.width = sum(member.width for member in members)
@@ -68,6 +61,30 @@ class CombinedEmbeddings(Embeddings):
             logit_scale=None if scale is None else scale / math.sqrt(self._weight_of_texts),
             logit_bias=self._mean("logit_bias"),
         )
+
+    @property
+    def shards(self) -> list[str]:
+        return self._first.shards
+
+    @property
+    def key_column(self) -> str | None:
+        return self._first.key_column
+
+    @property
+    def key_rule(self) -> str | None:
+        return self._first.key_rule
+
+    def keys_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
+        return self._first.keys_of(file)
+
+    def contents(self, part: str) -> list[FileRecord]:
+        return self._first.contents(part)
+
+    def embed_again(self, **flags: Any) -> str:
+        return self._first.embed_again(**flags)
+
+    def validate_unique_keys(self) -> None:
+        self._first.validate_unique_keys()
 
     def _mean(self, name: str) -> float | None:
         """Return the weighted mean of a number of the teachers with captions; None where one does not record it."""

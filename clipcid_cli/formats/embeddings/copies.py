@@ -24,8 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.image_column import is_image_column
-from clipcid_cli.formats.embeddings.rows import RowFile, find_npy, unit_rows
+from clipcid_cli.formats.embeddings.rows import ArrayFile, find_npy, unit_rows
 from clipcid_cli.formats.files import atomic_file, lock, reading, write_error
 from clipcid_cli.formats.fingerprint import hash_json, stamp_of
 from clipcid_cli.formats.parquet import refuse_expansion, validate_expansion
@@ -48,7 +47,7 @@ class Copies:
         """Take the folder, which need not exist; None for one that is removed with the process."""
         self._folder = folder
 
-    def columns(self, columns: Sequence[tuple[Path, str]]) -> list[RowFile]:
+    def columns(self, columns: Sequence[tuple[Path, str]]) -> list[ArrayFile]:
         """Return the rows in columns of files, copied where they are not yet."""
         targets = [self._target(path, f"{name}.npy") for path, name in columns]
 
@@ -103,24 +102,6 @@ def _make(target: Path, write: Callable[[IO[bytes]], None], *, waits: bool) -> N
         return
     except OSError as error:
         raise write_error(target, error) from error
-
-
-def list_columns(path: Path) -> list[str]:
-    """Return the names of the columns of a parquet file that hold a list of floating-point numbers per row."""
-    with reading(path, "a parquet file", _FIX), pq.ParquetFile(path) as file:
-        return [field.name for field in file.schema_arrow if _is_rows(field.type)]
-
-
-def has_images(path: Path) -> bool:
-    """Tell whether a parquet file holds images."""
-    with reading(path, "a parquet file", _FIX), pq.ParquetFile(path) as file:
-        return any(is_image_column(field.type) for field in file.schema_arrow)
-
-
-def _is_rows(kind: pa.DataType) -> bool:
-    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return bool(is_list and pa.types.is_floating(kind.value_type))
 
 
 def _copy_column(path: Path, name: str, target: IO[bytes]) -> None:

@@ -14,23 +14,38 @@ A file of one of these forms may also be given itself.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.image_column import is_image_column
 from clipcid_cli.formats.data.samples import natural_key
-from clipcid_cli.formats.embeddings.copies import Copies, has_images, list_columns
-from clipcid_cli.formats.embeddings.rows import METADATA, Kind, RowFile, find_member, find_npy, list_arrays
+from clipcid_cli.formats.embeddings.rows import (
+    AGAIN,
+    METADATA,
+    ArrayFile,
+    EmbeddingFile,
+    Kind,
+    find_member,
+    find_npy,
+    list_arrays,
+)
+from clipcid_cli.formats.files import reading
 from clipcid_cli.formats.parquet import count_rows
 
+if TYPE_CHECKING:
+    from clipcid_cli.formats.embeddings.copies import Copies
+
 _GIVE = "Give --embeddings DIR, or make them: clipcid embed DATA"
-AGAIN = "Copy or make the folder again."
+_FIX = "Copy or make it again, or choose other embeddings."
 _SUFFIXES = (".npy", ".npz", ".parquet")
 # What names of columns have for images and for captions.
 _OF_IMAGE = re.compile("image|img", re.IGNORECASE)
@@ -38,24 +53,6 @@ _OF_TEXT = re.compile("text|txt|caption", re.IGNORECASE)
 _DIGITS = re.compile(r"(\d+)$")
 _SEPARATE = "Keep embeddings of different models in separate folders."
 _PARAMS = (16, 34)  # numbers of a view, without and with mixed ones
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EmbeddingFile:
-    """The files of one shard."""
-
-    parts: dict[Kind, RowFile]  # its rows by kind; images are always among them
-    metadata: Path | None  # parquet of keys and captions; None where there is none
-    first: int = 0  # number of its first row among those of all shards
-
-    @property
-    def rows(self) -> int:
-        return self.parts[Kind.IMAGES].shape[0]
-
-    @property
-    def name(self) -> str:
-        """Name of the file without its suffix, used as the shard's where another tool did not record it."""
-        return self.parts[Kind.IMAGES].origin.stem
 
 
 def find_rows(folder: Path) -> Path | None:
@@ -74,6 +71,24 @@ def _is_table(path: Path) -> bool:
     with suppress(ClipcidError):
         return bool(list_columns(path)) and not has_images(path)
     return False
+
+
+def list_columns(path: Path) -> list[str]:
+    """Return the names of the columns of a parquet file that hold a list of floating-point numbers per row."""
+    with reading(path, "a parquet file", _FIX), pq.ParquetFile(path) as file:
+        return [field.name for field in file.schema_arrow if _is_rows(field.type)]
+
+
+def has_images(path: Path) -> bool:
+    """Tell whether a parquet file holds images."""
+    with reading(path, "a parquet file", _FIX), pq.ParquetFile(path) as file:
+        return any(is_image_column(field.type) for field in file.schema_arrow)
+
+
+def _is_rows(kind: pa.DataType) -> bool:
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(is_list and pa.types.is_floating(kind.value_type))
 
 
 def find_files(folder: Path, array: str | None, copies: Copies) -> list[EmbeddingFile]:
@@ -136,7 +151,7 @@ def _pair_by_number(folder: Path, images: list[Path], copies: Copies) -> list[Em
     return files
 
 
-def _beside(arrays: Sequence[RowFile], copies: Copies) -> list[Path | None]:
+def _beside(arrays: Sequence[ArrayFile], copies: Copies) -> list[Path | None]:
     """Return the metadata that have the names of arrays; None for all where one has none."""
     tables = list[Path | None]()
     for array in arrays:
@@ -261,7 +276,7 @@ def _check(files: Sequence[EmbeddingFile]) -> None:
                 _validate_extra(kind, rows_of, images, first)
 
 
-def _validate_rows(file: RowFile) -> None:
+def _validate_rows(file: ArrayFile) -> None:
     if len(file.shape) != 2 or not file.shape[1] or not np.issubdtype(file.dtype, np.floating):
         raise ClipcidError(
             f"{file.label} holds {file.dtype} {list(file.shape)}, not rows of floating-point numbers.",
@@ -269,7 +284,7 @@ def _validate_rows(file: RowFile) -> None:
         )
 
 
-def _validate_extra(kind: Kind, file: RowFile, images: RowFile, first: dict[Kind, RowFile]) -> None:
+def _validate_extra(kind: Kind, file: ArrayFile, images: ArrayFile, first: dict[Kind, ArrayFile]) -> None:
     """Refuse rows of views, variants or further captions that do not fit their images or the first shard's files."""
     rows, width = images.shape
     if kind is Kind.FURTHER:

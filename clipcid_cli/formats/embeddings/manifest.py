@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import fingerprint
 from clipcid_cli.formats.data.samples import natural_key
-from clipcid_cli.formats.embeddings.rows import COUNTS_COLUMN, METADATA, Kind, RowFile, find_npy
+from clipcid_cli.formats.embeddings.rows import COUNTS_COLUMN, METADATA, ArrayFile, Kind, find_npy
 from clipcid_cli.formats.files import (
     LARGEST_TEXT,
     read_regular,
@@ -102,7 +102,7 @@ def all_files(records: Iterable[ShardRecord]) -> list[FileRecord]:
     return [file for record in records for file in record.files.values()]
 
 
-def open_recorded(folder: Path, memo: Memo, fix: str) -> tuple[list[ShardRecord], list[dict[Kind, RowFile]]]:
+def open_recorded(folder: Path, memo: Memo, fix: str) -> tuple[list[ShardRecord], list[dict[Kind, ArrayFile]]]:
     """Read the manifest of a folder, and find the rows of each shard by kind; refuse files other than were written."""
     records = read_manifest(folder, fix)
     # Looked at before they are compared: what is replaced in between is refused where it is mapped.
@@ -136,16 +136,16 @@ def _look_at_files(folder: Path, records: Sequence[ShardRecord], fix: str) -> di
 
 def _describe_rows(
     folder: Path, records: Sequence[ShardRecord], stamps: Mapping[str, Stamp]
-) -> list[dict[Kind, RowFile]]:
+) -> list[dict[Kind, ArrayFile]]:
     """Describe the rows of each shard by kind: of one the files are looked into, of the others sizes tell the shapes."""
     # `embed` keeps no folder without a row.
     whole = next((record for record in records if record.rows), records[0])
     # Of a sample: (D,), or (V, D) where it has several rows.
     shapes = {kind: find_npy(folder / whole.files[kind].path).shape[1:] for kind in Kind if kind in whole.files}
     shapes.setdefault(Kind.FURTHER, shapes.get(Kind.IMAGES) or shapes[Kind.TEXTS])
-    shards: list[dict[Kind, RowFile]] = []
+    shards: list[dict[Kind, ArrayFile]] = []
     for record in records:
-        rows: dict[Kind, RowFile] = {}
+        rows: dict[Kind, ArrayFile] = {}
         for kind, shape in shapes.items():
             file = record.files.get(kind)
             if file is None:
@@ -154,7 +154,7 @@ def _describe_rows(
             count = values // shape[-1] if kind is Kind.FURTHER else record.rows
             if count * math.prod(shape) != values:
                 raise ValueError(f"{file.path} of {file.size:,} bytes does not hold {count:,} rows of {list(shape)}")
-            rows[kind] = RowFile(
+            rows[kind] = ArrayFile(
                 folder / file.path,
                 (count, *shape),
                 kind.dtype,

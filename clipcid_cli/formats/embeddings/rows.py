@@ -36,6 +36,7 @@ Float16 = npt.NDArray[np.float16]
 Numbers = npt.NDArray[np.int64]
 
 METADATA = "metadata"
+AGAIN = "Copy or make the folder again."
 COUNTS_COLUMN = "captions"
 
 MAPS_KEPT = 96
@@ -90,7 +91,7 @@ class Kind(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class RowFile:
+class ArrayFile:
     """An array of rows in a file."""
 
     path: Path
@@ -143,7 +144,25 @@ class RowFile:
             return np.frombuffer(data, self.dtype).reshape(self.shape, order=order)
 
 
-def find_npy(path: Path) -> RowFile:
+@dataclasses.dataclass(frozen=True, slots=True)
+class EmbeddingFile:
+    """The files of one shard."""
+
+    parts: dict[Kind, ArrayFile]  # its rows by kind; images are always among them
+    metadata: Path | None  # parquet of keys and captions; None where there is none
+    first: int = 0  # number of its first row among those of all shards
+
+    @property
+    def rows(self) -> int:
+        return self.parts[Kind.IMAGES].shape[0]
+
+    @property
+    def name(self) -> str:
+        """Name of the file without its suffix, used as the shard's where another tool did not record it."""
+        return self.parts[Kind.IMAGES].origin.stem
+
+
+def find_npy(path: Path) -> ArrayFile:
     """Look at an npy's header; the file is not mapped for it."""
     with reading(path, "an .npy", _FIX) as file:
         (shape, by_column, dtype), offset = read_npy_header(file)
@@ -151,7 +170,7 @@ def find_npy(path: Path) -> RowFile:
         needed = offset + math.prod(shape) * dtype.itemsize
         if stat.st_size < needed:
             raise OSError(f"it is cut off: its header promises {needed:,} bytes, and it has {stat.st_size:,}")
-    return RowFile(path, shape, dtype, offset, (stat.st_ino, stat.st_mtime_ns), by_column, size=stat.st_size)
+    return ArrayFile(path, shape, dtype, offset, (stat.st_ino, stat.st_mtime_ns), by_column, size=stat.st_size)
 
 
 def list_arrays(path: Path) -> list[str]:
@@ -160,7 +179,7 @@ def list_arrays(path: Path) -> list[str]:
         return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
-def find_member(path: Path, name: str) -> RowFile:
+def find_member(path: Path, name: str) -> ArrayFile:
     """Find an array of an archive by its headers; its values are not read."""
     with reading(path, f"an .npz with an array {name}", _FIX) as file, zipfile.ZipFile(file) as archive:
         if f"{name}.npy" not in archive.namelist():
@@ -187,11 +206,11 @@ def find_member(path: Path, name: str) -> RowFile:
         stat = os.fstat(file.fileno())
     stamp = (stat.st_ino, stat.st_mtime_ns)
     # The archive's own checksum of all bytes tells one array from another.
-    return RowFile(path, shape, dtype, offset, stamp, by_column, name, member.file_size, f"crc32:{member.CRC:08x}")
+    return ArrayFile(path, shape, dtype, offset, stamp, by_column, name, member.file_size, f"crc32:{member.CRC:08x}")
 
 
 @lru_cache(maxsize=MAPS_KEPT)
-def _map_file(file: RowFile) -> npt.NDArray[Any]:
+def _map_file(file: ArrayFile) -> npt.NDArray[Any]:
     return file.map()
 
 
@@ -229,7 +248,7 @@ class Rows(ABC):
 class FileRows(Rows):
     """Rows in several files, mapped as they are needed."""
 
-    def __init__(self, files: Sequence[RowFile], width: int, as_stored: bool, hold: bool = False) -> None:
+    def __init__(self, files: Sequence[ArrayFile], width: int, as_stored: bool, hold: bool = False) -> None:
         """Prepare to read.
 
         Args:
@@ -253,12 +272,12 @@ class FileRows(Rows):
     def __getstate__(self) -> dict[str, Any]:
         """Send what describes the files, not their rows: another process maps them itself."""
         # By column: 41,000 data classes with a path each would take seconds for every worker.
-        columns = [[getattr(file, field.name) for file in self._files] for field in dataclasses.fields(RowFile)]
+        columns = [[getattr(file, field.name) for file in self._files] for field in dataclasses.fields(ArrayFile)]
         return self.__dict__ | {"_held": {}, "_files": [list(map(str, columns[0])), *columns[1:]]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         paths, *columns = state["_files"]
-        self.__dict__ = state | {"_files": [RowFile(*file) for file in zip(map(Path, paths), *columns, strict=True)]}
+        self.__dict__ = state | {"_files": [ArrayFile(*file) for file in zip(map(Path, paths), *columns, strict=True)]}
 
     def read(self, start: int, stop: int) -> Float16:
         """Return rows start … stop − 1, float16 [n, D]; a view of the file where they come from a single one."""
@@ -429,7 +448,7 @@ def open_copies(folder: Path, sizes: Sequence[int], width: int) -> Rows:
             path = _copy_path(folder, rank)
             stat = path.stat()
             stamp = (stat.st_ino, stat.st_mtime_ns)
-            copied.append(RowFile(path, (size, width), np.dtype(np.float16), 0, stamp))
+            copied.append(ArrayFile(path, (size, width), np.dtype(np.float16), 0, stamp))
     return FileRows(copied, width, as_stored=True, hold=True)
 
 

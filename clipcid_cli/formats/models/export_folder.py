@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.models.export_sidecar import ExportSidecar
 from clipcid_cli.formats.output import unfinished
-from clipcid_cli.formats.sidecar import ExportSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"

@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays
 from clipcid_cli.formats.files import atomic_file, reading
-from clipcid_cli.formats.fingerprint import validate_unchanged
+from clipcid_cli.formats.fingerprint import FileRecord, validate_unchanged
 from clipcid_cli.formats.parquet import count_rows, read_columns
-from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, run_again, sidecar_path
+from clipcid_cli.formats.sidecar import ModelRecord, Sidecar, read_sidecar, run_again, sidecar_path
 from clipcid_cli.formats.work_directory import CLUSTERS
 
 CENTROIDS = "centroids.npy"
@@ -38,6 +38,21 @@ _PREFIXES = {"image": "", "caption": "caption_"}
 _AGAIN = "Run their command again with --overwrite."
 _MIN_PART_ROWS = 8192
 _MAX_PARTS = 256
+
+
+class ClusterSidecar(Sidecar, kw_only=True):
+    """``cluster.json``."""
+
+    embeddings: str | list[str]  # relative to the work directory; several teachers' in a list
+    keep_list: FileRecord | None  # None where all images were clustered
+    model: ModelRecord | None  # None for embeddings of another tool
+    # The map by which the teacher's image rows were repaired; None where they were taken as they are.
+    repair: FileRecord | None = None
+    # Which image rows centroids and similarities are of: ``stored``, as in the embeddings' files, or ``repaired``.
+    space: str | None = None
+    num_nearest: int
+    temperatures: dict[str, float]  # by tower, τ_T of the soft labels
+    result: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

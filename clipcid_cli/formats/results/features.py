@@ -21,7 +21,7 @@ _LENGTH_TOLERANCE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
-class Features:
+class ImageFeatures:
     """Features of some images."""
 
     rows: torch.Tensor  # unit rows, float32 [N, D]
@@ -31,13 +31,13 @@ class Features:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, chosen: torch.Tensor) -> Features:
+    def __getitem__(self, chosen: torch.Tensor) -> ImageFeatures:
         """Return the features of some of the images, by index or mask."""
         chosen = chosen.to(self.rows.device)
-        return Features(self.rows[chosen], self.labels[chosen])
+        return ImageFeatures(self.rows[chosen], self.labels[chosen])
 
-    def to(self, device: torch.device) -> Features:
-        return Features(self.rows.to(device), self.labels.to(device))
+    def to(self, device: torch.device) -> ImageFeatures:
+        return ImageFeatures(self.rows.to(device), self.labels.to(device))
 
 
 def features_path(folder: Path, model_slug: str, identity: dict[str, Any]) -> Path:
@@ -45,13 +45,13 @@ def features_path(folder: Path, model_slug: str, identity: dict[str, Any]) -> Pa
     return folder / f"{model_slug}-{hash_json(identity)}.npz"
 
 
-def write_features(path: Path, features: Features) -> None:
+def write_features(path: Path, features: ImageFeatures) -> None:
     """Write features, whole or not at all."""
     skips = json.dumps(dataclasses.asdict(features.skips))
     save_arrays(path, {"rows": features.rows.numpy(), "labels": features.labels.numpy(), "skips": skips})
 
 
-def read_features(path: Path) -> Features | None:
+def read_features(path: Path) -> ImageFeatures | None:
     """Read features; None where there are none, or they are damaged: the data set is then encoded again."""
     arrays = load_arrays(path)
     if arrays is None or not {"rows", "labels", "skips"}.issubset(arrays):
@@ -60,4 +60,4 @@ def read_features(path: Path) -> Features | None:
     lengths = torch.linalg.vector_norm(rows, dim=-1)
     if rows.ndim != 2 or len(rows) != len(labels) or not bool(((lengths - 1).abs() < _LENGTH_TOLERANCE).all()):
         return None
-    return Features(rows, labels, Skips(**json.loads(str(arrays["skips"]))))
+    return ImageFeatures(rows, labels, Skips(**json.loads(str(arrays["skips"]))))

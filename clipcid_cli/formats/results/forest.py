@@ -22,7 +22,7 @@ from clipcid_cli.formats.files import reading, write_bytes, write_parquet, write
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import OutputSpec, open_output
 from clipcid_cli.formats.parquet import read_columns, read_rows, write_row_groups
-from clipcid_cli.formats.sidecar import ForestSidecar
+from clipcid_cli.formats.sidecar import Sidecar
 
 ROW_FILES = "rows.parquet"
 SET_TABLE = "sets.parquet"
@@ -52,6 +52,12 @@ _SETS = pa.schema(
 
 # Row numbers: int32 below 2³¹ rows, else int64.
 IntArray = npt.NDArray[np.signedinteger[Any]]
+
+
+class ForestSidecar(Sidecar, kw_only=True):
+    """``forest.json``: the distance up to which the forest is complete."""
+
+    cutoff: float
 
 
 def forest_path(folder: Path, neighbors: str) -> Path:

@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import named_file, pack_csv, reading
 from clipcid_cli.formats.parquet import ROWS_AT_ONCE, is_text, validate_expansion, write_row_groups
+from clipcid_cli.formats.sidecar import Sidecar
 
 _SCHEMA = pa.schema(
     {
@@ -46,6 +48,22 @@ _UID = "[0-9a-fA-F]{32}"
 _AT_ONCE = 2**16
 
 _FIX = "Give another --keep-list, or make one: clipcid balance DATA --keep R"
+
+
+class Pictures(msgspec.Struct):
+    """The pictures of a report: how many are shown, shard and key of those that could not be read, and why not."""
+
+    shown: int
+    unread: list[tuple[str, str]]
+    why: str
+
+
+class BalanceSidecar(Sidecar, kw_only=True):
+    """``balance.json``; the embeddings are named relative to the work directory."""
+
+    embeddings: str
+    pictures: Pictures
+    result: dict[str, Any]
 
 
 @dataclasses.dataclass

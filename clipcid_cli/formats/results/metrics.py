@@ -37,7 +37,7 @@ import pyarrow.compute as pc
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import LARGEST_TEXT, read_regular, reading, write_json, write_parquet, write_text
 from clipcid_cli.formats.fingerprint import validate_unchanged
-from clipcid_cli.formats.sidecar import AnySidecar, EvaluationSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import AnySidecar, Sidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED
 
 SIDECARS = "sidecars"
@@ -58,6 +58,23 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
     RETRIEVAL: {"image_ranks": pa.list_(pa.int64()), "text_rank": pa.int64()},
 }
 _ABOUT = b"clipcid"
+
+
+class LinesRecord(msgspec.Struct):
+    """Which class names or templates a score is of: those of other lines are not comparable."""
+
+    source: str  # path of the file, or ``openai``, ``simple``, ``imagenet``, ``default``, ``folder names``, …
+    number: int
+    hash: str  # what ``b2sum -l 48`` prints of a file with these lines
+
+    def __str__(self) -> str:
+        return f"{self.number:,}, {self.source} ({self.hash})"
+
+
+class EvaluationSidecar(Sidecar, kw_only=True):
+    """The sidecar of an evaluation, in ``eval/sidecars/``; of a classification with `prompts`."""
+
+    prompts: dict[str, LinesRecord] | None = None  # by ``class_names`` and ``templates``
 
 
 class Metrics(msgspec.Struct):

@@ -2,18 +2,69 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.fingerprint import FileRecord, record
+from clipcid_cli.formats.sidecar import Sidecar
 
 REPAIR = "repair.npz"
 STEP = "repair"
 _MAP = "image_map"
+
+
+class PairingFigures(msgspec.Struct):
+    """How well a teacher's captions find their own images among those of other captions, beside a guess."""
+
+    pairs: int
+    candidates: int  # images that a caption ranks, in the mean
+    median_rank: float
+    chance_rank: float
+    recall_at_1: float
+    chance_at_1: float
+    recall_at_10: float
+    chance_at_10: float
+    near_chance: bool
+    repaired: bool  # whether after the teacher's repair, of captions that it was not fitted to
+
+    def __str__(self) -> str:
+        ranks = f"median rank {self.median_rank:,.0f} of {self.candidates:,} (chance {self.chance_rank:,.0f})"
+        recalls = ((1, self.recall_at_1, self.chance_at_1), (10, self.recall_at_10, self.chance_at_10))
+        shares = [f"R@{k} {100 * recall:.1f}% (chance {100 * chance:.2g}%)" for k, recall, chance in recalls]
+        return f"{ranks}, {', '.join(shares)}"
+
+
+class RepairFigures(msgspec.Struct, omit_defaults=True):
+    """How captions that a repair of a teacher was not fitted to find their images, before and after it."""
+
+    repaired: bool  # whether the repair is taken
+    steps: int  # those of the fit after which it was best
+    # Mean of ln(1 + images of other captions nearer to the caption than its own), before and after.
+    log_rank: tuple[float, float]
+    standard_error: float  # of the difference of the two
+    recall_at_1: tuple[float, float]  # share of the images whose nearest caption is their own, before and after
+    chance_at_1: float  # of a guess
+    pairs: int  # pairs that it was fitted to and judged by
+    captions: int  # different captions of those
+    pairing: PairingFigures | None = None  # of the repaired teacher
+
+    @property
+    def trust(self) -> float:
+        """In (0, 1]: what the repair left of 1 + rank, in the geometric mean; 1 where there was nothing to repair."""
+        before, after = self.log_rank
+        return math.exp(after - before) if self.repaired else 1.0
+
+
+class RepairSidecar(Sidecar, kw_only=True):
+    """``repair.json``, beside ``repair.npz`` where the repair is taken."""
+
+    result: RepairFigures
 
 
 def write_repair(folder: Path, map_DD: npt.NDArray[np.float32]) -> None:

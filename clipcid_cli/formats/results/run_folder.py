@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import pyarrow as pa
 import torch
 
@@ -30,6 +31,7 @@ from clipcid_cli.formats.files import (
     write_text,
 )
 from clipcid_cli.formats.parquet import read_columns, write_row_groups
+from clipcid_cli.formats.sidecar import DataSpec, Sidecar
 from clipcid_cli.formats.skipped import SKIPPED
 
 _HELD_OUT = pa.schema({"key": pa.large_string()})
@@ -37,6 +39,35 @@ _HELD_OUT = pa.schema({"key": pa.large_string()})
 _CHECKPOINTS_KEPT = 2
 # Seconds after which logged lines reach the disk.
 _FLUSH_SECONDS = 2.0
+
+
+class DistillMade(msgspec.Struct):
+    """What is read of the settings of `distill`."""
+
+    losses: dict[str, dict[str, Any]]
+    ema: float | None = None
+
+
+class AppliedKeepList(msgspec.Struct):
+    """A keep list that training applied, and how many of its images it keeps."""
+
+    path: str
+    kept: int
+    images: int
+
+
+class DistillSidecar(Sidecar, kw_only=True):
+    """``distill.json``; without a keep list all samples were used."""
+
+    model: dict[str, Any]
+    data: DataSpec
+    keep_list: AppliedKeepList | None
+    result: dict[str, Any]
+
+    @property
+    def made(self) -> DistillMade:
+        """What is read of the settings."""
+        return msgspec.convert(self.settings, DistillMade)
 
 
 class RunFolder:

@@ -20,7 +20,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.fingerprint import FileRecord, identity_of
 from clipcid_cli.formats.output import Output, OutputSpec
-from clipcid_cli.formats.sidecar import BalanceSidecar
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext

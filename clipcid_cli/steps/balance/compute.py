@@ -12,7 +12,7 @@ from clipcid_cli.algorithms.near.exact import BoolArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.sidecar import BalanceSidecar
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import timed
@@ -25,7 +25,7 @@ from clipcid_cli.steps.balance.partition import audit_kept
 from clipcid_cli.steps.balance.result import Audit
 from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets, compare_linkages, make_sets
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
-from clipcid_cli.steps.inputs import skip_rows
+from clipcid_cli.steps.embeddings import skip_rows
 
 
 @dataclasses.dataclass(frozen=True)

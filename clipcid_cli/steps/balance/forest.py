@@ -22,6 +22,7 @@ from clipcid_cli.formats.fingerprint import find_lost
 from clipcid_cli.formats.output import OutputSpec
 from clipcid_cli.formats.results.forest import (
     ROW_FILES,
+    ForestSidecar,
     RowFile,
     StoredForest,
     find_earlier,
@@ -31,7 +32,6 @@ from clipcid_cli.formats.results.forest import (
     row_files_path,
     write_forest,
 )
-from clipcid_cli.formats.sidecar import ForestSidecar
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun

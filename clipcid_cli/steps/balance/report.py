@@ -28,7 +28,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.files import describe, write_text
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
 from clipcid_cli.formats.results.forest import SetTable
-from clipcid_cli.formats.sidecar import BalanceSidecar
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.runtime.models.decode import SkippedImage, decode_image
 from clipcid_cli.steps import reporting
@@ -78,7 +78,7 @@ def has_new_pictures(plan: BalancePlan, finished: BalanceSidecar) -> bool:
     if not finished.pictures.unread:
         return False
     shards, keys = map(list, zip(*finished.pictures.unread, strict=True))
-    return any(Gallery(plan).read(shards, keys))
+    return any(ReportPictures(plan).read(shards, keys))
 
 
 def write_report(found: Outcome, result: BalanceResult, warnings: list[str]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def write_report(found: Outcome, result: BalanceResult, warnings: list[str]) -> 
     chains = find_chains(run, sets, measured)
     chained = [np.array(chain["shown"]) for chain in chains]
     wanted = np.unique(np.concatenate([*shown, *chained, inside.a, inside.b, outside.a, outside.b]))
-    gallery = Gallery(run)
+    gallery = ReportPictures(run)
     loaded = gallery.load(run.rows.numbers[wanted.astype(sets.labels.dtype)])
     pictures = dict(zip(wanted.tolist(), loaded, strict=True))
     for row, picture in pictures.items():
@@ -202,14 +202,14 @@ def _pair_up(ones: Iterable[Picture], others: Iterable[Picture], distances: Floa
     return [{"a": one, "b": other, "distance": distance} for one, other, distance in pairs]
 
 
-def _show_near(run: BalanceRun, near: NearReferences, gallery: Gallery) -> list[dict[str, Any]]:
+def _show_near(run: BalanceRun, near: NearReferences, gallery: ReportPictures) -> list[dict[str, Any]]:
     """Choose some pairs of each reference, from the nearest to the farthest, and load their images."""
     shown = []
     for number, reference in enumerate(near.references):
         rows = np.flatnonzero(near.owner == number)
         rows = rows[np.argsort(near.distance[rows], kind="stable")]
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _REFERENCES_SHOWN)).round().astype(np.int64)]
-        theirs = Gallery(run, reference.embeddings)
+        theirs = ReportPictures(run, reference.embeddings)
         ours = gallery.load(run.rows.numbers[chosen])
         pairs = _pair_up(ours, theirs.load(near.row[chosen]), near.distance[chosen])
         shown.append({"name": reference.name, "number": len(rows), "pairs": pairs})
@@ -276,7 +276,7 @@ class Picture:
     distance: float = 0.0
 
 
-class Gallery:
+class ReportPictures:
     """Loads pictures, and counts those shown."""
 
     def __init__(self, plan: BalancePlan, reference: Embeddings | None = None) -> None:

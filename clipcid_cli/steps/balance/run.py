@@ -10,8 +10,9 @@ import msgspec
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, list_shards
-from clipcid_cli.formats.embeddings.folder import Embeddings, read_embed_sidecar
+from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import METADATA, Kind, remove_copies
+from clipcid_cli.formats.embeddings.sidecar import read_embed_sidecar
 from clipcid_cli.formats.files import validate_writable
 from clipcid_cli.formats.fingerprint import find_lost
 from clipcid_cli.formats.output import WORK, Output, find_works, list_differences, other_run_error
@@ -24,7 +25,8 @@ from clipcid_cli.formats.results.forest import (
     read_row_files,
     write_row_files,
 )
-from clipcid_cli.formats.sidecar import BalanceSidecar, sidecar_path
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
@@ -46,7 +48,7 @@ from clipcid_cli.steps.balance.write_shards import Form, TarForm, write_kept_sam
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
-from clipcid_cli.steps.inputs import open_given
+from clipcid_cli.steps.embeddings import open_given
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
 

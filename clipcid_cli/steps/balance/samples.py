@@ -17,7 +17,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, names_command, open_described
 from clipcid_cli.formats.data.samples import Sample, parse_json
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.layouts import EmbeddingFile
+from clipcid_cli.formats.embeddings.rows import EmbeddingFile
 from clipcid_cli.formats.join import Keys, Listing, Values, join
 from clipcid_cli.formats.results.keep_list import is_uid
 from clipcid_cli.formats.work_directory import WorkDirectory

@@ -18,7 +18,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.layouts import EmbeddingFile
+from clipcid_cli.formats.embeddings.rows import EmbeddingFile
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.join import join, parquet_listing
 from clipcid_cli.formats.results.forest import CURVE, ROW_FILES, SET_TABLE, write_curve, write_set_table
@@ -45,7 +45,7 @@ from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_uid
 from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
 from clipcid_cli.steps.balance.write_data import WRITE_DATA
 from clipcid_cli.steps.balance.write_shards import WRITE_SHARDS
-from clipcid_cli.steps.inputs import list_bad_rows
+from clipcid_cli.steps.embeddings import list_bad_rows
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 # A set that holds this share of all images, and so many, is a chain or a placeholder more often than many copies of one

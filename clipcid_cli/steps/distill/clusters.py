@@ -26,7 +26,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.distill.stored import named_teachers
 from clipcid_cli.steps.distill.teachers import OnlineTeacher, Teacher
-from clipcid_cli.steps.inputs import choose_embeddings, cluster_with, validate_teacher
+from clipcid_cli.steps.models import choose_embeddings, cluster_with, validate_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.sidecar import recorded_data
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -21,7 +22,7 @@ from clipcid_cli.steps.data_index import index_alone, note_captions, open_named
 from clipcid_cli.steps.distill.samples import Sources, UsableSamples, count_usable, find_samples, index_of
 from clipcid_cli.steps.distill.stored import choose_online, first_key, open_stored, validate_keys
 from clipcid_cli.steps.distill.teachers import Teacher, choose_teacher
-from clipcid_cli.steps.inputs import ChosenKeepList, choose_keep_list
+from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.shard_copies import cache_shards
 
@@ -122,7 +123,7 @@ def _open_data(settings: DistillSettings, embeddings: Embeddings | None, scratch
     if settings.data is not None:
         dataset = open_named(settings, settings.data, work.indexes)
     else:
-        described = work.find_data(None if embeddings is None else embeddings.folder)
+        described = recorded_data(work.find_embeddings() if embeddings is None else embeddings.folder)
         dataset = open_described(described, work.indexes, **settings.trust)
         reporting.note(f"Data: {dataset.spec}, from which the embeddings were made.")
     if scratch is not None and dataset.index is None:

@@ -10,8 +10,8 @@ from clipcid_cli.algorithms.losses.rates import default_rate
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.output import OutputSpec
 from clipcid_cli.formats.results.keep_list import read_keep_list
-from clipcid_cli.formats.results.run_folder import RunFolder
-from clipcid_cli.formats.sidecar import DistillSidecar, sidecar_path
+from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import hash_preprocess
@@ -21,7 +21,7 @@ from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
 from clipcid_cli.steps.distill.own_losses import load_own_loss
 from clipcid_cli.steps.distill.stored import named_teachers
 from clipcid_cli.steps.distill.student import Student
-from clipcid_cli.steps.inputs import NO_KEEP_LIST
+from clipcid_cli.steps.keep_list import NO_KEEP_LIST
 from clipcid_cli.steps.preflight import choose_workers
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.shared import output_settings

@@ -12,8 +12,8 @@ from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output
 from clipcid_cli.formats.results.boards import validate_board
-from clipcid_cli.formats.results.run_folder import list_checkpoints, write_held_out
-from clipcid_cli.formats.sidecar import DistillSidecar, sidecar_path
+from clipcid_cli.formats.results.run_folder import DistillSidecar, list_checkpoints, write_held_out
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import skipped_file, write_skipped
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context

@@ -10,8 +10,9 @@ from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.results.boards import validate_board
-from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
@@ -19,15 +20,8 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.samples import MatchCounts, index_of
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
-from clipcid_cli.steps.inputs import (
-    advise_keys,
-    choose_embeddings,
-    compare_keys,
-    embed_with,
-    find_mismatch,
-    open_teachers,
-    validate_teacher,
-)
+from clipcid_cli.steps.embeddings import advise_keys, compare_keys, open_teachers
+from clipcid_cli.steps.models import choose_embeddings, embed_with, find_mismatch, validate_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
 

@@ -18,7 +18,7 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
-from clipcid_cli.formats.sidecar import PairingFigures, RepairFigures
+from clipcid_cli.formats.results.repair import PairingFigures, RepairFigures
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation, Processor, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model, normalize_pixels

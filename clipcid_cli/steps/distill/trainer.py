@@ -12,8 +12,7 @@ from clipcid_cli.formats.data.distant import close_copies
 from clipcid_cli.formats.files import write_json
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.boards import open_board
-from clipcid_cli.formats.results.run_folder import TrainingLog
-from clipcid_cli.formats.sidecar import DistillSidecar
+from clipcid_cli.formats.results.run_folder import DistillSidecar, TrainingLog
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime import interruption
 from clipcid_cli.runtime.distributed import DistContext, memory_in_use

@@ -17,6 +17,7 @@ from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.embeddings.manifest import FINISHED, read_manifest, read_unfinished
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar, recorded_data
 from clipcid_cli.formats.fingerprint import FileRecord, find_lost, record_together
 from clipcid_cli.formats.output import (
     OutputSpec,
@@ -26,7 +27,7 @@ from clipcid_cli.formats.output import (
     other_run_error,
     unfinished,
 )
-from clipcid_cli.formats.sidecar import DataSpec, EmbedSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import DataSpec, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import STRONG
@@ -34,7 +35,7 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model, with_defaul
 from clipcid_cli.runtime.text_variants import RULES
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
-from clipcid_cli.steps.inputs import choose_embeddings, find_mismatch
+from clipcid_cli.steps.models import choose_embeddings, find_mismatch
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 EMBED = "embed"
@@ -189,7 +190,7 @@ def _open_data(settings: EmbedSettings) -> Dataset:
     if settings.data is None:
         try:
             own = choose_embeddings(settings.work, with_default_tag(parse_model(settings.model)))
-            described = work.find_data(own if sidecar_path(own, EMBED).exists() else None)
+            described = recorded_data(own if sidecar_path(own, EMBED).exists() else work.find_embeddings())
         except ClipcidError as error:
             raise ClipcidError(
                 f"No data was given, and the work directory names none: {error.message}",

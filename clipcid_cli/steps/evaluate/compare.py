@@ -22,6 +22,7 @@ from clipcid_cli.formats.results.metrics import (
     CLASSIFICATION,
     MULTI_LABEL,
     RETRIEVAL,
+    EvaluationSidecar,
     Metrics,
     Predictions,
     predictions_path,
@@ -29,7 +30,6 @@ from clipcid_cli.formats.results.metrics import (
     read_predictions,
     validate_unchanged_metrics,
 )
-from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.result import ComparedLines, ComparisonResult, Difference, Draws

@@ -47,7 +47,8 @@ from clipcid_cli.formats.data.samples import Sample, read_vector_length
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
+from clipcid_cli.formats.results.evaluations import LinearSidecar
+from clipcid_cli.formats.results.features import ImageFeatures, features_path, read_features, write_features
 from clipcid_cli.formats.results.metrics import (
     CLASSIFICATION,
     MULTI_LABEL,
@@ -56,7 +57,6 @@ from clipcid_cli.formats.results.metrics import (
     skipped_path,
     write_metrics,
 )
-from clipcid_cli.formats.sidecar import LinearSidecar
 from clipcid_cli.formats.skipped import make_table, write_skipped
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import open_dist_context
@@ -69,7 +69,7 @@ from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, warn_of_skips
 from clipcid_cli.steps.evaluate.result import Draws, FewShot, LinearResult, Preview, Sweep
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, find_copy
-from clipcid_cli.steps.inputs import choose_model
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
 
@@ -217,7 +217,7 @@ def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
         return context.on_rank0(lambda: _write(plan, model, features, seconds, output))
 
 
-def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord]) -> Features:
+def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord]) -> ImageFeatures:
     """Return a model's features of one split, whose fingerprints are `data`: those of an earlier run, or new ones, kept."""
     info = model.model.info
     context = model.context
@@ -243,7 +243,7 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
         context.on_rank0(lambda: model.validate_usable(task, len(kept) + kept.skips.total, len(kept), kept.skips))
         return kept
     rows = model.encode(task)
-    features = context.on_all(lambda: Features(rows.encoded.rows[Kind.IMAGES], rows.labels, rows.skips))
+    features = context.on_all(lambda: ImageFeatures(rows.encoded.rows[Kind.IMAGES], rows.labels, rows.skips))
     context.on_rank0(lambda: write_features(path, features))
     return features
 
@@ -271,7 +271,7 @@ def _identity(plan: ProbePlan) -> dict[str, Any]:
 def _write(
     plan: ProbePlan,
     model: EvaluatedModel,
-    features: dict[str, Features],
+    features: dict[str, ImageFeatures],
     seconds: dict[str, float],
     output: Output[LinearSidecar],
 ) -> LinearResult:
@@ -351,7 +351,7 @@ def _describe(solution: Solution) -> dict[str, Any]:
 class ProbeFits:
     """All fits on one training split: a strength is chosen on images held out, the final fit uses all images."""
 
-    def __init__(self, images: dict[str, Features], plan: ProbePlan) -> None:
+    def __init__(self, images: dict[str, ImageFeatures], plan: ProbePlan) -> None:
         """Divide the images of ``train``, where there are none of ``val``; what cannot be fitted or measured is an error."""
         self.num_classes = len(plan.classes)
         self.metric = plan.metric
@@ -360,7 +360,7 @@ class ProbeFits:
         train = images["train"]
         if "val" in images:
             val = images["val"]
-            self.images = Features(torch.cat([train.rows, val.rows]), torch.cat([train.labels, val.labels]))
+            self.images = ImageFeatures(torch.cat([train.rows, val.rows]), torch.cat([train.labels, val.labels]))
             self.fitted = train
             self.held_out = val
         else:
@@ -438,7 +438,7 @@ class ProbeFits:
             "outside."
         )
 
-    def _sweep(self, images: Features, advance: Callable[[], None]) -> list[SweepPoint]:
+    def _sweep(self, images: ImageFeatures, advance: Callable[[], None]) -> list[SweepPoint]:
         points = []
         with threads_for(images.rows.numel() * self.num_classes):
             problem = ProbeProblem(images.rows, images.labels, self.num_classes)
@@ -460,10 +460,10 @@ class ProbeFits:
             )
         return solution
 
-    def measure(self, classifier: LinearClassifier, images: Features) -> dict[str, float]:
+    def measure(self, classifier: LinearClassifier, images: ImageFeatures) -> dict[str, float]:
         return measure_scores(classifier.scores(images.rows), images.labels, self.num_classes)
 
-    def measure_neighbours(self, test: Features) -> dict[str, float]:
+    def measure_neighbours(self, test: ImageFeatures) -> dict[str, float]:
         """Return the metrics of the weighted vote of the nearest training images, each after ``knn<K>_``; none unasked."""
         counts = self.settings.neighbour_counts
         if not counts:
@@ -481,7 +481,7 @@ class ProbeFits:
             metrics |= {f"knn{k}_{name}": value for name, value in found.items()}
         return metrics
 
-    def few_shots(self, test: Features) -> list[FewShot]:
+    def few_shots(self, test: ImageFeatures) -> list[FewShot]:
         """Fit on a few images of each class, repeatedly, and measure on the test images.
 
         Each draw is a separate probe: its images are not held out, its strength is chosen on those that are, no refit.

@@ -26,7 +26,7 @@ from clipcid_cli.algorithms.metrics.classification import (
 from clipcid_cli.algorithms.metrics.intervals import Array, CellMetrics
 from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, recall_metrics, retrieval_ranks
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.formats.sidecar import ClassScore, Example
+from clipcid_cli.formats.results.evaluations import ClassScore, Example
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.model import TaskRows
 

@@ -16,8 +16,7 @@ from clipcid_cli.algorithms.metrics.classification import class_weights
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output, OutputSpec
-from clipcid_cli.formats.results.metrics import RETRIEVAL, SIDECARS, Metrics
-from clipcid_cli.formats.sidecar import EvaluationSidecar
+from clipcid_cli.formats.results.metrics import RETRIEVAL, SIDECARS, EvaluationSidecar, Metrics
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model

@@ -8,8 +8,7 @@ from statistics import fmean, stdev
 
 import msgspec
 
-from clipcid_cli.formats.results.metrics import Metrics
-from clipcid_cli.formats.sidecar import LinesRecord
+from clipcid_cli.formats.results.metrics import LinesRecord, Metrics
 
 
 class Preview(msgspec.Struct):

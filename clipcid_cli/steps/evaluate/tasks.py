@@ -34,9 +34,9 @@ from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.samples import Sample, read_classes
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
-from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
-from clipcid_cli.formats.results.run_folder import read_held_out
-from clipcid_cli.formats.sidecar import DistillSidecar, LinesRecord, read_sidecar, sidecar_path
+from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL, LinesRecord
+from clipcid_cli.formats.results.run_folder import DistillSidecar, read_held_out
+from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates

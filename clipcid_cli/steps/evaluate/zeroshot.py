@@ -17,6 +17,7 @@ from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.report import render_report, thumbnail
+from clipcid_cli.formats.results.evaluations import Example, ZeroshotSidecar
 from clipcid_cli.formats.results.metrics import (
     RETRIEVAL,
     SUMMARY_REPORT,
@@ -30,7 +31,6 @@ from clipcid_cli.formats.results.metrics import (
     write_predictions,
     write_results,
 )
-from clipcid_cli.formats.sidecar import Example, ZeroshotSidecar
 from clipcid_cli.formats.skipped import make_table, write_skipped
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
@@ -45,7 +45,7 @@ from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_skips
 from clipcid_cli.steps.evaluate.result import ComparisonResult, Preview, Previews, ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
-from clipcid_cli.steps.inputs import choose_model
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from clipcid_cli import __version__
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.models.export_folder import CONTENT
+from clipcid_cli.formats.models.export_sidecar import Parity
 from clipcid_cli.formats.report import render_report
 from clipcid_cli.formats.results.metrics import find_variant, read_metrics, validate_unchanged_metrics
-from clipcid_cli.formats.results.run_folder import RunFolder
-from clipcid_cli.formats.sidecar import AnySidecar, DistillSidecar, EmbedSidecar, Parity, read_sidecar, sidecar_path
+from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
+from clipcid_cli.formats.sidecar import AnySidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ModelInfo
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName

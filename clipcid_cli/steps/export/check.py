@@ -34,8 +34,9 @@ from clipcid_cli.formats.data.benchmark import (
 )
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.samples import ByteRange, Sample
+from clipcid_cli.formats.embeddings.sidecar import recorded_data
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.sidecar import Latency, Parity, PredictionParity, RowParity
+from clipcid_cli.formats.models.export_sidecar import Latency, Parity, PredictionParity, RowParity
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ClipModel
@@ -130,7 +131,7 @@ def find_data(settings: ExportSettings) -> Dataset | None:
     if settings.data is not None:
         return open_data(settings.data, settings)
     try:
-        return open_described(WorkDirectory(settings.work).find_data(), **settings.trust)
+        return open_described(recorded_data(WorkDirectory(settings.work).find_embeddings()), **settings.trust)
     except ClipcidError:
         # The data may have been moved since it was embedded, or the model comes from elsewhere; patterns will do.
         return None

@@ -29,6 +29,7 @@ from clipcid_cli.formats.models.export_folder import (
     link_file,
     quantized_name,
 )
+from clipcid_cli.formats.models.export_sidecar import Parity
 from clipcid_cli.formats.models.hf_folder import (
     EOS_ID,
     fits_tokenizer_file,
@@ -49,7 +50,6 @@ from clipcid_cli.formats.models.onnx_file import (
 )
 from clipcid_cli.formats.models.open_clip_folder import pixel_problems, square_side, write_model_folder
 from clipcid_cli.formats.models.web_folder import write_page
-from clipcid_cli.formats.sidecar import Parity
 from clipcid_cli.runtime.libraries import quiet_libraries
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model

@@ -13,10 +13,11 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import write_json, write_text
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json, record, validate_unchanged
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, WEB, list_written, sync_files, validate_export_folder
+from clipcid_cli.formats.models.export_sidecar import ExportSidecar, Parity
 from clipcid_cli.formats.models.web_folder import validate_packages, write_engine
 from clipcid_cli.formats.output import OutputSpec, is_claimed, open_output
-from clipcid_cli.formats.results.run_folder import RunFolder
-from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, Parity, read_sidecar, sidecar_path
+from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
+from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime import interruption
 from clipcid_cli.runtime.distributed import open_dist_context
@@ -28,7 +29,7 @@ from clipcid_cli.steps.export.card import export_name, render_card
 from clipcid_cli.steps.export.check import SEARCH, Checker, find_classes, find_data, read_inputs, validate_measurable
 from clipcid_cli.steps.export.forms import PACKAGES, WRITERS, validate_forms
 from clipcid_cli.steps.export.search import Gallery, encode_gallery, find_gallery, write_gallery
-from clipcid_cli.steps.inputs import choose_model
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.settings.export import ExportSettings
 from clipcid_cli.steps.settings.shared import output_settings
 

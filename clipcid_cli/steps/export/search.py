@@ -15,9 +15,9 @@ from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.models.export_folder import WEB
+from clipcid_cli.formats.models.export_sidecar import Parity
 from clipcid_cli.formats.models.web_folder import SearchImages, read_search_rows, write_search
 from clipcid_cli.formats.report import encode_thumbnail
-from clipcid_cli.formats.sidecar import Parity
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.models.towers import OnnxSession
 from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches

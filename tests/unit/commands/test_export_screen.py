@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from clipcid_cli.commands.export import show
-from clipcid_cli.formats.sidecar import Parity
+from clipcid_cli.formats.models.export_sidecar import Parity
 from clipcid_cli.steps.export.run import ExportResult
 
 

@@ -13,8 +13,10 @@ from sidecars import make_sidecar, unfinish
 from clipcid_cli import typed
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import sidecar as formats
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.files import write_json, write_text
-from clipcid_cli.formats.sidecar import BalanceSidecar, EmbedSidecar, Run, read_sidecar, run_again
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
+from clipcid_cli.formats.sidecar import Run, read_sidecar, run_again
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 

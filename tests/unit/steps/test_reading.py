@@ -32,7 +32,7 @@ from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.samples import list_skipped
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
-from clipcid_cli.steps.inputs import ChosenKeepList, choose_keep_list
+from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.preflight import choose_order, choose_workers, validate_samples
 from clipcid_cli.steps.settings.shared import ReadingSettings
 

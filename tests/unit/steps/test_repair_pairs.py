@@ -9,7 +9,7 @@ import pytest
 from balance_data import heard, unit, write_embeddings
 
 from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.sidecar import RepairFigures
+from clipcid_cli.formats.results.repair import RepairFigures
 from clipcid_cli.steps.repair import consider_rows, describe_repair, judge_pairing, repair_teacher
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 

@@ -18,8 +18,11 @@ from sidecars import edit_sidecar, make_sidecar
 
 from clipcid_cli.commands.runs import show
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats import sidecar as formats
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.files import write_json
+from clipcid_cli.formats.results.evaluations import ZeroshotSidecar
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
+from clipcid_cli.formats.results.run_folder import DistillSidecar
 from clipcid_cli.steps.runs import Contents, run
 from clipcid_cli.steps.settings.runs import RunsSettings
 
@@ -35,7 +38,7 @@ def write_run(work: Path, name: str, seed: int, recall: float, weight: float = 1
     result = {"steps": 20, "samples": 40, "samples_per_second": 1.0, "losses": {}}
     result |= {"metrics": {R1: recall, "things/acc1": 0.5}, "chance": {R1: 0.01}}
     model = {"spec": "student.json", "parameters": 3, "embed_dim": 32}
-    content = make_sidecar(formats.DistillSidecar, settings=settings, result=result, model=model, **entries)
+    content = make_sidecar(DistillSidecar, settings=settings, result=result, model=model, **entries)
     write_json(folder / "distill.json", content)
     lines = [{"step": step, R1: recall * step / 20, "things/acc1": 0.5} for step in (0, 10, 20)]
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -52,7 +55,7 @@ def write_evaluation(work: Path, run_name: str, acc1: float, variant: str = "") 
     )
     measured = {"images_per_second": 1.0, "customary": "acc1", "intervals": {"acc1": [acc1 - 0.1, acc1 + 0.1]}}
     measured |= {"chance": {"acc1": 0.25}, "majority": 0.4, "per_class": [], "examples": []}
-    sidecar = make_sidecar(formats.ZeroshotSidecar, counts={"images": 9, "texts": 4, "skipped": {}}, **measured)
+    sidecar = make_sidecar(ZeroshotSidecar, counts={"images": 9, "texts": 4, "skipped": {}}, **measured)
     write_json(work / "eval" / "sidecars" / name, sidecar)
 
 
@@ -68,7 +71,7 @@ def work(tmp_path: Path) -> Path:
     (work / "distill" / "stopped").mkdir()
     (work / "distill" / "stopped" / "results.jsonl").write_text(json.dumps({"step": 10, R1: 0.05}) + "\n")
     (work / "embeddings" / "tiny").mkdir(parents=True)
-    write_json(work / "embeddings" / "tiny" / "embed.json", make_sidecar(formats.EmbedSidecar))
+    write_json(work / "embeddings" / "tiny" / "embed.json", make_sidecar(EmbedSidecar))
     return work
 
 
@@ -148,7 +151,7 @@ def test_what_cannot_be_read_is_listed_and_ends_nothing(work: Path) -> None:
     edit_sidecar(work / "distill" / HOSTILE / "distill.json", lambda content: content["settings"].pop("seed"))
     (work / "eval" / "broken.json").write_text("[")
     (work / "balance").mkdir()
-    write_json(work / "balance" / "balance.json", make_sidecar(formats.BalanceSidecar, result={}))
+    write_json(work / "balance" / "balance.json", make_sidecar(BalanceSidecar, result={}))
     contents, told = list_contents(work)
     left_out = [each.path for each in contents.unreadable]
     assert left_out == [

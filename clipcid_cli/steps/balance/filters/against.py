@@ -35,7 +35,8 @@ from clipcid_cli.steps.balance.result import AgainstResult, ReferenceResult
 from clipcid_cli.steps.data_index import holds_embeddings, open_named
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embed.run import make_embeddings
-from clipcid_cli.steps.inputs import find_mismatch, open_given
+from clipcid_cli.steps.embeddings import open_given
+from clipcid_cli.steps.models import find_mismatch
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 

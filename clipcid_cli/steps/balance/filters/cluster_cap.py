@@ -18,9 +18,9 @@ from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN
 from clipcid_cli.formats.fingerprint import record, validate_unchanged
 from clipcid_cli.formats.join import join, parquet_listing
-from clipcid_cli.formats.results.clusters import read_labels
+from clipcid_cli.formats.results.clusters import ClusterSidecar, read_labels
 from clipcid_cli.formats.results.keep_list import Column
-from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, run_again, sidecar_path
+from clipcid_cli.formats.sidecar import read_sidecar, run_again, sidecar_path
 from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun, FoundClusters

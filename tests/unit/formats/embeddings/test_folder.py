@@ -24,12 +24,12 @@ from sidecars import make_sidecar, unfinish
 from uid_data import make_uid
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings import folder as embeddings_file
+from clipcid_cli.formats.embeddings import foreign
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.manifest import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, Kind, find_member, find_npy, holds_unit_rows, unit_rows
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.skips import Skips
 
 RANDOM = np.random.default_rng(0)
@@ -136,7 +136,7 @@ def test_the_folder_is_the_current_one(tmp_path: Path, monkeypatch: pytest.Monke
     expected = [each.content for each in open_embeddings(tmp_path).fingerprints([Kind.TEXTS])]
     monkeypatch.chdir(tmp_path)
     found = open_embeddings(Path("."))
-    assert found.is_verified
+    assert found.sidecar is not None
     assert [each.path for each in found.fingerprints([Kind.TEXTS])] == ["img_emb", "metadata", "text_emb"]
     assert [each.content for each in found.fingerprints([Kind.TEXTS])] == expected
     shutil.copy("text_emb/text_emb_0002.npy", "text_emb/text_emb_0003.npy")
@@ -198,7 +198,7 @@ def test_unfinished_embeddings_are_refused_and_a_damaged_sidecar_is_not_to_be_re
     (tmp_path / "damaged" / "embed.json").write_text("[]")  # without it they are another tool's
     with pytest.raises(ClipcidError) as raised:
         open_embeddings(tmp_path / "damaged")
-    assert "Rerun the command that made it, with --overwrite" in raised.value.fix
+    assert "Run embed again with --overwrite" in raised.value.fix
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -413,7 +413,7 @@ def test_compressed_arrays_are_unpacked_up_to_a_limit(tmp_path: Path, monkeypatc
     whole = write_datacomp(tmp_path / "c", np.savez_compressed)
     found = open_embeddings(tmp_path / "c", array="b32_img")
     assert np.array_equal(found.rows(Kind.IMAGES).read(2, 9), unit_rows(whole["b32_img"])[2:9])
-    monkeypatch.setattr(embeddings_file, "MAX_UNPACKED", 500)
+    monkeypatch.setattr(foreign, "MAX_UNPACKED", 500)
     with pytest.raises(ClipcidError, match="are compressed, so that they cannot be mapped") as refused:
         found.rows(Kind.IMAGES)
     assert "numpy.savez" in refused.value.fix

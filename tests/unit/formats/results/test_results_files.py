@@ -14,8 +14,15 @@ from sidecars import make_sidecar
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import save_arrays
 from clipcid_cli.formats.files import write_json, write_npy
-from clipcid_cli.formats.results.clusters import join_parts, open_clusters, part_arrays, part_bounds, part_path
-from clipcid_cli.formats.results.features import Features, read_features, write_features
+from clipcid_cli.formats.results.clusters import (
+    ClusterSidecar,
+    join_parts,
+    open_clusters,
+    part_arrays,
+    part_bounds,
+    part_path,
+)
+from clipcid_cli.formats.results.features import ImageFeatures, read_features, write_features
 from clipcid_cli.formats.results.matched_samples import TRAINING, open_rows, writing_rows
 from clipcid_cli.formats.results.run_folder import (
     checkpoint_path,
@@ -24,7 +31,6 @@ from clipcid_cli.formats.results.run_folder import (
     read_lines,
     write_checkpoint,
 )
-from clipcid_cli.formats.sidecar import ClusterSidecar
 
 N, CLUSTERS, M = 10, 6, 3
 
@@ -86,9 +92,9 @@ def test_clusters_that_lack_a_file_are_refused(tmp_path: Path, name: str, messag
 @pytest.mark.parametrize("rows", [torch.zeros(3, 4), torch.eye(4)[:2], torch.full((3, 4), float("nan"))])
 def test_rows_that_no_model_makes_and_damaged_files_are_none(tmp_path: Path, rows: torch.Tensor) -> None:
     path = tmp_path / "tiny-0.npz"
-    write_features(path, Features(rows, torch.arange(3)))
+    write_features(path, ImageFeatures(rows, torch.arange(3)))
     assert read_features(path) is None
-    write_features(path, Features(torch.eye(3), torch.arange(3)))
+    write_features(path, ImageFeatures(torch.eye(3), torch.arange(3)))
     content = path.read_bytes()
     path.write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])
     assert read_features(path) is None

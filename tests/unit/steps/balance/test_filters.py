@@ -20,7 +20,8 @@ from sidecars import leave_work
 from clipcid_cli.algorithms.sets.representatives import random_scores
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, write_sidecar
+from clipcid_cli.formats.results.clusters import ClusterSidecar
+from clipcid_cli.formats.sidecar import read_sidecar, write_sidecar
 from clipcid_cli.steps.cluster import run as run_cluster
 from clipcid_cli.steps.embed.run import run as run_embed
 from clipcid_cli.steps.settings.cluster import ClusterSettings

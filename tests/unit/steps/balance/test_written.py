@@ -192,12 +192,12 @@ def test_a_report_lists_no_large_data_for_another_tools_keys(tmp_path: Path, mon
     unread: Any = None  # the keys are given
     plan = BalancePlan(settings=settings, context=unread, embeddings=unread, clusters=None, seconds={})
     monkeypatch.setattr(report, "_MAX_LISTED", 1)
-    gallery = report.Gallery(plan)
+    gallery = report.ReportPictures(plan)
     assert gallery.read(["0.parquet"], ["000003"]) == [""]
     assert "has no index yet" in gallery.unread["0.parquet", "000003"]
     assert gallery.data is not None
     index_alone(gallery.data, 0)
-    assert report.Gallery(plan).read(["0.parquet"], ["000003"])[0].startswith("data:")
+    assert report.ReportPictures(plan).read(["0.parquet"], ["000003"])[0].startswith("data:")
 
 
 def test_it_tells_what_moved_and_loads_nothing(tmp_path: Path) -> None:

@@ -16,9 +16,15 @@ from sidecars import make_sidecar
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import hash_lines
 from clipcid_cli.formats.files import write_json
-from clipcid_cli.formats.results.features import Features
-from clipcid_cli.formats.results.metrics import Metrics, predictions_path, write_metrics, write_predictions
-from clipcid_cli.formats.sidecar import EvaluationSidecar, LinesRecord
+from clipcid_cli.formats.results.features import ImageFeatures
+from clipcid_cli.formats.results.metrics import (
+    EvaluationSidecar,
+    LinesRecord,
+    Metrics,
+    predictions_path,
+    write_metrics,
+    write_predictions,
+)
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
@@ -113,16 +119,16 @@ def test_a_pattern_of_models_is_matched_as_one_of_results(tiny_model: Path, tmp_
         models(f"{runs}/x*")
 
 
-def make_images(counts: list[int], seed: int = 0) -> Features:
+def make_images(counts: list[int], seed: int = 0) -> ImageFeatures:
     """Make unit rows around one centre for each class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     centres = torch.randn(len(counts), 6, generator=torch.Generator().manual_seed(9))
     rows = 0.7 * centres[labels] + torch.randn(len(labels), 6, generator=generator)
-    return Features(torch.nn.functional.normalize(rows, dim=1), labels)
+    return ImageFeatures(torch.nn.functional.normalize(rows, dim=1), labels)
 
 
-def make_fits(images: Features, **settings: Any) -> ProbeFits:
+def make_fits(images: ImageFeatures, **settings: Any) -> ProbeFits:
     return ProbeFits({"train": images}, make_plan(int(images.labels.max()) + 1, **settings))
 
 
@@ -151,7 +157,7 @@ def test_few_shot_probes_see_no_image_that_chooses_their_strength() -> None:
 
 def test_a_best_strength_at_an_end_is_told_once_for_each_number_of_shots() -> None:
     # Classes that any strength tells apart: the strongest regularisation is taken, an end of the range.
-    apart = Features(torch.eye(2).repeat_interleave(20, dim=0), torch.arange(2).repeat_interleave(20))
+    apart = ImageFeatures(torch.eye(2).repeat_interleave(20, dim=0), torch.arange(2).repeat_interleave(20))
     with heard() as told:
         curve = make_fits(apart, shots="1,4", shot_repeats=3).few_shots(apart)
     assert [point.at_edge for point in curve] == [3, 3]
@@ -168,10 +174,10 @@ def test_what_cannot_be_drawn_or_held_out_is_refused() -> None:
         make_fits(make_images([20, 10]), shots="17")
     with pytest.raises(ClipcidError, match="none can be held out"):
         make_fits(make_images([1, 1]))
-    without = Features(torch.eye(4), torch.zeros(4, 2, dtype=torch.bool))
+    without = ImageFeatures(torch.eye(4), torch.zeros(4, 2, dtype=torch.bool))
     with pytest.raises(ClipcidError, match="No validation image has a class"):
         ProbeFits({"train": without, "val": without}, make_plan(2, "mean_average_precision"))
-    several = Features(torch.eye(4), torch.ones(4, 2, dtype=torch.bool))
+    several = ImageFeatures(torch.eye(4), torch.ones(4, 2, dtype=torch.bool))
     with pytest.raises(ClipcidError, match="to all training images or to none"):
         ProbeFits({"train": several}, make_plan(2, "mean_average_precision"))
 
