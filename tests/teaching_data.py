@@ -20,8 +20,8 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
-from clipcid_cli.runtime.models.augment import Processor, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
+from clipcid_cli.runtime.models.views import Processor, apply_colors
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker
@@ -95,7 +95,7 @@ class Run:
     ) -> tuple[list[int], TrainingBatch]:
         """Make one batch of a whole epoch; with the rows of its samples among those to train on."""
         inputs = self._taught_by(teacher)
-        maker = BatchMaker(self.settings, inputs, Processor.of(student))
+        maker = BatchMaker(self.settings, inputs, Processor.from_model(student))
         batches = Batches(inputs, maker, None, inputs.training.total, self.settings.seed, ALONE)
         [dealt] = batches.deal(range(epoch, epoch + 1))
         return dealt.rows.tolist(), batches.finish(dealt, batches.make(dealt))

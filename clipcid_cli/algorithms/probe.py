@@ -265,7 +265,7 @@ class SweepPoint:
 
 
 def choose_point(points: Sequence[SweepPoint]) -> SweepPoint:
-    """Return the point of the highest score; of equal ones that of the strongest regularisation."""
+    """Return the point of the highest score; among equal scores the strongest regularisation."""
     return max(points, key=lambda point: (point.score, -point.c))
 
 

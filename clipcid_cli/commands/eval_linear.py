@@ -27,7 +27,9 @@ def show(answer: LinearResult | Preview, console: Console) -> None:
     if isinstance(answer, Preview):
         print_facts(console, "Would fit a linear probe", facts, files)
         return
-    facts |= {name: f"{format_percent(value, _DIGITS)}%" for name, value in answer.metrics.items() if value is not None}
+    for name, value in answer.metrics.items():
+        if value is not None:
+            facts[name] = f"{format_percent(value, _DIGITS)}%" + _describe_interval(answer.intervals.get(name))
     if answer.chance:
         guessed = ", ".join(
             f"{shorten_metric(name)} {format_percent(value)}%"
@@ -47,6 +49,13 @@ def show(answer: LinearResult | Preview, console: Console) -> None:
     if answer.shots:
         console.print()
         _print_shots(answer, console)
+
+
+def _describe_interval(bounds: tuple[float, float] | None) -> str:
+    if bounds is None:
+        return ""
+    low, high = (format_percent(bound, _DIGITS) for bound in bounds)
+    return f" (95% interval {low} … {high})"
 
 
 def _sketch(scores: list[float]) -> str:

@@ -12,7 +12,7 @@ from clipcid_cli.commands.summary import count, format_percent, print_facts, pri
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.evaluate.result import ComparisonResult, Draws, ZeroshotResult
+    from clipcid_cli.steps.evaluate.result import ComparisonResult, Difference, Draws, ZeroshotResult
     from clipcid_cli.steps.evaluate.zeroshot import Answer
 
 
@@ -39,7 +39,7 @@ def _show_comparison(answer: ComparisonResult, console: Console) -> None:
         if isinstance(compared, str):
             files[side] = compared
         else:
-            files |= {f"{side}{number}": file for number, file in enumerate(compared, start=1)}
+            files |= {f"{side}{seed}": file for seed, file in enumerate(compared, start=1)}
     print_facts(console, "", files)
     prompts = {
         kind.replace("_", " "): str(sides.first) if sides.same else "not the same"
@@ -65,6 +65,25 @@ def _show_comparison(answer: ComparisonResult, console: Console) -> None:
         rows.append([*row, "yes" if judged.real else "no" if judged.enough_seeds else "too few seeds"])
     columns = ["metric", "A", "B", "B − A", "95% interval", *["McNemar p"] * is_pair, "significant"]
     print_table(console, f"B against A {on}", columns, rows)
+    if answer.margin is not None:
+        _show_margin(answer, answer.margin, console)
+
+
+def _show_margin(answer: ComparisonResult, margin: float, console: Console) -> None:
+    """Print what the intervals say of a margin."""
+    rows = [[shorten_metric(name), _by_margin(judged, margin)] for name, judged in answer.differences.items()]
+    console.print()
+    print_table(console, f"With a margin of {margin:g} point{'' if margin == 1 else 's'}", ["metric", "verdict"], rows)
+
+
+def _by_margin(judged: Difference, margin: float) -> str:
+    if judged.no_worse is None:
+        return "too few seeds"
+    if judged.equivalent:
+        return "equivalent"
+    if judged.no_worse:
+        return "B no worse"
+    return "A no worse" if 100 * judged.interval[1] < margin else "not shown"
 
 
 def _format_side(side: float | Draws) -> str:

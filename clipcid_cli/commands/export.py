@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 def show(result: ExportResult, console: Console) -> None:
     """Print one line for each form, how close it is to the model it came from, and where the files are."""
-    answers = next((found.zeroshot for found in result.parity.values() if found.zeroshot is not None), None)
+    answers = next((parity.zeroshot for parity in result.parity.values() if parity.zeroshot is not None), None)
     accuracy = "accuracy" if answers is None else shorten_metric(answers.measure)
     columns = ("form", "cosine", f"{accuracy} %", "same", "MB", "images/s", "ms p50 / p95")
     rows = [
         (
             form,
-            "" if found.min_cosine is None else f"{found.min_cosine:.7f}",
-            "" if found.zeroshot is None else str(found.zeroshot),
-            "" if found.same_answers is None else f"{found.same_answers:.1%}",
-            f"{found.bytes / 1e6:,.1f}",
-            "" if found.images_per_second is None else f"{found.images_per_second:,.0f}",
-            "" if found.latency_ms is None else str(found.latency_ms),
+            "" if parity.min_cosine is None else f"{parity.min_cosine:.7f}",
+            "" if parity.zeroshot is None else str(parity.zeroshot),
+            "" if parity.same_answers is None else f"{parity.same_answers:.1%}",
+            f"{parity.bytes / 1e6:,.1f}",
+            "" if parity.images_per_second is None else f"{parity.images_per_second:,.0f}",
+            "" if parity.latency_ms is None else str(parity.latency_ms),
         )
-        for form, found in result.parity.items()
+        for form, parity in result.parity.items()
     ]
     if rows:
         print_table(console, "Exported", columns, rows)

@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,9 +34,6 @@ TRAINING_TIMEOUT = datetime.timedelta(minutes=20)
 
 RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for the others to start: importing PyTorch on many hosts from one disk takes minutes."""
-
-# Seconds in which processes that have waited in vain all say so: one that does not is the one that they waited for.
-_ROLL_CALL = 10.0
 
 # In errors of a collective that another process no longer takes part in; those of gloo have no class of their own.
 _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
@@ -176,7 +172,7 @@ def open_dist_context(device: str = "auto") -> Iterator[DistContext]:
     on_gpu = chosen.type == "cuda"
     store = rendezvous_all(rank, size)
     try:
-        with _name_failures(store, rank, size):
+        with _name_failures(store, rank):
             dist.init_process_group(
                 # Objects, and numbers that only the host needs, never travel through a GPU.
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -223,7 +219,7 @@ def rendezvous_all(rank: int, size: int, limit: datetime.timedelta = RENDEZVOUS_
 
 
 @contextmanager
-def _name_failures(store: Any, rank: int, size: int) -> Iterator[None]:
+def _name_failures(store: Any, rank: int) -> Iterator[None]:
     """Tell the other processes of an error that only this one has; where it is the loss of another, say whose and why."""
     key = "clipcid/failed"
     try:
@@ -239,30 +235,13 @@ def _name_failures(store: Any, rank: int, size: int) -> Iterator[None]:
                 store.set(key, json.dumps([rank, named.rstrip(".: ")]))
             raise
         message = f"Another process of the run has ended, or cannot be reached: {text}."
-        fix = "Its own error says why; without one it was killed, perhaps for memory."
+        fix = "Its own error says why; without one it hangs or was killed, perhaps for memory."
         with suppress(RuntimeError, OSError, ValueError):
-            silent = _find_silent(store, rank, size, key)
             if store.check([key]):
                 other, named = json.loads(store.get(key))
                 message = f"Process {other} of the run failed: {named}."
                 fix = "Its own error says how to fix it."
-            elif silent:
-                message += f" No answer from {silent}: it hangs or was killed."
-                fix = "Look at its own error and its host: memory, disk, GPU, network."
         raise ClipcidError(message, f"{fix} Then run the same command again: it continues where it stopped.") from error
-
-
-def _find_silent(store: Any, rank: int, size: int, failed: str) -> str:
-    """Name the processes that do not say, as this one does, that they have waited in vain; none once one has `failed`."""
-    store.set(f"clipcid/waited/{rank}", b"")
-    deadline = time.monotonic() + _ROLL_CALL
-    while True:
-        silent = [other for other in range(size) if not store.check([f"clipcid/waited/{other}"])]
-        if not silent or store.check([failed]) or time.monotonic() > deadline:
-            break
-        time.sleep(0.2)
-    shown = ", ".join(map(str, silent[:8])) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
-    return f"process {shown}" if silent else ""
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

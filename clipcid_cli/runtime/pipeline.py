@@ -42,8 +42,8 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 # What workers need, imported once by the server that they are forked from. Nothing here may import faiss.
 _WORKER_IMPORTS = [
     "clipcid_cli.runtime.worker_server",
-    "clipcid_cli.runtime.models.lean_open_clip",
-    "clipcid_cli.runtime.models.clip_model",
+    "clipcid_cli.runtime.models.guarded_open_clip",
+    "clipcid_cli.runtime.models.views",
     "clipcid_cli.runtime.models.decode",
     "clipcid_cli.runtime.pipeline",
     "clipcid_cli.formats.data.samples",

@@ -3,7 +3,7 @@
 A batch never crosses a shard, and what is made of it depends on it alone: any number of processes, workers and threads
 makes the same rows.
 
-Shape letters: B samples of a batch, M captions of them, H × W pixels, L tokens, D width, C classes, T templates.
+Shape letters: B samples of a batch, M captions of them, H × W pixels, L tokens, D width.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import dataclasses
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 
 import torch
 from PIL import Image
@@ -23,11 +22,12 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer, Transform
+from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image, was_16_bit
+from clipcid_cli.runtime.models.tokenizers import Tokenizer
+from clipcid_cli.runtime.models.towers import Towers
+from clipcid_cli.runtime.models.views import Renderer
 from clipcid_cli.runtime.pipeline import ordered_map, read_ahead, thread_map, threads_for_batches
-from clipcid_cli.runtime.precision import Precision
 
 BATCH_SIZES = {"cpu": 64, "cuda": 256}
 """Images that are encoded together by default: on a CPU they should stay in its cache, 128 of ViT-B-32 were slower."""
@@ -101,31 +101,32 @@ class Decoded:
 class Decoder:
     """Decodes the images and tokenises the captions of a batch."""
 
-    image_size: tuple[int, int]  # H and W
-    transform: Transform | None
+    render: Renderer | None
     tokenizer: Tokenizer | None
     # Rows of pixels, of which tokens have a multiple: missing rows are zero. None makes no more than there are samples
     # and captions.
     batch_size: int | None = None
-    fast_decode: bool = False  # whether JPEGs are decoded at a reduced size, of at least twice H × W
+    fast_decode: bool = False  # whether JPEGs are decoded at a reduced size, of at least twice the size of the pixels
 
     @classmethod
-    def of(cls, model: ClipModel, *, captions: bool) -> Decoder:
+    def from_model(cls, model: ClipModel, *, captions: bool) -> Decoder:
         tokenizer = model.tokenizer if captions else None
-        return cls(model.info.image_size, model.pixel_transform(), tokenizer)
+        return cls(Renderer(model.info.preprocess), tokenizer)
 
     def __call__(self, samples: Sequence[Sample]) -> Decoded:
         decoded = Decoded(tokens=self.tokenize([caption for sample in samples for caption in sample.captions]))
-        if self.transform is not None:
-            decoded.pixels = torch.zeros(self.batch_size or len(samples), *self.image_size, 3, dtype=torch.uint8)
-            for row, image in self.read_images(samples, decoded):
-                decoded.pixels[row] = self.transform(image)
+        if self.render is not None:
+            width, height = self.render.size
+            decoded.pixels = torch.zeros(self.batch_size or len(samples), height, width, 3, dtype=torch.uint8)
+            for row, image in self.read_images(samples, decoded, self.render):
+                decoded.pixels.numpy()[row] = self.render(image)
         return decoded
 
-    def read_images(self, samples: Sequence[Sample], decoded: Decoded) -> Iterator[tuple[int, Image.Image]]:
+    def read_images(
+        self, samples: Sequence[Sample], decoded: Decoded, render: Renderer
+    ) -> Iterator[tuple[int, Image.Image]]:
         """Yield the images that can be read, by position, and note the others in `decoded`."""
-        height, width = self.image_size
-        draft = (2 * width, 2 * height) if self.fast_decode else None
+        draft = render.draft_size() if self.fast_decode else None
         for row, sample in enumerate(samples):
             image = read_image(sample.image, draft)
             if isinstance(image, SkippedImage):
@@ -191,55 +192,14 @@ def join(parts: Iterable[Encoded]) -> Encoded:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-    """The two towers of a model, to unit rows. Several threads may call it at once."""
-
-    images: Callable[[torch.Tensor], torch.Tensor]  # uint8 [B, H, W, 3] to [B, D]
-    texts: Callable[[torch.Tensor], torch.Tensor]  # int64 [M, L] to [M, D], `batch_size` of them together
-    tokenizer: Tokenizer
-    device: torch.device
-    batch_size: int
-
-    @classmethod
-    def of(cls, model: ClipModel, precision: Precision, batch_size: int) -> Encoder:
-        return cls(
-            partial(model.encode_images, precision=precision),
-            partial(model.encode_texts, precision=precision),
-            model.tokenizer,
-            model.device,
-            batch_size,
-        )
-
-    def __call__(self, decoded: Decoded) -> dict[Kind, torch.Tensor]:
-        rows = {}
-        if decoded.pixels is not None:
-            rows[Kind.IMAGES] = self.images(decoded.pixels).cpu()
-        if decoded.tokens is not None:
-            rows[Kind.TEXTS] = self.encode_texts(decoded.tokens)
-        return rows
-
-    def encode_texts(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Encode any number of texts but 0."""
-        return torch.cat([self.texts(block).cpu() for block in torch.split(tokens, self.batch_size)])
-
-    def encode_prompts(self, prompts: Sequence[Sequence[str]], context: DistContext | None = None) -> torch.Tensor:
-        """Encode T texts of each of C classes to float32 [C, T, D], dealing the classes to the processes of a machine."""
-        templates = len(prompts[0])
-        at_once = max(1, self.batch_size // templates)
-        starts = range(0, len(prompts), at_once)
-
-        def encode_classes(start: int) -> torch.Tensor:
-            texts = [text for of_class in prompts[start : start + at_once] for text in of_class]
-            rows = self.encode_texts(self.tokenizer(texts)).float()
-            return rows.view(-1, templates, rows.shape[1])
-
-        threads = threads_for_batches(self.device)
-        if context is None:
-            return torch.cat(list(thread_map(encode_classes, starts, threads)))
-        mine = list(thread_map(encode_classes, starts[context.rank :: context.size], threads))
-        dealt = context.gather(mine)
-        return torch.cat([dealt[turn % context.size][turn // context.size] for turn in range(len(starts))])
+def encode_batch(towers: Towers, decoded: Decoded) -> dict[Kind, torch.Tensor]:
+    """Encode what a worker made of a batch."""
+    rows = {}
+    if decoded.pixels is not None:
+        rows[Kind.IMAGES] = towers.images(decoded.pixels).cpu()
+    if decoded.tokens is not None:
+        rows[Kind.TEXTS] = towers.encode_texts(decoded.tokens)
+    return rows
 
 
 def decode(

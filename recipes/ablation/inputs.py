@@ -186,11 +186,6 @@ def changed_clusters(clusters: Path, change: str) -> Path:
     return folder
 
 
-def concept(key: str) -> str:
-    """Return the emoji that a key (vendor and code points) is a drawing of."""
-    return key.split("-", 1)[1]
-
-
 def drawn(what: str, name: str) -> float:
     """Return a number in [0, 1) that depends on `name` alone, another for each `what`."""
     digest = hashlib.sha256(f"{what}{name}".encode()).digest()
@@ -199,7 +194,7 @@ def drawn(what: str, name: str) -> float:
 
 def is_for_tuning(key: str) -> bool:
     """Tell on which side of the split a concept is; both its drawings are on the same side."""
-    return drawn("", concept(key)) < TUNING_SHARE
+    return drawn("", plan.concept(key)) < TUNING_SHARE
 
 
 def withheld(samples: Mapping[str, Sample]) -> set[str]:
@@ -240,7 +235,7 @@ def cut_sets(work: Path) -> None:
     for name, shard in shards.items():
         write_shard(work / "pairs" / name, {key: sample for key, sample in shard.items() if key not in away})
     labels = read_samples(DATA / "classification" / "train" / "0.tar")
-    classes = {concept(key): sample.members[".cls"] for key, sample in labels.items()}
+    classes = {plan.concept(key): sample.members[".cls"] for key, sample in labels.items()}
     plain = {key: pairs[key].members for key in sorted(away) if pairs[key].about["skin_tone"] is None}
     found = {
         "concepts-retrieval": read_samples(DATA / "retrieval" / "test" / "0.tar"),
@@ -249,9 +244,9 @@ def cut_sets(work: Path) -> None:
             key: Sample({suffix: members[suffix] for suffix in (".webp", ".txt")}) for key, members in plain.items()
         },
         "drawings-classes": {
-            key: Sample({".webp": members[".webp"], ".cls": classes[concept(key)]})
+            key: Sample({".webp": members[".webp"], ".cls": classes[plan.concept(key)]})
             for key, members in plain.items()
-            if concept(key) in classes
+            if plan.concept(key) in classes
         },
     }
     for name, samples in found.items():

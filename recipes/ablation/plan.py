@@ -49,6 +49,11 @@ TRUST = (0.13, 0.06, 1.0)
 NOISE = (0.2, 0.5, 0.8)
 
 
+def concept(key: str) -> str:
+    """Return the emoji that a key (vendor and code points) is a drawing of."""
+    return key.split("-", 1)[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """A sum of losses and what it reads.
@@ -271,6 +276,12 @@ def _at_rates(base: Setting, label: str, student: str, steps: int, rates: Iterab
     weights = {loss: weight * (narrower if loss in ("fd", "mfd") else 1.0) for loss, weight in base.weights.items()}
     changed = dataclasses.replace(base, weights=weights, student=student, steps=steps)
     return [dataclasses.replace(changed, name=f"{base.name}/{label}-lr{lr:g}", lr=lr) for lr in rates]
+
+
+def no_longer_offered(log: Log) -> list[Setting]:
+    """Return what the log still holds of inputs that clipcid no longer makes: captions replaced by their variants."""
+    base = tuned("fd-instance", log)
+    return [_changed(base, "no variants")]
 
 
 def photograph_changes(log: Log, drawings: Log) -> list[Setting]:

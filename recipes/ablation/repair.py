@@ -41,7 +41,7 @@ SEEDS = 3
 HEADING = """Made by `repair.py` on {date}. *z*: the gain in standard errors, smallest … largest of the draws; *rank*, *R@1*:
 of held-out pairs, as the teacher is → repaired; *significant*: draws whose gain is 3 standard errors or more; *repaired*:
 draws that the rule takes; then how many test images find their own text: as the teacher is, if every significant repair
-were taken, and by the rule.
+were taken, and by the rule. This is what it printed; there is no log beside it.
 """
 # Every significant gain is taken, to show what the rule spares.
 SIGNIFICANT = Rule(rank_falls_by=1.0, recall_rises_by=0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +17,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import plan
-from inputs import concept
+from scipy.special import ndtr, ndtri, stdtr
+
+from clipcid_cli.algorithms.metrics import intervals
 
 Array = npt.NDArray[np.float64]
-DRAWS = 4000
-# An interval over fewer seeds says little of how another seed would do.
-SEEDS_FOR_BOLD = 3
+# As many as the tool draws by default.
+DRAWS = 1000
+SIGNIFICANCE = 0.05
+# Points at which the normal part of an error is taken.
+QUANTILES = 200
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Results:
     """What the log holds.
 
@@ -52,6 +57,7 @@ class Results:
         """Return a run's entry."""
         return self.entries["teacher" if setting == "teacher" else f"{setting}-s{seed}"]
 
+    @functools.cache  # noqa: B019 - a log is read once in a process
     def values(self, setting: str, seed: int, column: str) -> Array:
         """Return a run's value for each item of the report split, in [0, 1]."""
         dataset, k = self.columns[column]
@@ -64,7 +70,7 @@ class Results:
     def concepts(self, column: str) -> npt.NDArray[np.int64]:
         """Number each item's concept: its drawings are not independent."""
         keys = self.entries["teacher"]["keys"][self.columns[column][0]]
-        grouped = keys if column.startswith("photographs") else [concept(key) for key in keys]
+        grouped = keys if column.startswith("photographs") else [plan.concept(key) for key in keys]
         return np.unique(grouped, return_inverse=True)[1]
 
     def mean(self, setting: str, column: str) -> float:
@@ -92,15 +98,76 @@ class Results:
         return np.array(rows), len(seeds)
 
 
-def interval(differences: Array) -> tuple[float, float, float]:
-    """Return the mean of [s, c] and its 95 % interval, seeds and concepts drawn anew together."""
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """A paired difference: its mean, and for several seeds its 95 % interval and p-value.
+
+    Attributes:
+        before: What a table's cell has before it.
+    """
+
+    seeds: int
+    mean: float
+    interval: tuple[float, float] = (math.nan, math.nan)
+    p_value: float = math.nan
+    before: str = ""
+
+    def text(self, *, is_bold: bool = False) -> str:
+        """Return a table's cell."""
+        low, high = (100 * end for end in self.interval)
+        note = "one seed" if self.seeds == 1 else f"{low:+.1f}…{high:+.1f}"
+        mark = "**" if is_bold else ""
+        return f"{self.before}{mark}{100 * self.mean:+.1f} ({note}){mark}"
+
+    @property
+    def has_verdict(self) -> bool:
+        """Whether there are seeds enough to call it a difference or not."""
+        return self.seeds >= intervals.MIN_SEEDS
+
+
+def gap_of(differences: Array) -> Gap:
+    """Return the mean of [s, c] with the interval of `clipcid eval-zeroshot --compare`: t over seeds, concepts drawn."""
     seeds, concepts = differences.shape
-    draw = np.random.default_rng(0)
-    by_seed = draw.multinomial(seeds, [1 / seeds] * seeds, size=DRAWS) / seeds
-    by_concept = draw.multinomial(concepts, [1 / concepts] * concepts, size=DRAWS) / concepts
-    means = np.einsum("ns,sc,nc->n", by_seed, differences, by_concept, optimize=True)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(differences.mean()), float(low), float(high)
+    by_concept, by_seed = differences.mean(axis=0), differences.mean(axis=1)
+    mean = float(by_seed.mean())
+    if seeds == 1:
+        return Gap(seeds, mean)
+    means = drawn(concepts) @ by_concept + intervals.errors_of_mean(by_seed, DRAWS, 0)
+    error_of_concepts = by_concept.std() / math.sqrt(concepts)
+    error_of_seeds = by_seed.std(ddof=1) / math.sqrt(seeds)
+    return Gap(seeds, mean, intervals.interval(means), p_value(mean, error_of_concepts, error_of_seeds, seeds))
+
+
+@functools.cache
+def drawn(concepts: int) -> Array:
+    """Return how often each of so many concepts is drawn, as its share of a draw, [n, c]."""
+    counts = np.random.default_rng(0).multinomial(concepts, [1 / concepts] * concepts, size=DRAWS)
+    return counts / concepts
+
+
+def p_value(mean: float, error_of_concepts: float, error_of_seeds: float, seeds: int) -> float:
+    """Return how probable a mean at least as far from 0 is, if a normal error and one of Student's t add up."""
+    if error_of_seeds == 0:
+        return float(2 * ndtr(-abs(mean) / error_of_concepts))
+    normal = error_of_concepts * ndtri((np.arange(QUANTILES) + 0.5) / QUANTILES)
+    return float(2 * stdtr(seeds - 1, -(abs(mean) + normal) / error_of_seeds).mean())
+
+
+def written(rows: list[list[Gap | str]]) -> list[str]:
+    """Write the rows of a table; bold is what differs from 0 after Holm's correction for all cells of the table."""
+    family = sorted(gap.p_value for row in rows for gap in row if isinstance(gap, Gap) and gap.has_verdict)
+    firm = 0
+    while firm < len(family) and family[firm] * (len(family) - firm) < SIGNIFICANCE:
+        firm += 1
+    largest = family[firm - 1] if firm else -1.0
+    lines = []
+    for row in rows:
+        cells = [
+            cell if isinstance(cell, str) else cell.text(is_bold=cell.has_verdict and cell.p_value <= largest)
+            for cell in row
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def heading(results: Results) -> list[str]:
@@ -124,15 +191,15 @@ def means(results: Results, settings: list[str]) -> list[str]:
 
 def gains(results: Results, settings: list[str], against: str) -> list[str]:
     """Return the lines of a table of paired differences from `against`."""
-    lines = heading(results)
+    rows: list[list[Gap | str]] = []
     for setting in settings:
         shared = [seed for seed in results.seeds(setting) if seed in results.seeds(against)]
         if shared and setting != against:
-            cells = [setting, str(len(shared))]
+            cells: list[Gap | str] = [setting, str(len(shared))]
             cells += [signed(results, setting, against, column) for column in results.columns]
             cells.append(probe_gain(results.probe(setting), results.probe(against)))
-            lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+            rows.append(cells)
+    return [*heading(results), *written(rows), ""]
 
 
 def probe_gain(probe: Mapping[int, float], other: Mapping[int, float]) -> str:
@@ -141,22 +208,10 @@ def probe_gain(probe: Mapping[int, float], other: Mapping[int, float]) -> str:
     return f"{np.mean(shared):+.1f} ({min(shared):+.1f}…{max(shared):+.1f})" if shared else ""
 
 
-def signed(results: Results, setting: str, other: str, column: str) -> str:
-    """Write a paired difference; nothing where no seed is shared."""
+def signed(results: Results, setting: str, other: str, column: str) -> Gap | str:
+    """Return a paired difference; nothing where no seed is shared."""
     differences, seeds = results.difference(setting, other, column)
-    if not seeds:
-        return ""
-    return points(differences)
-
-
-def points(differences: Array) -> str:
-    """Write the mean of [s, c] in points with its interval; bold where that leaves out 0 and enough seeds were drawn."""
-    seeds = len(differences)
-    if seeds == 1:
-        return f"{100 * differences.mean():+.1f} (one seed)"
-    mean, low, high = (100 * value for value in interval(differences))
-    text = f"{mean:+.1f} ({low:+.1f}…{high:+.1f})"
-    return f"**{text}**" if seeds >= SEEDS_FOR_BOLD and (low > 0 or high < 0) else text
+    return gap_of(differences) if seeds else ""
 
 
 def tuning(results: Results) -> list[str]:
@@ -182,9 +237,10 @@ def tuning(results: Results) -> list[str]:
     return [*lines, ""]
 
 
-def goals(results: Results, ours: str, clip: str, rival: str) -> list[str]:
-    """Return how far a recipe reaches the goals, beside a rival and `clip`."""
+def goals(results: Results, ours: str, clip: str, rival: str, change: str = "") -> list[str]:
+    """Return how far a recipe, or it with one thing changed, reaches the goals, beside a rival and `clip`."""
     names = {name: plan.tuned(name, results.entries).name for name in (clip, rival, ours)}
+    names[ours] += change
     if not all(results.seeds(name) for name in names.values()):
         return []
     lines = [
@@ -192,6 +248,7 @@ def goals(results: Results, ours: str, clip: str, rival: str) -> list[str]:
         f"| gain − 1.2 × {rival}'s gain | gain − 1.5 × {rival}'s gain | gap to the teacher closed |",
         f"|{'---|' * 9}",
     ]
+    rows: list[list[Gap | str]] = []
     for column in results.columns:
         level = {name: results.mean(setting, column) for name, setting in names.items()}
         gain, _ = results.difference(names[ours], names[clip], column)
@@ -199,13 +256,18 @@ def goals(results: Results, ours: str, clip: str, rival: str) -> list[str]:
         shared = min(len(gain), len(theirs))
         ratio = f"{gain[:shared].mean() / theirs[:shared].mean():.2f}" if theirs[:shared].mean() > 0 else ""
         closed = (level[ours] - level[clip]) / (results.mean("teacher", column) - level[clip])
-        lines.append(
-            f"| {column} | {' | '.join(f'{100 * level[name]:.1f}' for name in names)} "
-            f"| {signed(results, names[ours], names[rival], column)} | {ratio} "
-            f"| {points(gain[:shared] - 1.2 * theirs[:shared])} | {points(gain[:shared] - 1.5 * theirs[:shared])} "
-            f"| {closed:.0%} |"
+        beyond = [gap_of(gain[:shared] - factor * theirs[:shared]) for factor in (1.2, 1.5)]
+        rows.append(
+            [
+                column,
+                *(f"{100 * level[name]:.1f}" for name in names),
+                signed(results, names[ours], names[rival], column),
+                ratio,
+                *beyond,
+                f"{closed:.0%}",
+            ]
         )
-    return [*lines, ""]
+    return [*lines, *written(rows), ""]
 
 
 def compared(results: Results, settings: list[str], against: str) -> list[str]:
@@ -281,8 +343,9 @@ def head(results: Results) -> list[str]:
     students = [entry for entry in results.entries.values() if entry["run"] != "teacher"]
     return [
         f"{len(students)} students; commit {', '.join(commits)}; {'; '.join(machines)}.",
-        "Percent; Δ in points, paired by seed, with 95 % intervals over seeds and concepts or photographs (probe: smallest …"
-        " largest of the seeds); bold where 0 is outside and there are three seeds.",
+        "Percent; Δ in points, paired by seed, with the 95 % intervals of `clipcid eval-zeroshot --compare`: Student's t"
+        " over seeds, concepts or photographs drawn with replacement (probe: smallest … largest of the seeds). Bold: at"
+        " least three seeds, and not 0 after Holm's correction for all cells of a table.",
         "",
     ]
 
@@ -310,6 +373,9 @@ def of_photographs(results: Results, drawings: plan.Log) -> list[str]:
         "## `fd-instance` with the teacher repaired, and the others beside it",
         "",
         *gains(results, [*chosen, *repaired], next(name for name in repaired if name.startswith("fd-instance"))),
+        "## The same, beside `fd-instance` that trusts it wholly",
+        "",
+        *gains(results, [*chosen, *repaired], next(name for name in repaired if name.endswith("trust 1"))),
         "## `fd-instance`, one thing changed at a time",
         "",
         *compared(results, [setting.name for setting in plan.photograph_changes(log, drawings)], ours),
@@ -323,7 +389,7 @@ def of_drawings(results: Results) -> list[str]:
     clip, rival, ours, cid = (plan.tuned(name, log).name for name in ("clip", "clip-kd", "fd-instance", "cid"))
     all_nearest, *fewer = (setting.name for setting in plan.nearest_alone(log))
     closer = plan.nearer_to_captions(plan.tuned("fd-instance", log))
-    changes = [*plan.left_out(log), *closer, *plan.further_changes(log)]
+    changes = [*plan.left_out(log), *plan.no_longer_offered(log), *closer, *plan.further_changes(log)]
     return [
         "## Trials, on the tuning split: mean of R@1, R@10 and acc1 of concepts and drawings, seed 0",
         "",
@@ -342,6 +408,9 @@ def of_drawings(results: Results) -> list[str]:
         "## The goals, by `fd-instance` and by `cid`",
         "",
         *goals(results, "fd-instance", "clip", "clip-kd"),
+        "All on the pairs alone (`fd-instance` without its views, variants and texts):",
+        "",
+        *goals(results, "fd-instance", "clip", "clip-kd", "/no extras"),
         *goals(results, "fd-instance", "clip, adamw", "clip-kd, adamw"),
         *goals(results, "cid", "clip", "clip-kd"),
         "## `fd-instance`, one thing changed at a time",

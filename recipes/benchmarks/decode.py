@@ -10,6 +10,7 @@ in photographs, in JPEG of quality 90 with half the colour resolution. Rounds of
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import sys
 import time
@@ -25,9 +26,9 @@ from PIL import Image, features
 sys.path.insert(0, str(Path(__file__).parent))
 from balance import describe_machine
 
-from clipcid_cli.runtime.models.augment import Augmentation, MixedView, View, ViewPixels, choose_view, mix_pixels
-from clipcid_cli.runtime.models.clip_model import PixelTransform
+from clipcid_cli.runtime.models.augment import Augmentation, choose_view
 from clipcid_cli.runtime.models.decode import decode_image
+from clipcid_cli.runtime.models.views import MixedView, Renderer, View, mix_pixels
 
 SIDE = 224
 SIZES = ((256, 256), (384, 288), (512, 512))
@@ -82,7 +83,7 @@ def show_view(jpegs: list[bytes], number: int) -> tuple[View, np.ndarray]:
     """Decode an image and render a `strong` view of it, as a worker of `distill` does."""
     image = decode_image(jpegs[number % len(jpegs)])
     view = choose_view(Augmentation(0.3, 0.4, 0.2), *image.size, number)
-    return view, ViewPixels({"size": SIDE})(image, view)
+    return view, Renderer({"size": SIDE})(image, view)
 
 
 def show_mixture(jpegs: list[bytes], number: int) -> np.ndarray:
@@ -120,8 +121,7 @@ def main() -> None:
         print(f"{describe_machine(1)}; Pillow {Image.__version__}\n")
         print_views(arguments.images, arguments.rounds)
         return
-    steps = open_clip.image_transform(SIDE, is_train=False).transforms
-    transform = PixelTransform(list(steps[:2]))  # resize and crop, as `embed`
+    render = Renderer(dataclasses.asdict(open_clip.transform.PreprocessCfg(size=SIDE)))
     decoders = find_decoders()
     turbo = features.version_feature("libjpeg_turbo")
     print(f"{describe_machine(1)}; Pillow {Image.__version__} with libjpeg-turbo {turbo}\n")
@@ -135,12 +135,12 @@ def main() -> None:
             for name, decode in decoders.items():
                 started = time.process_time()
                 for data in jpegs:
-                    transform(decode(data))
+                    render(decode(data))
                 seconds[name] = min(seconds[name], time.process_time() - started)
-        expected = [transform(decode_image(data)).int() for data in jpegs]
+        expected = [render(decode_image(data)).astype(int) for data in jpegs]
         for name, decode in decoders.items():
             pairs = zip(jpegs, expected, strict=True)
-            largest = max(int((transform(decode(data)).int() - pixels).abs().max()) for data, pixels in pairs)
+            largest = max(int(np.abs(render(decode(data)) - pixels).max()) for data, pixels in pairs)
             ratio = seconds["Pillow"] / seconds[name]
             speed = arguments.images / seconds[name]
             print(f"| {width} x {height} | {name} | {speed:,.0f} | {ratio:.2f} | {largest} |")

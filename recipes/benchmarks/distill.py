@@ -278,7 +278,7 @@ class Bench:
 def make_models(folder: Path) -> None:
     """Write the configurations, and the teacher with random weights."""
     from clipcid_cli.formats.models.open_clip_folder import write_model_folder
-    from clipcid_cli.runtime.models.clip_model import load_model
+    from clipcid_cli.runtime.models.load import load_model
     from clipcid_cli.runtime.models.names import parse_model
 
     folder.mkdir()

@@ -179,7 +179,7 @@ def prepare_data(data: Path, limit: int, scratch: Path) -> dict[str, Any]:
 def start_fresh(architecture: str, scratch: Path) -> Path:
     """Write an architecture of open_clip with random weights."""
     from clipcid_cli.formats.models.open_clip_folder import write_model_folder
-    from clipcid_cli.runtime.models.clip_model import load_model
+    from clipcid_cli.runtime.models.load import load_model
     from clipcid_cli.runtime.models.names import parse_model
 
     model = load_model(parse_model(architecture), fresh_seed=0)

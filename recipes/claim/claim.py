@@ -1,6 +1,6 @@
 """Train on all pairs and on fewer, and tell what that costs: python claim.py --work DIRECTORY [--quick] (see run.sh).
 
-Runs, log and intervals are those of the ablation; here are the data, the subsets of it, and the tables.
+Runs and log are those of the ablation; here are the data and the subsets of it, in claim_table.py the tables.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import ablation
 import inputs
 import plan
 import purity
-import table
+from claim_table import DRAWINGS, METHODS, PAPER, PLANTED, tabulate
 
 HERE = Path(__file__).resolve().parent
 ABLATION = HERE.parent / "ablation"
@@ -35,11 +35,6 @@ PHOTOGRAPH_PAIRS, PHOTOGRAPH_SIZE = 4_500, 224
 SEEDS = (0, 1, 2)
 # What is within this distance of an image that students are measured on is never trained on.
 AGAINST = 0.3
-# The paper's share, and the share of first copies among the pairs, which is known here.
-PAPER, PLANTED = "0.563", "planted"
-METHODS = ("single", "star", "semdedup", "random")
-LOSSES = ("fd-instance", "clip", "cid")
-DRAWINGS = "report-drawings-retrieval"
 CURVE_POINTS = 6
 
 
@@ -255,115 +250,6 @@ def runs(settings: Iterable[list[plan.Setting]], *, is_quick: bool) -> Iterator[
         yield [plan.Run(setting, SEEDS[0]) for group in groups for setting in group[:2]]
     else:
         yield [plan.Run(setting, seed) for group in groups for seed in SEEDS for setting in group]
-
-
-def split(entries: Mapping[str, Mapping[str, Any]]) -> table.Results:
-    """Return the log with retrieval of drawings also for the third of them whose concepts are seen most, and least."""
-    keys = entries["teacher"]["keys"].get(DRAWINGS)
-    if keys is None:
-        return table.Results({run: entry for run, entry in entries.items() if run != "data"})
-    counts = entries["data"]["frequency"]
-    seen = np.array([counts.get(inputs.concept(key), 0) for key in keys])
-    order = np.argsort(seen, kind="stable")
-    third = len(keys) // 3
-    parts = {"head": np.sort(order[-third:]), "tail": np.sort(order[:third])}
-    found = {}
-    for run, entry in entries.items():
-        if run == "data":
-            continue
-        items, of = dict(entry["items"]), dict(entry.get("keys", {}))
-        for name, rows in parts.items():
-            dataset = f"report-{name}-retrieval"
-            items[dataset] = {
-                side: np.array(items[DRAWINGS][side])[rows].tolist() for side in ("image_ranks", "text_ranks")
-            }
-            of[dataset] = [keys[row] for row in rows]
-        found[run] = {**entry, "items": items, "keys": of}
-    return table.Results(found)
-
-
-def tabulate(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return all tables."""
-    results = split(entries)
-    data = entries["data"]
-    lines = [*table.head(results), f"## What is kept of {data['pairs']:,} pairs", "", *subset_table(data["subsets"])]
-    trained = list(dict.fromkeys(entry["setting"] for entry in results.entries.values()))
-    if all(f"{loss}/random-{PAPER}" in trained for loss in LOSSES):
-        lines += ["## Averaged over the losses: what differs from all pairs", "", *averaged(results, "all")]
-        lines += ["## Averaged over the losses: what differs from as many at random", ""]
-        lines += averaged(results, "random-{share}")
-    for loss in LOSSES:
-        names = [name for name in trained if name.startswith(f"{loss}/")]
-        if f"{loss}/all" in names:
-            lines += [f"## `{loss}`: means, and in points what differs from all pairs", ""]
-            lines += compared(results, names, f"{loss}/all")
-        by_chance = f"{loss}/random-{PLANTED}"
-        if by_chance in names:
-            lines += [f"## `{loss}`: what differs from as many pairs at random", ""]
-            lines += compared(results, [name for name in names if name.endswith(PLANTED)], by_chance)
-    return lines
-
-
-def subset_table(subsets: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return a line for each subset."""
-    names = {
-        "left": "pictures left",
-        "repeats": "repeats",
-        "wrong": "wrong captions",
-        "right": "right",
-        "purity": "purity",
-    }
-    lines = [f"| subset | pairs | {' | '.join(names.values())} |", f"|{'---|' * (len(names) + 2)}"]
-    for subset, figures in subsets.items():
-        cells = [f"{100 * figures[name]:.1f}" if name in figures else "" for name in names]
-        lines.append(f"| {subset} | {figures['kept']:,} | {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
-def compared(results: table.Results, names: Iterable[str], against: str) -> list[str]:
-    """Return a line for each setting: its means, their differences, and when it was as good as the other at its end."""
-    heads = ("setting", "seeds", "steps", *results.columns, f"steps to {goal_of(results)} of `{against}`")
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    goal = np.mean([list(results.entry(against, seed)["curve"].values())[-1] for seed in results.seeds(against)])
-    for name in names:
-        entries = [results.entry(name, seed) for seed in results.seeds(name)]
-        cells = [name, str(len(entries)), f"{entries[0]['steps']:,}"]
-        for column in results.columns:
-            mean = f"{100 * results.mean(name, column):.1f}"
-            cells.append(mean if name == against else f"{mean}: {table.signed(results, name, against, column)}")
-        lines.append(f"| {' | '.join(cells)} | {reached(entries, float(goal))} |")
-    return [*lines, ""]
-
-
-def averaged(results: table.Results, against: str) -> list[str]:
-    """Return a line for each subset: its differences from another one of the same losses, averaged over these."""
-    lines = [f"| subset | {' | '.join(results.columns)} |", f"|{'---|' * (len(results.columns) + 1)}"]
-    for share in (PLANTED, PAPER):
-        for method in METHODS:
-            other = against.format(share=share)
-            cells = [name := f"{method}-{share}"]
-            for column in results.columns:
-                rows = [results.difference(f"{loss}/{name}", f"{loss}/{other}", column)[0] for loss in LOSSES]
-                cells.append(table.points(np.mean(rows, axis=0)))
-            if name != other:
-                lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
-def goal_of(results: table.Results) -> str:
-    """Name what students are measured on while they learn."""
-    return "R@1" if DRAWINGS in results.entries["teacher"]["items"] else "acc1"
-
-
-def reached(entries: list[Mapping[str, Any]], goal: float) -> str:
-    """Return at which step the mean curve of some runs first is at a goal, interpolated, or that it never is."""
-    steps = [0, *map(int, entries[0]["curve"])]
-    recalls = [0.0, *np.mean([list(entry["curve"].values()) for entry in entries], axis=0).tolist()]
-    for number in range(1, len(steps)):
-        if recalls[number] >= goal:
-            part = (goal - recalls[number - 1]) / (recalls[number] - recalls[number - 1])
-            return f"{steps[number - 1] + part * (steps[number] - steps[number - 1]):,.0f}"
-    return "not reached"
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from distill_data import SHORT, STUDENT, losses, student_bytes
 from safetensors.numpy import load_file
 from sidecars import unfinish
 
-from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 
 WEIGHTS = "open_clip_model.safetensors"

@@ -75,8 +75,12 @@ def test_metrics_are_those_of_scikit_learn(clipcid: Clipcid, tiny_model: Path, c
     assert right.mean() > 0.5
     assert result["chance"] == {"lp_acc1": 0.25, "lp_mean_per_class_recall": 0.25}
     assert result["majority"] == 12 / 36
+    drawn = np.random.default_rng(0).choice(right, (4000, 36)).mean(axis=1)
+    assert result["intervals"]["lp_acc1"] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.03)
+    assert set(result["intervals"]) == {"lp_acc1", "lp_mean_per_class_recall"}
     shown = clipcid("eval-linear", tiny_model, colours).said
     assert "chance acc1 25.0%, per class 25.0%; always the largest class: acc1 33.3% measured on" in shown
+    assert f"(95% interval {100 * result['intervals']['lp_acc1'][0]:.2f} … " in shown
 
     name = "colours_tiny_linear_probe.json"
     written = json.loads((work / "eval" / name).read_text())

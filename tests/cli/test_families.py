@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 import clipcid_cli
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.inherit import inherit
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from conftest import clipcid_command
 
+from clipcid_cli import __version__
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.py"))
 
@@ -177,6 +179,17 @@ def test_a_pilot_names_the_command_to_go_on_with(tmp_path: Path, tiny_model: Pat
     assert command.startswith("Go on with: ")
     assert "--preset clip --lr" in command
     assert command.endswith("--steps 40")
+
+
+def test_a_release_has_one_version_and_a_dated_heading_in_the_changelog() -> None:
+    def refuse(version: str) -> str:
+        done = subprocess.run([ROOT / ".ci/wheel", version], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "clipcid_cli/__init__.py has another version than 0.0.9" in refuse("0.0.9")
+    if f"## [{__version__}] - " not in (ROOT / "CHANGELOG.md").read_text():
+        assert f'CHANGELOG.md has no heading "## [{__version__}] - YYYY-MM-DD"' in refuse(__version__)
 
 
 def test_what_is_installed_comes_from_one_place() -> None:

@@ -17,9 +17,9 @@ RATES = {
 }
 AT_BATCH = 64
 # Adam's best rate grows as the square root of the batch (Malladi et al. 2022, arXiv 2205.10287), up to where training
-# becomes unstable, which is inverse to the width (Yang et al. 2022, arXiv 2203.03466). The product of rate and width is the
-# largest that was tried on that student with AdamW; for a ViT-B/32, 512 wide, it gives 1.1e-3, where the CLIP-CID group
-# publishes 1e-3.
+# becomes unstable, which is inverse to the width (Yang et al. 2022, arXiv 2203.03466). A guard, not an optimum: the product
+# of rate and width is the largest that was tried on that student with AdamW, and the width is the embedding's, not the
+# towers'. For a ViT-B/32, 512 wide, it gives 1.1e-3, where the CLIP-CID group publishes 1e-3.
 LARGEST_BY_WIDTH = 6e-3 * 96
 # Such rates would undo what weights know that are trained already.
 OF_TRAINED = 0.1

@@ -118,6 +118,11 @@ def _accuracies(cells_U3: Array, num_classes: int, draws_BU: Array) -> dict[str,
 
 
 def measure_scores(blocks: Iterable[torch.Tensor], labels: torch.Tensor, num_classes: int) -> dict[str, float]:
+    """Return the values of `score_metrics`."""
+    return score_metrics(blocks, labels, num_classes).values()
+
+
+def score_metrics(blocks: Iterable[torch.Tensor], labels: torch.Tensor, num_classes: int) -> CellMetrics:
     """Measure a classifier by its scores of some images.
 
     Args:
@@ -129,13 +134,13 @@ def measure_scores(blocks: Iterable[torch.Tensor], labels: torch.Tensor, num_cla
     """
     if labels.ndim == 2:
         scores_NC = torch.cat(list(blocks))
-        return precision_metrics(scores_NC.cpu().numpy(), labels.cpu().numpy()).values()
+        return precision_metrics(scores_NC.cpu().numpy(), labels.cpu().numpy())
     ranks: list[torch.Tensor] = []
     first = 0
     for scores_BC in blocks:
         ranks.append(rank_classes(scores_BC, labels[first : first + len(scores_BC)])[1])
         first += len(scores_BC)
-    return accuracy_metrics(labels.cpu().numpy(), torch.cat(ranks).cpu().numpy(), num_classes).values()
+    return accuracy_metrics(labels.cpu().numpy(), torch.cat(ranks).cpu().numpy(), num_classes)
 
 
 def precision_metrics(scores_NC: Array, positive_NC: Array) -> CellMetrics:
@@ -172,11 +177,11 @@ def average_precision(draws_BN: Array, scores_NC: Array, positive_NC: Array) -> 
         a class without images as 0 where we omit it. The eleven points as Everingham et al. 2010 (PASCAL VOC), §4.2.
     """
     forms = np.full((2, len(draws_BN), scores_NC.shape[1]), np.nan)
-    for number in range(scores_NC.shape[1]):
-        order_N = np.argsort(-scores_NC[:, number], kind="stable")
-        if positive_NC[:, number].any():
-            forms[:, :, number] = _class_precision(
-                draws_BN[:, order_N], scores_NC[order_N, number], positive_NC[order_N, number]
+    for label in range(scores_NC.shape[1]):
+        order_N = np.argsort(-scores_NC[:, label], kind="stable")
+        if positive_NC[:, label].any():
+            forms[:, :, label] = _class_precision(
+                draws_BN[:, order_N], scores_NC[order_N, label], positive_NC[order_N, label]
             )
     return forms[0], forms[1]
 

@@ -138,20 +138,20 @@ def compare(
     pairs_S = list(zip(first_S, second_S, strict=True))
     drawn = CellMetrics(first_S[0].images_U, mean_differences).draw(replicates, seed)
     values_S = [(first.values(), second.values()) for first, second in pairs_S]
-    found = {}
+    compared = {}
     for name, value in values_S[0][0].items():
         if math.isnan(value):
             continue
         first = [values[name] for values, _ in values_S]
         second = [values[name] for _, values in values_S]
-        errors_B = _errors_of_mean(np.subtract(second, first), replicates, seed)
+        errors_B = errors_of_mean(np.subtract(second, first), replicates, seed)
         p_value = p_values.get(name) if p_values else None
         # Metrics are in [0, 1], and so no difference is beyond 1, as Student's t of two seeds would have it.
-        found[name] = PairedMetric(first, second, interval((drawn[name] + errors_B).clip(-1, 1)), p_value)
-    return found
+        compared[name] = PairedMetric(first, second, interval((drawn[name] + errors_B).clip(-1, 1)), p_value)
+    return compared
 
 
-def _errors_of_mean(values_S: Array, replicates: int, seed: int) -> Array:
+def errors_of_mean(values_S: Array, replicates: int, seed: int) -> Array:
     """Draw by how much the mean of a few seeds is off, float64 [B]: Student's t, evenly spaced quantiles in random order.
 
     Seeds are too few to be drawn with replacement as images are: see docs/method.md#zero-shot.

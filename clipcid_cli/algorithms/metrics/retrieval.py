@@ -111,8 +111,8 @@ def _count_hits(ranks: Ranks, image_of_text_M: torch.Tensor) -> Array:
     image_ranks_M, text_ranks_N = ranks
     num_images = len(text_ranks_N)
     captions_N = torch.bincount(image_of_text_M, minlength=num_images)
-    found = [torch.bincount(image_of_text_M[image_ranks_M < k], minlength=num_images) for k in RECALL_AT]
-    return torch.stack([captions_N, *found, *((text_ranks_N < k).long() for k in RECALL_AT)], dim=1).numpy()
+    found_by = [torch.bincount(image_of_text_M[image_ranks_M < k], minlength=num_images) for k in RECALL_AT]
+    return torch.stack([captions_N, *found_by, *((text_ranks_N < k).long() for k in RECALL_AT)], dim=1).numpy()
 
 
 def _recalls(cells_UV: Array, draws_BU: Array) -> dict[str, Array]:

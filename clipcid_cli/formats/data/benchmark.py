@@ -39,7 +39,7 @@ _NUMBERED_SHARDS = re.compile(r"[\d{}.,-]+\.tar")
 
 # Placeholders of the class name: CLIP_benchmark writes {c}, open_clip {}.
 _PLACEHOLDERS = ("{c}", "{}")
-# Names accepted in place of a file: open_clip's lists (see `runtime.models.clip_model`).
+# Names accepted in place of a file: open_clip's lists (see `runtime.models.prompts`).
 BUILTIN_TEMPLATES = ("openai", "simple")
 BUILTIN_CLASS_NAMES = ("imagenet",)
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)

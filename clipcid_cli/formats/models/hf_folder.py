@@ -232,15 +232,15 @@ def write_clip_tokenizer(folder: Path, tokenizer: Any) -> Any:
     import transformers
 
     # Its own special tokens are called otherwise, and are the last two.
-    words = {text: number for text, number in tokenizer.encoder.items() if number < BOS_ID}
+    words = {text: token for text, token in tokenizer.encoder.items() if token < BOS_ID}
     words |= {"<|startoftext|>": BOS_ID, "<|endoftext|>": EOS_ID}
     write_text(folder / VOCABULARY, json.dumps(words, ensure_ascii=False) + "\n")
     merges = "".join(f"{left} {right}\n" for left, right in tokenizer.bpe_ranks)
     write_text(folder / MERGES, "#version: 0.2\n" + merges)
     length = int(tokenizer.context_length)
-    made = transformers.CLIPTokenizerFast.from_pretrained(folder, model_max_length=length)
-    _fix_length(made.backend_tokenizer, length, 0, made.pad_token)
-    return made
+    fast = transformers.CLIPTokenizerFast.from_pretrained(folder, model_max_length=length)
+    _fix_length(fast.backend_tokenizer, length, 0, fast.pad_token)
+    return fast
 
 
 def fits_tokenizer_file(tokenizer: Any) -> bool:

@@ -248,7 +248,7 @@ def write_classifier(
     merge = onnx.compose.merge_graphs
     graph = merge(before, model.graph, [(PIXEL_VALUES, PIXEL_VALUES)], outputs=[IMAGE_EMBEDS])  # without patches
     graph = merge(graph, after, [(IMAGE_EMBEDS, IMAGE_EMBEDS)], name="classifier", doc_string="")
-    made = onnx.helper.make_model(
+    classifier = onnx.helper.make_model(
         graph, opset_imports=model.opset_import, ir_version=model.ir_version, producer_name="clipcid"
     )
     metadata |= {
@@ -257,8 +257,8 @@ def write_classifier(
         "input": "uint8 RGB [N, H, W, 3], any size",
         "output": "logits (scale x cosine) and probabilities (their softmax), [N, classes]",
     }
-    onnx.helper.set_model_props(made, metadata)
-    onnx.save(made, path)
+    onnx.helper.set_model_props(classifier, metadata)
+    onnx.save(classifier, path)
 
 
 def _parse(text: Template, constants: Mapping[str, Any], **words: Any) -> Any:

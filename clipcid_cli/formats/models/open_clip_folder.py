@@ -71,10 +71,10 @@ def refusals_of_the_system(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
             raise
-        raise write_error(folder, OSError(int(number[1]), os.strerror(int(number[1])))) from error
+        raise write_error(folder, OSError(int(code[1]), os.strerror(int(code[1])))) from error
 
 
 def square_side(size: Any) -> int | None:

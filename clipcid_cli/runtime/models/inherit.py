@@ -83,7 +83,7 @@ def inherit(student: nn.Module, source: nn.Module, towers: str) -> list[str]:
 
 
 def _tower(model: nn.Module, tower: str) -> Any:
-    """Return a tower's module; that of a CLIP's text tower is the CLIP itself."""
+    """Return a tower's module; a text tower that is no module of its own is the CLIP itself."""
     return cast(Any, model).visual if tower == "image" else getattr(model, "text", model)
 
 
@@ -142,7 +142,7 @@ def evenly_spaced(count: int, available: int) -> Tensor:
     return torch.linspace(0, available - 1, count, dtype=torch.float64).round().long()
 
 
-def _take(name: str, shape: torch.Size, own: Any, others: Any, found: dict[str, Tensor], tower: str) -> Tensor | None:
+def _take(name: str, shape: torch.Size, own: Any, others: Any, tensors: dict[str, Tensor], tower: str) -> Tensor | None:
     """Take what a tensor of the student's tower inherits; None where it inherits nothing."""
     heads = (1, 1)
     from_name = name
@@ -155,11 +155,11 @@ def _take(name: str, shape: torch.Size, own: Any, others: Any, found: dict[str, 
         chosen = int(evenly_spaced(len(layers), len(other_layers))[int(layer[2])])
         from_name = f"{layer[1]}.{chosen}{layer[3]}"
         heads = (layers[0].attn.num_heads, other_layers[0].attn.num_heads)
-    if from_name not in found or axes is None or len(axes) != found[from_name].ndim:
+    if from_name not in tensors or axes is None or len(axes) != tensors[from_name].ndim:
         return None
     if "attn_pool" in name:
         heads = (own.trunk.attn_pool.num_heads, others.trunk.attn_pool.num_heads)
-    taken = found[from_name]
+    taken = tensors[from_name]
     if "p" in axes:
         positions = taken.flatten(0, -2)
         grids = _grid(own), _grid(others)

@@ -166,7 +166,7 @@ class ModelName:
 
     @property
     def slug(self) -> str:
-        """Name for files and folders, of ``[A-Za-z0-9._-]``; that of a distill run's student is preceded by the run's."""
+        """Name for files and folders, of ``[A-Za-z0-9._-]``; a distill run's student is called by run and student."""
         if self.path is not None:
             path = self.path.resolve()
             is_student = path.name in ("student", "student-ema")
@@ -337,10 +337,10 @@ def known_architectures() -> tuple[str, ...]:
 
 
 def _config_folder() -> Path:
-    found = importlib.util.find_spec("open_clip")
-    assert found is not None, "open_clip is a dependency"
-    assert found.origin is not None, "open_clip is a package on disk"
-    return Path(found.origin).parent / "model_configs"
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None, "open_clip is a dependency"
+    assert package.origin is not None, "open_clip is a package on disk"
+    return Path(package.origin).parent / "model_configs"
 
 
 def hash_weights(path: Path) -> str:

@@ -86,13 +86,13 @@ class PrunedForward:
         return image_BLD[:, 0], packing.take_ends(rows_TD), image_BLD[:, 1:], F.pad(text_BLD, (0, 0, 0, unseen))
 
     def _image_rows(self, x_BLW: Tensor, *, pooled: bool) -> Tensor:
-        """Return the rows of embedded patches, [B, L, D], or only those of the class tokens, [B, D]."""
+        """Return the rows of embedded patches, [B, L, D], or only of the class tokens, [B, D]."""
         visual = self._visual
         rows = visual.ln_post(_run_layers(visual.transformer, x_BLW, None, pooled=pooled))
         return cast(Tensor, rows if visual.proj is None else rows @ visual.proj)
 
     def _text_rows(self, packing: _Packing, *, pooled: bool) -> Tensor:
-        """Return the rows of packed tokens, [T, D], or only those of the texts' last tokens, [B, D]."""
+        """Return the rows of packed tokens, [T, D], or only of the texts' last tokens, [B, D]."""
         text = self._text
         x_TW = text.token_embedding(packing.tokens_T) + F.embedding(packing.positions_T, text.positional_embedding)
         rows = text.ln_final(_run_layers(text.transformer, x_TW, packing, pooled=pooled))

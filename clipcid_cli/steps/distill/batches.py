@@ -18,17 +18,10 @@ from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.rows import Kind, take_captions, take_images
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.augment import (
-    Augmentation,
-    Masking,
-    MixedView,
-    Processor,
-    choose_view,
-    identity_colors,
-    mix_pixels,
-)
-from clipcid_cli.runtime.models.clip_model import Tokenizer
+from clipcid_cli.runtime.models.augment import Augmentation, Masking, choose_view
 from clipcid_cli.runtime.models.decode import ImageCache, SkippedImage, full_size
+from clipcid_cli.runtime.models.tokenizers import Tokenizer
+from clipcid_cli.runtime.models.views import MixedView, Processor, identity_colors, mix_pixels
 from clipcid_cli.runtime.pipeline import ordered_map, prefetch
 from clipcid_cli.runtime.randomness import SampleOrder, derive_seed
 from clipcid_cli.steps.distill.extra_texts import ExtraText
@@ -123,9 +116,8 @@ class BatchMaker:
         self._extra_texts = teacher.extra_texts
         self._rows = teacher.rows_shown()
         self._num_views = teacher.num_views
-        widths, heights = zip(
-            *(processor.pixels.draft_size(self._augmentation) for processor in self._shown_to), strict=True
-        )
+        crop_scale = self._augmentation.crop_scale
+        widths, heights = zip(*(shown.render.draft_size(crop_scale) for shown in self._shown_to), strict=True)
         is_small = inputs.training.total <= _MAX_SAMPLES_KEPT
         draft_size = (max(widths), max(heights)) if settings.fast_decode else None
         self._images = ImageCache(_MAX_IMAGE_BYTES if is_small else 0, draft_size)
@@ -140,7 +132,7 @@ class BatchMaker:
         captions = list[int]()
         count = len(work.items)
         pixels = [
-            torch.empty(count, *processor.pixels.size[::-1], 3, dtype=torch.uint8) for processor in self._shown_to
+            torch.empty(count, *processor.render.size[::-1], 3, dtype=torch.uint8) for processor in self._shown_to
         ]
         colors = torch.empty(count, 3, 4)
         for place, item in enumerate(work.items):
@@ -151,9 +143,9 @@ class BatchMaker:
             image, view, other, index = self._choose_view(item, sample, bad)
             views.append(index)
             for processor, target in zip(self._shown_to, pixels, strict=True):
-                shown = processor.pixels(image, view.first)
+                shown = processor.render(image, view.first)
                 if other is not None:
-                    shown = mix_pixels(view, shown, processor.pixels(other, view.second))
+                    shown = mix_pixels(view, shown, processor.render(other, view.second))
                 target.numpy()[place] = shown
             # Mixed pixels have their final colours.
             colors.numpy()[place] = view.first.colors if other is None else identity_colors()

@@ -12,9 +12,10 @@ from clipcid_cli.algorithms.metrics.retrieval import recall_metrics, retrieval_r
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.towers import Towers
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.distill.inputs import Inputs
-from clipcid_cli.steps.encode import Decoded, Decoder, Encoded, Encoder
+from clipcid_cli.steps.encode import Decoded, Decoder, Encoded
 
 # Held-out samples beyond this many are left to eval-zeroshot: evaluation during training should take seconds.
 _MAX_HELD_OUT = 5_000
@@ -36,7 +37,7 @@ class HeldOut:
         """Read the first held-out samples; None when there are fewer than two, which retrieval cannot use."""
         first = np.arange(min(inputs.held_out.total, _MAX_HELD_OUT))
         samples = [ref.read() for ref in inputs.refs(inputs.held_out, first)]
-        decode = Decoder.of(student, captions=True)
+        decode = Decoder.from_model(student, captions=True)
         decoded = decode(samples)
         rows = [row for row in range(len(samples)) if row not in decoded.failures]
         if len(rows) < 2:
@@ -49,11 +50,11 @@ class HeldOut:
     def encode(self) -> Encoded:
         """Encode images and captions in full precision: unit rows, float32, on the CPU."""
         self.student.module.eval()
-        encoder = Encoder.of(self.student, _FP32, _BATCH)
+        towers = Towers.from_model(self.student, _FP32, _BATCH)
         assert self.decoded.pixels is not None
         assert self.decoded.tokens is not None
-        images = torch.cat([encoder.images(pixels).cpu() for pixels in torch.split(self.decoded.pixels, _BATCH)])
-        return Encoded(self.samples, {Kind.IMAGES: images, Kind.TEXTS: encoder.encode_texts(self.decoded.tokens)})
+        images = torch.cat([towers.images(pixels).cpu() for pixels in torch.split(self.decoded.pixels, _BATCH)])
+        return Encoded(self.samples, {Kind.IMAGES: images, Kind.TEXTS: towers.encode_texts(self.decoded.tokens)})
 
     @property
     def chance(self) -> dict[str, float]:

@@ -15,11 +15,13 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import describe
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.results.run_folder import RunFolder
-from clipcid_cli.runtime.models.augment import Masking, apply_colors
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model, normalize_pixels
+from clipcid_cli.runtime.models.augment import Masking
+from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
-from clipcid_cli.runtime.models.towers import freeze, image_tower_kind
+from clipcid_cli.runtime.models.tower_modules import freeze, image_tower_kind
+from clipcid_cli.runtime.models.views import apply_colors
 from clipcid_cli.runtime.precision import Precision, choose_precision, fast_attention
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.training_batch import TrainingBatch

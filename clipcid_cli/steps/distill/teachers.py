@@ -20,9 +20,11 @@ from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.results.repair import PairingFigures, RepairFigures
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.augment import Augmentation, Processor, apply_colors
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model, normalize_pixels
+from clipcid_cli.runtime.models.augment import Augmentation
+from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.runtime.models.views import Processor, apply_colors
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
@@ -207,7 +209,7 @@ class OnlineTeacher(Teacher):
 
     @property
     def processor(self) -> Processor:
-        return Processor.of(self._running.model)
+        return Processor.from_model(self._running.model)
 
     @cached_property
     def _image_map(self) -> Tensor | None:

@@ -17,7 +17,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime import interruption
 from clipcid_cli.runtime.distributed import DistContext, memory_in_use
 from clipcid_cli.runtime.libraries import keep_freed_memory
-from clipcid_cli.runtime.models.augment import Processor
+from clipcid_cli.runtime.models.views import Processor
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker
 from clipcid_cli.steps.distill.checkpoints import Checkpoints
@@ -100,7 +100,7 @@ class Trainer:
                 "The student has batch normalisation, whose statistics are computed for each part of a batch: "
                 "--accum-freq and several processes change what it learns."
             )
-        maker = BatchMaker(settings, inputs, Processor.of(model), student.masking)
+        maker = BatchMaker(settings, inputs, Processor.from_model(model), student.masking)
         self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, context)
         self.evaluation = Evaluation(inputs, model, plan.named, context)
         board = None

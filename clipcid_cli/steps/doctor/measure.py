@@ -31,7 +31,7 @@ from clipcid_cli.formats.files import lock
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.host import count_cores, memory_limit
 from clipcid_cli.runtime.interruption import ends_when_saved
-from clipcid_cli.runtime.models.clip_model import PixelTransform
+from clipcid_cli.runtime.models.views import Renderer
 from clipcid_cli.runtime.pipeline import ordered_map
 from clipcid_cli.runtime.probes import (
     measure_copies,
@@ -188,10 +188,7 @@ def measure_decoding(samples: Sequence[Sample], workers: int, seconds: float) ->
 
     What is measured is what `embed` does: bytes to pixels of the model's size.
     """
-    from clipcid_cli.runtime.models.lean_open_clip import open_clip
-
-    steps = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(size=SIDE), is_train=False)
-    decoder = Decoder((SIDE, SIDE), PixelTransform(steps.transforms[:-2]), None)
+    decoder = Decoder(Renderer({"size": SIDE}), None)
     batches = [samples[first : first + _BATCH] for first in range(0, len(samples), _BATCH)]
     images = 0
     unreadable = 0

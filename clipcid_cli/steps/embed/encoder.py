@@ -23,27 +23,27 @@ from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.augment import (
+from clipcid_cli.runtime.models.augment import STRONG, Augmentation, choose_view
+from clipcid_cli.runtime.models.clip_model import ClipModel, hash_preprocess, normalize_pixels
+from clipcid_cli.runtime.models.load import load_model
+from clipcid_cli.runtime.models.towers import Towers
+from clipcid_cli.runtime.models.views import (
     PACKED_MIX,
     PACKED_VIEW,
     PARTNER,
-    STRONG,
-    Augmentation,
     MixedView,
+    Renderer,
     View,
-    ViewPixels,
     apply_colors,
-    choose_view,
     identity_colors,
     mix_pixels,
 )
-from clipcid_cli.runtime.models.clip_model import ClipModel, hash_preprocess, load_model, normalize_pixels
 from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.embed.plan import EmbedPlan
-from clipcid_cli.steps.encode import BATCH_SIZES, Decoded, Decoder, Encoded, Encoder
+from clipcid_cli.steps.encode import BATCH_SIZES, Decoded, Decoder, Encoded
 from clipcid_cli.steps.preflight import choose_workers
 
 
@@ -93,7 +93,7 @@ class _Mixture(NamedTuple):
 
 def _draw_views(
     views: Views,
-    render: ViewPixels,
+    render: Renderer,
     keys: Sequence[str],
     images: Iterable[tuple[int, Image.Image]],
     pixels: npt.NDArray[np.uint8],
@@ -170,7 +170,6 @@ class AugmentingDecoder(Decoder):
     """Decodes a batch, and makes its views and text variants."""
 
     batch_size: int
-    render: ViewPixels
     views: Views | None
     text_variants: TextVariants | None
 
@@ -180,22 +179,23 @@ class AugmentingDecoder(Decoder):
         if vary is not None:
             texts = [[vary(sample.captions, sample.key, number) for sample in samples] for number in range(vary.number)]
             decoded.variants = torch.cat([tokens for each in texts if (tokens := self.tokenize(each)) is not None])
-        transform = self.transform
-        if transform is None:
+        render = self.render
+        if render is None:
             return decoded
         pictures = 1 if self.views is None else 1 + self.views.number
-        pixels = torch.zeros(pictures, self.batch_size, *self.image_size, 3, dtype=torch.uint8)
+        width, height = render.size
+        pixels = torch.zeros(pictures, self.batch_size, height, width, 3, dtype=torch.uint8)
 
         def prepare() -> Iterator[tuple[int, Image.Image]]:
-            for row, image in self.read_images(samples, decoded):
-                pixels[0, row] = transform(image)
+            for row, image in self.read_images(samples, decoded, render):
+                pixels[0, row].numpy()[:] = render(image)
                 yield row, image
 
         if self.views is None:
             deque(prepare(), maxlen=0)
         else:
             keys = [sample.key for sample in samples]
-            made = _draw_views(self.views, self.render, keys, prepare(), pixels[1:].numpy())
+            made = _draw_views(self.views, render, keys, prepare(), pixels[1:].numpy())
             decoded.colors, decoded.params = map(torch.from_numpy, made)
         decoded.pixels = pixels.flatten(0, 1)
         return decoded
@@ -218,7 +218,7 @@ class EmbedEncoder:
         made = self.decoder
         width = self.model.info.embed_dim
         found: dict[Kind, tuple[int, ...]] = {}
-        if made.transform is not None:
+        if made.render is not None:
             found[Kind.IMAGES] = (width,)
         if made.tokenizer is not None:
             found[Kind.TEXTS] = (width,)
@@ -245,7 +245,7 @@ class EmbedEncoder:
             "precision": self.precision.name,
             "batch_size": self.batch_size,
         }
-        if self.decoder.transform is not None:
+        if self.decoder.render is not None:
             found["preprocess"] = hash_preprocess(info.preprocess, fast_decode=self.decoder.fast_decode)
         return found
 
@@ -268,7 +268,7 @@ class EmbedEncoder:
     def __call__(self, decoded: Decoded) -> dict[Kind, torch.Tensor]:
         """Encode a batch: images [B, D], texts [M, D], views [B, V, D] with their numbers [B, V, P], variants [B, W, D]."""
         assert isinstance(decoded, Augmented), "made by an AugmentingDecoder"
-        towers = Encoder.of(self.model, self.precision, self.decoder.batch_size)
+        towers = Towers.from_model(self.model, self.precision, self.decoder.batch_size)
         rows: dict[Kind, torch.Tensor] = {}
         if decoded.pixels is not None:
             pictures = self._by_sample(towers.images(self._color(decoded.pixels, decoded.colors)))
@@ -320,13 +320,11 @@ def load_encoder(plan: EmbedPlan, context: DistContext) -> EmbedEncoder:
             f"Give --batch-size {min_size} or more, or fewer --views: a batch holds batch size/(1 + views) images.",
         )
     decoder = AugmentingDecoder(
-        image_size=model.info.image_size,
-        transform=model.pixel_transform(),
+        render=Renderer(model.info.preprocess),
         tokenizer=model.tokenizer if settings.text else None,
         # With views each sample makes 1 + V pictures: a batch's memory stays what it is.
         batch_size=batch_size if views is None else max(1, batch_size // (1 + views.number)),
         fast_decode=settings.fast_decode,
-        render=ViewPixels(model.info.preprocess),
         views=views,
         text_variants=TextVariants(settings.text_variants, settings.seed) if settings.text_variants else None,
     )

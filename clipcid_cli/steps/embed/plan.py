@@ -16,8 +16,9 @@ from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES
 from clipcid_cli.formats.embeddings.layouts import find_rows
-from clipcid_cli.formats.embeddings.manifest import FINISHED, read_manifest, read_unfinished
+from clipcid_cli.formats.embeddings.manifest import read_manifest
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar, recorded_data
+from clipcid_cli.formats.embeddings.writer import FINISHED, read_unfinished
 from clipcid_cli.formats.fingerprint import FileRecord, find_lost, record_together
 from clipcid_cli.formats.output import (
     OutputSpec,

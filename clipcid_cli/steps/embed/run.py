@@ -21,16 +21,10 @@ from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.data.addresses import is_pipe
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
-from clipcid_cli.formats.embeddings.manifest import (
-    MANIFEST,
-    EmbeddingWriter,
-    ShardRecord,
-    ShardRows,
-    merge_skips,
-    read_manifest,
-)
+from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, merge_skips, read_manifest
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar, read_embed_sidecar
+from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, remove_leftovers
 from clipcid_cli.formats.sidecar import sidecar_path

@@ -1,6 +1,6 @@
 """`eval-zeroshot --compare A B`: is the difference of two results larger than the choice of images explains?
 
-Of several seeds of each, given as patterns or lists: larger than the choice of images and seeds explains?
+Where A and B are several seeds each, patterns or lists of files, the choice of seeds counts too.
 """
 
 from __future__ import annotations
@@ -61,14 +61,19 @@ def compare_results(settings: EvalZeroshotSettings) -> ComparisonResult:
             "--compare A1.json,A2.json B1.json,B2.json",
         )
     files = [str(path) for path in paths]
-    models = [found.model for found in predictions]
+    models = [side.model for side in predictions]
     is_pair = num_seeds == 1
     names = _tell_apart(records, files) if is_pair else ["A", "B"]
     prompts = None if truth.kind == RETRIEVAL else _compare_prompts(sidecars, names if is_pair else files)
     metrics = _compare(predictions[:num_seeds], predictions[num_seeds:], settings)
     differences = {name: _judge(name, metric, names) for name, metric in metrics.items()}
+    if settings.margin is not None:
+        for judged in differences.values():
+            _judge_by_margin(judged, settings.margin, names)
     for judged in differences.values():
         reporting.note(judged.verdict)
+    if is_pair and models[0] != models[1]:
+        reporting.note("This compares two checkpoints, not two methods: for methods, give several seeds of each.")
     return ComparisonResult(
         compared=files if is_pair else [files[:num_seeds], files[num_seeds:]],
         models=models if is_pair else [models[:num_seeds], models[num_seeds:]],
@@ -77,6 +82,7 @@ def compare_results(settings: EvalZeroshotSettings) -> ComparisonResult:
         prompts=prompts,
         differences=differences,
         files={},
+        margin=settings.margin,
     )
 
 
@@ -120,9 +126,9 @@ def _validate_same_data(first: Predictions, second: Predictions) -> None:
 def _compare_prompts(sidecars: list[EvaluationSidecar | None], names: list[str]) -> dict[str, ComparedLines] | None:
     """Tell whether all results are of the same class names and templates; warn where they are not, or nothing says so."""
     recorded = [None if sidecar is None else sidecar.prompts for sidecar in sidecars]
-    prompts = [found for found in recorded if found is not None]
+    prompts = [lines for lines in recorded if lines is not None]
     if len(prompts) < len(recorded):
-        without = " and ".join(name for name, found in zip(names, recorded, strict=True) if found is None)
+        without = " and ".join(name for name, lines in zip(names, recorded, strict=True) if lines is None)
         reporting.warn(
             f"No entry `prompts` records the class names and templates of {without}: they may not be the same. Results "
             "of this version of eval-zeroshot have one."
@@ -131,14 +137,14 @@ def _compare_prompts(sidecars: list[EvaluationSidecar | None], names: list[str])
     labels = ["A", "B"] if len(names) == 2 else names
     compared = {}
     for kind, first in prompts[0].items():
-        others = [number for number, found in enumerate(prompts) if found[kind].hash != first.hash]
-        number = others[0] if others else len(prompts) // 2  # the first that differs, else the first of B
-        second = prompts[number][kind]
-        compared[kind] = ComparedLines(first, second, same=not others)
-        if others:
+        different = [index for index, lines in enumerate(prompts) if lines[kind].hash != first.hash]
+        index = different[0] if different else len(prompts) // 2  # the first that differs, else the first of B
+        second = prompts[index][kind]
+        compared[kind] = ComparedLines(first, second, same=not different)
+        if different:
             reporting.warn(
                 f"The {kind.replace('_', ' ')} differ, so the scores differ by more than the models: of {labels[0]} "
-                f"{first}; of {labels[number]} {second}."
+                f"{first}; of {labels[index]} {second}."
             )
     return compared
 
@@ -151,29 +157,29 @@ def _compare(
     seed = settings.seed
     truth = first[0]
     if truth.kind == CLASSIFICATION:
-        ranks, other_ranks = ([_class_ranks(found) for found in side] for side in (first, second))
+        ranks, other_ranks = ([_class_ranks(predictions) for predictions in side] for side in (first, second))
         return compare_accuracies(truth.column("label"), ranks, other_ranks, truth.num_classes, replicates, seed)
     if truth.kind == MULTI_LABEL:
         metrics, others = (
-            [precision_metrics(found.matrix("class_scores"), truth.positive) for found in side]
+            [precision_metrics(predictions.matrix("class_scores"), truth.positive) for predictions in side]
             for side in (first, second)
         )
         return compare(metrics, others, replicates, seed)
-    recalls, other_recalls = ([_retrieval_ranks(found) for found in side] for side in (first, second))
+    recalls, other_recalls = ([_retrieval_ranks(predictions) for predictions in side] for side in (first, second))
     captions = torch.from_numpy(truth.lengths("image_ranks"))
     image_of_text = torch.repeat_interleave(torch.arange(len(captions)), captions)
     return compare_recalls(recalls, other_recalls, image_of_text, replicates, seed)
 
 
-def _retrieval_ranks(found: Predictions) -> Ranks:
-    return torch.from_numpy(found.flat("image_ranks")), torch.from_numpy(found.column("text_rank"))
+def _retrieval_ranks(predictions: Predictions) -> Ranks:
+    return torch.from_numpy(predictions.flat("image_ranks")), torch.from_numpy(predictions.column("text_rank"))
 
 
-def _class_ranks(found: Predictions) -> Array:
+def _class_ranks(predictions: Predictions) -> Array:
     """Return how many classes come before the right one, int64 [N], as far as metrics ask: 1 for 1 … 4, 5 for more."""
-    label = found.column("label")
-    among = (found.matrix("top") == label[:, None]).any(axis=1)
-    return np.where(found.column("predicted") == label, 0, np.where(among, 1, ACCURACY_TOP_K))
+    label = predictions.column("label")
+    among = (predictions.matrix("top") == label[:, None]).any(axis=1)
+    return np.where(predictions.column("predicted") == label, 0, np.where(among, 1, ACCURACY_TOP_K))
 
 
 def _judge(name: str, metric: PairedMetric, names: list[str]) -> Difference:
@@ -204,8 +210,28 @@ def _judge(name: str, metric: PairedMetric, names: list[str]) -> Difference:
     )
 
 
+def _judge_by_margin(judged: Difference, margin: float, names: list[str]) -> None:
+    """Add whether either side loses less than a margin, in points: its whole interval is above it."""
+    if not judged.enough_seeds:
+        return
+    low, high = (100 * end for end in judged.interval)
+    judged.no_worse = low > -margin
+    judged.equivalent = judged.no_worse and high < margin
+    first, second = names
+    points = f"{margin:g} point{'' if margin == 1 else 's'}"
+    if judged.equivalent:
+        verdict = f"{first} and {second} are equivalent within {points}"
+    elif judged.no_worse:
+        verdict = f"{second} is no worse than {first} by {points}"
+    elif high < margin:
+        verdict = f"{first} is no worse than {second} by {points}"
+    else:
+        verdict = f"neither is shown to be no worse than the other by {points}"
+    judged.verdict += f" With the margin, {verdict}."
+
+
 def _summarise(values: list[float]) -> float | Draws:
-    """Return the only value, or those of several seeds with mean and standard deviation."""
+    """Return the only value; of several seeds the values with their mean and standard deviation."""
     return values[0] if len(values) == 1 else Draws.of(values)
 
 

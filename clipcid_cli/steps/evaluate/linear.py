@@ -18,7 +18,9 @@ from clipcid_cli.algorithms.metrics.classification import (
     MULTI_LABEL_METRICS,
     SINGLE_LABEL_METRICS,
     measure_scores,
+    score_metrics,
 )
+from clipcid_cli.algorithms.metrics.intervals import CellMetrics
 from clipcid_cli.algorithms.probe import (
     PROMISED_DECREASE,
     TOLERANCE,
@@ -74,6 +76,8 @@ from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
 
 _TASK = "linear_probe"
+# Draws of the test images for an interval, as many as `eval-zeroshot` makes by default.
+_DRAWS = 1000
 # The probe itself does not depend on them.
 _MAY_DIFFER = frozenset({"shots", "shot_repeats", "knn"})
 
@@ -167,7 +171,7 @@ def choose_metric(requested: str, name: str, *, several: bool) -> str:
 
 
 def _class_names(described: BenchmarkFolder, splits: dict[str, Dataset]) -> tuple[str, ...]:
-    """Return the names of the training split's folders, those of a file, or else the numbers up to the largest used."""
+    """Return the class names: the training split's folders, the lines of a file, or else numbers up to the largest used."""
     train = splits["train"]
     if train.classes is not None:
         return train.classes
@@ -196,7 +200,7 @@ def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
     path = plan.path
     context = model.context
     data = context.on_rank0(lambda: {split: task.fingerprints() for split, task in plan.splits.items()})
-    inputs = [each for records in data.values() for each in records]
+    inputs = [file for records in data.values() for file in records]
     with model.claim(path, LinearSidecar, _identity(plan), inputs, _MAY_DIFFER) as output:
         # An earlier probe that also has a few-shot curve, or nearest neighbours, answers the question without them.
         more = plan.settings.shot_counts or plan.settings.neighbour_counts
@@ -208,9 +212,9 @@ def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
             reporting.note(f"{path} already holds {model.name.spec} on {plan.dataset}.")
             return _make_result(usable, path, reused=True)
 
-        found = context.on_rank0(find_result)
-        if found is not None:
-            return found
+        result = context.on_rank0(find_result)
+        if result is not None:
+            return result
         seconds: dict[str, float] = {}
         with timed(seconds, "encode"):
             features = {split: extract_features(model, task, data[split]) for split, task in plan.splits.items()}
@@ -218,14 +222,14 @@ def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
 
 
 def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord]) -> ImageFeatures:
-    """Return a model's features of one split, whose fingerprints are `data`: those of an earlier run, or new ones, kept."""
+    """Return a model's features of the split with the fingerprints `data`, which are kept for later runs."""
     info = model.model.info
     context = model.context
     identity = {
         "weights": info.weights_hash,
         "config": info.config,
         "preprocess": info.preprocess_hash,
-        "data": [[each.size, each.hash] for each in data],
+        "data": [[file.size, file.hash] for file in data],
         "keys": task.dataset.keys,
         "columns": dataclasses.asdict(task.dataset.columns),
         "labels": task.label_of,
@@ -276,16 +280,18 @@ def _write(
     output: Output[LinearSidecar],
 ) -> LinearResult:
     """Fit the probe on the features of all splits, measure it, and write its files."""
-    for split, found in features.items():
-        warn_of_skips(plan.splits[split].name, found.skips)
-    images = {split: found.to(model.context.device) for split, found in features.items()}
+    for split, own in features.items():
+        warn_of_skips(plan.splits[split].name, own.skips)
+    images = {split: own.to(model.context.device) for split, own in features.items()}
     test = images["test"]
     with timed(seconds, "sweep"):
         fits = ProbeFits(images, plan)
         points, best = fits.sweep()
     with timed(seconds, "refit"):
         solution = fits.refit(best)
-        measured = fits.measure(solution.classifier, test)
+        of_images = fits.measure(solution.classifier, test)
+        measured = of_images.values()
+        intervals = of_images.intervals(_DRAWS, plan.settings.seed)
     if "acc5" in measured and len(plan.classes) < ACCURACY_TOP_K:
         reporting.note(f"lp_acc5 is null because there are only {len(plan.classes)} classes.")
     with timed(seconds, "shots"):
@@ -299,15 +305,16 @@ def _write(
     write_metrics(written, model.make_metrics(plan.dataset, _TASK, probe | neighbours))
     outputs = [written]
     skipped = output.work / skipped_path(plan.path).name
-    if write_skipped(skipped, [make_table(found.skips.listed) for found in features.values()]):
+    if write_skipped(skipped, [make_table(own.skips.listed) for own in features.values()]):
         outputs.append(skipped)
     counts = {
         "images": len(test),
         "train_images": len(fits.images),
         "validation_images": len(fits.held_out),
-        "skipped": {split: found.skips.counts for split, found in features.items()},
+        "skipped": {split: own.skips.counts for split, own in features.items()},
     }
     result = {
+        "intervals": {f"lp_{name}": bounds for name, bounds in intervals.items()},
         "metric": plan.metric,
         "c": best.c,
         "validation_score": best.score,
@@ -443,7 +450,7 @@ class ProbeFits:
         with threads_for(images.rows.numel() * self.num_classes):
             problem = ProbeProblem(images.rows, images.labels, self.num_classes)
             for c, solution in zip(self.grid, sweep_regularisation(problem, self.grid), strict=True):
-                scores = self.measure(solution.classifier, self.held_out)
+                scores = self.measure(solution.classifier, self.held_out).values()
                 points.append(SweepPoint(c, scores[self.metric], solution))
                 advance()
         return points
@@ -460,8 +467,8 @@ class ProbeFits:
             )
         return solution
 
-    def measure(self, classifier: LinearClassifier, images: ImageFeatures) -> dict[str, float]:
-        return measure_scores(classifier.scores(images.rows), images.labels, self.num_classes)
+    def measure(self, classifier: LinearClassifier, images: ImageFeatures) -> CellMetrics:
+        return score_metrics(classifier.scores(images.rows), images.labels, self.num_classes)
 
     def measure_neighbours(self, test: ImageFeatures) -> dict[str, float]:
         """Return the metrics of the weighted vote of the nearest training images, each after ``knn<K>_``; none unasked."""
@@ -473,12 +480,12 @@ class ProbeFits:
             for block in nearest_neighbours(test.rows, self.images.rows, counts[-1]):
                 blocks.append(block)
                 progress.advance(len(block[0]))
-        cosines, numbers = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        cosines, neighbours = (torch.cat(parts) for parts in zip(*blocks, strict=True))
         metrics = dict[str, float]()
         for k in counts:
-            scores = vote(cosines[:, :k], numbers[:, :k], self.images.labels.cpu(), self.num_classes)
-            found = measure_scores(scores, test.labels.cpu(), self.num_classes)
-            metrics |= {f"knn{k}_{name}": value for name, value in found.items()}
+            scores = vote(cosines[:, :k], neighbours[:, :k], self.images.labels.cpu(), self.num_classes)
+            measured = measure_scores(scores, test.labels.cpu(), self.num_classes)
+            metrics |= {f"knn{k}_{name}": value for name, value in measured.items()}
         return metrics
 
     def few_shots(self, test: ImageFeatures) -> list[FewShot]:
@@ -490,7 +497,7 @@ class ProbeFits:
         repeats = self.settings.shot_repeats
         if not shot_counts:
             return []
-        found = []
+        curve = []
         with reporting.progress("Few-shot probes", len(shot_counts) * repeats, "draws") as progress:
             for shots in shot_counts:
                 draws = []
@@ -502,11 +509,11 @@ class ProbeFits:
                     best = choose_point(self._sweep(drawn, lambda: None))
                     draws.append(len(drawn))
                     chosen.append(best.c)
-                    metrics.append(self.measure(best.solution.classifier, test))
+                    metrics.append(self.measure(best.solution.classifier, test).values())
                     progress.advance()
                 at_edge = sum(map(self._is_end, chosen))
                 if at_edge:
                     self._warn_of_end(f"--shots {shots}: the best C of {at_edge} of {repeats} draws is")
                 values = {f"lp_{name}": Draws.of([one[name] for one in metrics]) for name in metrics[0]}
-                found.append(FewShot(shots, max(draws), chosen, at_edge, values))
-        return found
+                curve.append(FewShot(shots, max(draws), chosen, at_edge, values))
+        return curve

@@ -110,10 +110,10 @@ def _measure_classification(rows: TaskRows, weights: torch.Tensor) -> TaskResult
 def _score_classes(names: tuple[str, ...], labels: Array, predicted: Array) -> list[ClassScore]:
     """Find the recall of each class, and the wrong class predicted most often."""
     scores = []
-    for number, name in enumerate(names):
-        images_of = np.bincount(predicted[labels == number], minlength=len(names))
-        images, correct = int(images_of.sum()), int(images_of[number])
-        images_of[number] = 0
+    for label, name in enumerate(names):
+        images_of = np.bincount(predicted[labels == label], minlength=len(names))
+        images, correct = int(images_of.sum()), int(images_of[label])
+        images_of[label] = 0
         other = int(images_of.argmax())
         confused = int(images_of[other])
         recall = correct / images if images else None
@@ -126,15 +126,23 @@ def _choose_examples(rows: TaskRows, labels: Array, predicted: Array, per_class:
     recall = [1.0 if score.value is None else score.value for score in per_class]
     wrong = labels != predicted
     chosen = list(np.flatnonzero(~wrong)[:_CORRECT_EXAMPLES])
-    for number in np.argsort(recall, kind="stable")[:_WORST_CLASSES]:
-        chosen += list(np.flatnonzero(wrong & (labels == number))[:_WRONG_EXAMPLES_PER_CLASS])
+    for label in np.argsort(recall, kind="stable")[:_WORST_CLASSES]:
+        chosen += list(np.flatnonzero(wrong & (labels == label))[:_WRONG_EXAMPLES_PER_CLASS])
     names = rows.task.class_names
     examples = []
     for row in chosen:
         sample = rows.encoded.samples[row]
         place = sample.image
-        told = names[labels[row]], names[predicted[row]]
-        examples.append(Example(sample.key, *told, place.path, place.offset, place.size, place.column))
+        example = Example(
+            key=sample.key,
+            label=names[labels[row]],
+            predicted=names[predicted[row]],
+            path=place.path,
+            offset=place.offset,
+            size=place.size,
+            column=place.column,
+        )
+        examples.append(example)
     return examples
 
 

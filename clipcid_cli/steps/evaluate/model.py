@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,14 +19,16 @@ from clipcid_cli.formats.output import Output, OutputSpec
 from clipcid_cli.formats.results.metrics import RETRIEVAL, SIDECARS, EvaluationSidecar, Metrics
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName, find_weights, hash_weights
+from clipcid_cli.runtime.models.towers import Towers
 from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.encode import BATCH_SIZES, Batch, Decoder, Encoded, Encoder, encode, join, list_batches
+from clipcid_cli.steps.encode import BATCH_SIZES, Batch, Decoder, Encoded, encode, encode_batch, join, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.preflight import choose_workers
 from clipcid_cli.steps.settings.shared import ReadingSettings
@@ -86,7 +88,7 @@ class EvaluatedModel:
 
     @cached_property
     def fingerprints(self) -> list[FileRecord]:
-        """Weights, by `ModelInfo.weights_hash`, and configuration; those of a folder without loading them.
+        """Describe the model's weights, by `ModelInfo.weights_hash`, and its configuration; a folder is not loaded for it.
 
         By that hash an export finds the metrics that belong to its model.
         """
@@ -111,7 +113,7 @@ class EvaluatedModel:
         data: list[FileRecord],
         may_differ: Collection[str],
     ) -> AbstractContextManager[Output[AnyEvaluation]]:
-        """Claim a metrics file, whose sidecar lies in a folder of its own; `identity` and `data` decide it beside the model.
+        """Claim a metrics file, whose sidecar lies in a folder of its own; model, `identity` and `data` decide it.
 
         Args:
             may_differ: Settings that do not decide all metrics.
@@ -134,14 +136,14 @@ class EvaluatedModel:
         """Encode a data set, and the prompts of its classes where it has templates."""
         seconds: dict[str, float] = {}
         with timed(seconds, "classes"):
-            encoder = Encoder.of(self.model, self.precision, self.batch_size)
-            weights = class_weights(self._encode_classes(task, encoder)) if task.templates else None
+            towers = Towers.from_model(self.model, self.precision, self.batch_size)
+            weights = class_weights(self._encode_classes(task, towers)) if task.templates else None
         with timed(seconds, "encode"):
-            encoded, skips = self._encode_samples(task, encoder)
+            encoded, skips = self._encode_samples(task, towers)
         return TaskRows(task, encoded, weights, skips, seconds)
 
-    def _encode_classes(self, task: ZeroshotTask, encoder: Encoder) -> torch.Tensor:
-        rows = encoder.encode_prompts([task.prompts(name) for name in task.class_names], self.context)
+    def _encode_classes(self, task: ZeroshotTask, towers: Towers) -> torch.Tensor:
+        rows = towers.encode_prompts([task.prompts(name) for name in task.class_names], self.context)
         bad = ~torch.isfinite(rows).flatten(1).all(dim=1)
         if bool(bad.any()):
             first = task.class_names[int(bad.int().argmax())]
@@ -152,30 +154,30 @@ class EvaluatedModel:
             )
         return rows
 
-    def _encode_samples(self, task: ZeroshotTask, encoder: Encoder) -> tuple[Encoded, Skips]:
+    def _encode_samples(self, task: ZeroshotTask, towers: Towers) -> tuple[Encoded, Skips]:
         """Encode all batches, dealt to the processes in turn."""
         context = self.context
         dataset = task.dataset
         skips = Skips()
         sizes = list[int]()
         read = 0
-        decoder = Decoder.of(self.model, captions=task.kind == RETRIEVAL)
+        decoder = Decoder.from_model(self.model, captions=task.kind == RETRIEVAL)
 
         def deal() -> Iterator[Batch]:
             # Every process lists all samples, but decodes only its own.
             nonlocal read
             batches = list_batches(dataset, range(len(dataset.shards)), task.stream, self.batch_size, task.reject)
-            for number, batch in enumerate(batches):
+            for turn, batch in enumerate(batches):
                 skips.merge(batch.skipped)
                 read += batch.read or 0
                 sizes.append(len(batch.samples))
-                if number % context.size == context.rank:
+                if turn % context.size == context.rank:
                     yield batch
 
         def encode_mine() -> list[tuple[Encoded, Skips]]:
             mine = list[tuple[Encoded, Skips]]()
             shown = 0
-            for batch, encoded in encode(deal(), decoder, encoder, context.device, self.workers):
+            for batch, encoded in encode(deal(), decoder, partial(encode_batch, towers), context.device, self.workers):
                 mine.append((encoded.usable(), encoded.count_skips(dataset.shards[batch.shard])))
                 # The other processes are about as far: count every batch up to this one.
                 done = (len(mine) - 1) * context.size + context.rank + 1
@@ -186,7 +188,7 @@ class EvaluatedModel:
 
         with reporting.progress(f"{self.model.info.slug} on {task.name}", None, "images") as progress:
             dealt = context.gather(context.on_all(encode_mine))
-            parts = [dealt[number % context.size][number // context.size] for number in range(len(sizes))]
+            parts = [dealt[turn % context.size][turn // context.size] for turn in range(len(sizes))]
             for _, unread in parts:
                 skips.merge(unread)
             encoded = join(part for part, _ in parts)

@@ -39,7 +39,6 @@ from clipcid_cli.formats.results.run_folder import DistillSidecar, read_held_out
 from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
@@ -87,16 +86,16 @@ class ZeroshotTask:
     def prompts(self, class_name: str) -> list[str]:
         return [fill_template(template, class_name) for template in self.templates]
 
-    def stream(self, number: int, skips: Skips) -> Iterator[Sample]:
-        """Yield a shard's samples that belong to the part that is used; of an index only these are read."""
+    def stream(self, shard_index: int, skips: Skips) -> Iterator[Sample]:
+        """Yield the samples of a shard that are used; where there is an index, no others are read."""
         index, held_out = self.dataset.index, self.held_out
         if held_out is None or index is None:
-            for sample in self.dataset.shards[number].stream(skips):
+            for sample in self.dataset.shards[shard_index].stream(skips):
                 if held_out is None or sample.key in held_out:
                     yield sample
             return
-        skips.merge(index.skips(number))
-        part = index.part(number)
+        skips.merge(index.skips(shard_index))
+        part = index.part(shard_index)
         for place, key in enumerate(part.keys.to_pylist()):
             if key in held_out:
                 yield part.sample(place)
@@ -104,7 +103,7 @@ class ZeroshotTask:
     def fingerprints(self) -> list[FileRecord]:
         """Describe the files, and the images, classes and captions of the samples that are used."""
         shards = range(len(self.dataset.shards))
-        samples = (sample for number in shards for sample in self.stream(number, Skips()))
+        samples = (sample for shard_index in shards for sample in self.stream(shard_index, Skips()))
         return [*self.dataset.fingerprints(), fingerprint_images(self.dataset, samples)]
 
     def reject(self, sample: Sample) -> str | None:
@@ -138,7 +137,7 @@ class ZeroshotTask:
         return positive
 
     def describe(self) -> dict[str, Any]:
-        """Return what determines the metrics besides model and data."""
+        """Return the settings that determine the metrics of a model on the data."""
         described = {
             "dataset": self.name,
             "task": self.task,
@@ -175,16 +174,16 @@ def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName]) 
     """Retrieval on what all the models' training runs held out, else on what the newest one did."""
     folders = [name.path.resolve().parent for name in models if name.path is not None]
     runs = [folder for folder in folders if sidecar_path(folder, "distill").exists()]
-    found = {
+    sidecars = {
         run: sidecar
         for run in runs or [WorkDirectory(settings.work).find_student().parent]
         if (sidecar := read_sidecar(sidecar_path(run, "distill"), DistillSidecar)) is not None
     }
-    run, trained = next(iter(found.items()))
-    if any(other.data != trained.data for other in found.values()):
+    run, trained = next(iter(sidecars.items()))
+    if any(other.data != trained.data for other in sidecars.values()):
         raise ClipcidError("The models were trained on different data, and no data set was named.", _NAME_ONE)
-    held_out = frozenset.intersection(*map(read_held_out, found))
-    named = str(run) if len(found) == 1 else f"all {len(found)} runs"
+    held_out = frozenset.intersection(*map(read_held_out, sidecars))
+    named = str(run) if len(sidecars) == 1 else f"all {len(sidecars)} runs"
     if not held_out:
         raise ClipcidError(
             f"There is no sample that {named} held out, and no data set was named.",
@@ -242,6 +241,8 @@ def _plan_task(data: str, settings: EvalZeroshotSettings) -> ZeroshotTask:
 def _find_templates(named: str | None, folder: BenchmarkFolder) -> tuple[tuple[str, ...], str]:
     """Return the templates, those named, else the data set's own, else the default one, and where they are from."""
     if named in BUILTIN_TEMPLATES:
+        from clipcid_cli.runtime.models.prompts import builtin_templates
+
         templates = builtin_templates(str(named))
         reporting.note(f"{folder.name}: open_clip's {len(templates)} templates named {named}.")
         return templates, str(named)
@@ -257,6 +258,8 @@ def _find_class_names(
 ) -> tuple[tuple[str, ...], str, tuple[int, ...] | None]:
     """Return the class names, where they are from and, where folders are in another order, the label of each folder."""
     if named in BUILTIN_CLASS_NAMES:
+        from clipcid_cli.runtime.models.prompts import builtin_class_names
+
         names, labels = _imagenet_names(builtin_class_names(str(named)), folder, dataset)
         return names, str(named), labels
     path = Path(named).expanduser() if named is not None else folder.class_names
@@ -304,14 +307,14 @@ def _imagenet_names(
 
 
 def find_copy(name: str, root: Path) -> tuple[KnownDataset, Path] | None:
-    """Find the local copy, under `root`, of a known data set, and report it; None when the name is not that of one."""
-    found = find_known_dataset(name, root)
-    if found is not None:
-        known, folder = found
+    """Find the local copy, under `root`, of a known data set, and report it; None when the name is not known."""
+    copy = find_known_dataset(name, root)
+    if copy is not None:
+        known, folder = copy
         reporting.note(f"Data: {known.name} (usually reported: {known.metric}) in {folder}.")
         if Path(name).exists() and not Path(name).samefile(folder):
             reporting.note(f"The path {name} in this directory is not used; to use it, write ./{name}.")
-    return found
+    return copy
 
 
 def _choose_task(folder: BenchmarkFolder, dataset: Dataset, settings: EvalZeroshotSettings) -> str:

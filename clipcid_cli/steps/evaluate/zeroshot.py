@@ -112,12 +112,12 @@ class ZeroshotPlan:
                 )
 
     def preview(self) -> list[Preview]:
-        found = []
+        previews = []
         for name, task in self.pairs:
             path = self.metrics_path(name, task)
             reporting.note(f"Would measure {task.task} of {name.spec} on {task.dataset.spec} and write {path}.")
-            found.append(Preview(task.name, name.spec, task.task, {"metrics": str(path)}))
-        return found
+            previews.append(Preview(task.name, name.spec, task.task, {"metrics": str(path)}))
+        return previews
 
 
 def make_plan(settings: EvalZeroshotSettings) -> ZeroshotPlan:
@@ -127,12 +127,12 @@ def make_plan(settings: EvalZeroshotSettings) -> ZeroshotPlan:
     """
     named = [] if settings.model is None else _match_models(settings.model) or [settings.model]
     models, data = list[str](), list[str]()
-    for each in settings.data:
-        folders = _match_models(each)
+    for spec in settings.data:
+        folders = _match_models(spec)
         models += folders
-        data += [] if folders else [each]
-    for each in settings.models:
-        models += _match_models(each) or [each]
+        data += [] if folders else [spec]
+    for spec in settings.models:
+        models += _match_models(spec) or [spec]
     settings = dataclasses.replace(settings, data=tuple(data), models=(*named[1:], *models))
     names = [choose_model(spec, settings.work) for spec in settings.models]
     if named or not names:
@@ -181,9 +181,9 @@ def _evaluate_pair(
             reporting.note(f"{path} already holds {model.name.spec} on {task.name}.")
             return _make_result(output.finished, task, path, reused=True)
 
-        found = model.context.on_rank0(find_result)
-        if found is not None:
-            return found
+        result = model.context.on_rank0(find_result)
+        if result is not None:
+            return result
         rows = model.encode(task)
         return model.context.on_rank0(lambda: _write(plan, model, rows, output))
 
@@ -200,15 +200,15 @@ def _write(
         note_captions(task.dataset, rows.skips)
     seconds = dict(rows.seconds)
     with timed(seconds, "compare"):
-        found = measure(rows, model.context.device)
-        intervals = found.draws.intervals(settings.bootstrap, settings.seed)
+        measured = measure(rows, model.context.device)
+        intervals = measured.draws.intervals(settings.bootstrap, settings.seed)
     output.start()
     written = [output.root / path.name]
-    write_metrics(written[0], model.make_metrics(task.name, task.task, found.draws.values()))
+    write_metrics(written[0], model.make_metrics(task.name, task.task, measured.draws.values()))
     # Predictions of the same model and data do not depend on the draws: those that are there are kept up to date.
     earlier = predictions_path(path)
     if settings.predictions or (earlier.is_file() and (output.finished or output.earlier) is not None):
-        columns = {"key": rows.keys, **found.columns()}
+        columns = {"key": rows.keys, **measured.columns()}
         written.append(output.work / earlier.name)
         write_predictions(written[1], task.kind, model.model.info.slug, task.name, len(task.class_names), columns)
     skipped = skipped_path(path)
@@ -216,17 +216,17 @@ def _write(
         written.append(output.work / skipped.name)
     images = len(rows.encoded.samples)
     sidecar = output.commit(
-        counts={"images": images, "texts": found.texts, "skipped": rows.skips.counts},
+        counts={"images": images, "texts": measured.texts, "skipped": rows.skips.counts},
         seconds=seconds,
         outputs=[record(file, output.work) for file in written],
         images_per_second=images / seconds["encode"],
         prompts=task.prompt_lines,
         customary=task.customary,
         intervals=intervals,
-        chance=found.chance,
-        majority=found.majority,
-        per_class=found.per_class,
-        examples=found.examples,
+        chance=measured.chance,
+        majority=measured.majority,
+        per_class=measured.per_class,
+        examples=measured.examples,
     )
     return _make_result(sidecar, task, path, reused=False)
 
@@ -256,7 +256,7 @@ def _make_result(sidecar: ZeroshotSidecar, task: ZeroshotTask, path: Path, *, re
 def _write_summary(
     work: WorkDirectory, results: Sequence[ZeroshotResult], datasets: Sequence[Dataset]
 ) -> dict[str, str]:
-    """Write the table (csv) and the report of one call, which replace those of the call before; return their paths.
+    """Write the table (csv) and the report of a call over those of the call before, and return their paths.
 
     Args:
         datasets: What each result was measured on.
@@ -274,7 +274,7 @@ def _write_summary(
 
 
 def _row(result: ZeroshotResult) -> dict[str, Any]:
-    """One row of the csv: every metric with the ends of its interval."""
+    """Return the pair's row of the csv: every metric with the ends of its interval."""
     columns = ("model", "pretrained", "dataset", "task", "images", "images_per_second", "customary")
     row = {name: getattr(result, name) for name in columns}
     row |= {f"{kind}_hash": lines.hash for kind, lines in (result.prompts or {}).items()}
@@ -286,7 +286,7 @@ def _row(result: ZeroshotResult) -> dict[str, Any]:
 
 
 def _tables(results: Sequence[ZeroshotResult]) -> list[dict[str, Any]]:
-    """One table for each set of metrics: data sets and models down, metrics across."""
+    """Return a table for each set of metrics: data sets and models down, metrics across."""
     groups: dict[tuple[str, ...], list[ZeroshotResult]] = {}
     for result in results:
         groups.setdefault(tuple(result.metrics), []).append(result)
@@ -308,7 +308,7 @@ def _describe_chance(results: list[ZeroshotResult]) -> list[str]:
 
 
 def _detail(result: ZeroshotResult, dataset: Dataset) -> dict[str, Any]:
-    """What the report shows of one pair below the table of metrics; its images are those of the data."""
+    """Return what the report shows of one pair below the table of metrics; images are shown from the data set alone."""
     sidecar = read_metrics_sidecar(Path(result.files["metrics"]), ZeroshotSidecar)
     assert sidecar is not None, "a result has its sidecar"
     settings = sidecar.settings

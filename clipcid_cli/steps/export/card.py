@@ -98,9 +98,9 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
     keep = run.keep_list  # the one that the run used; the work directory may hold another by now
     ratio = f"{keep.kept / keep.images:.4g} ({keep.kept:,} of {keep.images:,} images)" if keep else "1 (not balanced)"
     # The teachers are the models whose embeddings the run read; each input is of one kind of rows.
-    folders = dict.fromkeys(Path(each.path).parent for each in run.inputs)
+    folders = dict.fromkeys(Path(file.path).parent for file in run.inputs)
     embedded = (_read(folder, "embed", EmbedSidecar) for folder in folders)
-    teachers = " + ".join(_short(found.model.spec) for found in embedded if found is not None)
+    teachers = " + ".join(_short(sidecar.model.spec) for sidecar in embedded if sidecar is not None)
     # What a loss of the user's own reads is not recorded: all that there is.
     is_taught = any(LOSSES[name].needs_teacher if name in LOSSES else bool(teachers) for name in losses)
     return {
@@ -127,9 +127,9 @@ def _find_metrics(
             sidecar = validate_unchanged_metrics(path, "")
         except ClipcidError:
             continue  # not ours, changed, or damaged: it states nothing
-        if sidecar is None or weights_hash not in [each.hash for each in sidecar.inputs]:
+        if sidecar is None or weights_hash not in [file.hash for file in sidecar.inputs]:
             continue
-        measured = [each.hash for each in sidecar.inputs if Path(each.path).name == CONFIG_NAME]
+        measured = [file.hash for file in sidecar.inputs if Path(file.path).name == CONFIG_NAME]
         if measured and config not in (None, *measured):
             continue
         prompts = ", ".join(lines.hash for lines in (sidecar.prompts or {}).values())

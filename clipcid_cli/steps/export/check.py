@@ -41,10 +41,12 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import read_image
-from clipcid_cli.runtime.models.towers import DenseImageTower, Encode, ImageTower, TextTower
+from clipcid_cli.runtime.models.tower_modules import DenseImageTower
+from clipcid_cli.runtime.models.towers import Towers
+from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.encode import Decoder, Encoder
+from clipcid_cli.steps.encode import Decoder
 from clipcid_cli.steps.settings.export import ExportSettings
 
 Batch = TypeVar("Batch")
@@ -60,6 +62,8 @@ _TIMED_SINGLY = 32
 
 # The fraction of images that find their own text: among the classes, or among the captions of all images.
 ACCURACY, RECALL = "acc1", "text_retrieval_recall@1"
+
+_FP32 = Precision("fp32", "exports are compared in full precision")
 
 SENTENCES = (
     "a photo of a cat.",
@@ -201,7 +205,7 @@ def read_inputs(
     Labels number the classes of ``--classnames``, else those of the data, where it has any.
     """
     limit = settings.check_images or (_MANY_IMAGES if settings.data is not None or settings.quantize else _FEW_IMAGES)
-    decoder, skips = Decoder.of(model, captions=False), Skips()
+    decoder, skips = Decoder.from_model(model, captions=False), Skips()
     listed = [] if dataset is None else choose_samples(dataset, limit)
     decoded = decoder(listed)
     for place, reason in decoded.failures.items():
@@ -221,7 +225,7 @@ def read_inputs(
         samples = [listed[place] for place in readable]
         candidates = find_candidates(samples, dataset, classes or _own_classes(dataset, settings.data))
     else:
-        samples = [_draw_pattern(number) for number in range(_COMPARED_ROWS)]
+        samples = [_draw_pattern(seed) for seed in range(_COMPARED_ROWS)]
         readable = list(range(_COMPARED_ROWS))
         decoded = decoder(samples)
     assert decoded.pixels is not None
@@ -240,16 +244,16 @@ def choose_samples(dataset: Dataset, limit: int) -> list[Sample]:
         return chosen
     chosen += samples
     taken = min(limit, len(chosen))
-    return [chosen[number * len(chosen) // taken] for number in range(taken)]
+    return [chosen[place * len(chosen) // taken] for place in range(taken)]
 
 
-def _draw_pattern(number: int) -> Sample:
+def _draw_pattern(seed: int) -> Sample:
     """Draw a smooth random picture: a few colours enlarged, so that neighbouring pixels are alike as in a photograph."""
-    generator = torch.Generator().manual_seed(number)
+    generator = torch.Generator().manual_seed(seed)
     colours = torch.randint(0, 256, (6, 6, 3), generator=generator, dtype=torch.uint8)
     file = io.BytesIO()
     Image.fromarray(colours.numpy()).resize((256, 192), Image.Resampling.BICUBIC).save(file, "PNG")
-    return Sample(f"pattern {number}", ByteRange("", data=file.getvalue()))
+    return Sample(f"pattern {seed}", ByteRange("", data=file.getvalue()))
 
 
 def find_candidates(samples: Sequence[Sample], dataset: Dataset, classes: Classes | None) -> Candidates | None:
@@ -259,9 +263,9 @@ def find_candidates(samples: Sequence[Sample], dataset: Dataset, classes: Classe
     if not all(sample.captions for sample in samples):
         return None
     captions = [sample.captions[0] for sample in samples]
-    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-    labels = torch.tensor([numbers[caption] for caption in captions])
-    return Candidates(RECALL, tuple((caption,) for caption in numbers), labels)
+    classes_of = {caption: label for label, caption in enumerate(dict.fromkeys(captions))}
+    labels = torch.tensor([classes_of[caption] for caption in captions])
+    return Candidates(RECALL, tuple((caption,) for caption in classes_of), labels)
 
 
 def _own_classes(dataset: Dataset, spec: str | None) -> Classes | None:
@@ -303,26 +307,14 @@ def validate_measurable(inputs: CheckInputs, settings: ExportSettings) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Towers(Encoder):
-    """The towers of the original or of an export, and where wanted `dense`: uint8 [B, H, W, 3] to patches [B, h, w, D]."""
-
-    dense: Encode | None = None
-
-
-def towers_of(model: ClipModel, *, dense: bool = False) -> Towers:
-    """Return open_clip's own passes of the original, or of a form that open_clip loads."""
-    inference = torch.inference_mode()
-    image, text = ImageTower(model.module), TextTower(model.module)
-    patches = DenseImageTower(model.module) if dense else None
-    return Towers(
-        images=inference(lambda pixels: image(model.normalize(pixels))),
-        texts=inference(lambda tokens: text(tokens)),
-        tokenizer=model.tokenizer,
-        device=model.device,
-        batch_size=_TEXT_BATCH,
-        dense=None if patches is None else inference(lambda pixels: patches(model.normalize(pixels))[1]),
-    )
+def open_towers(model: ClipModel, *, dense: bool = False) -> Towers:
+    """Return the towers of the original, or of a form that open_clip loads, as they are evaluated."""
+    towers = Towers.from_model(model, _FP32, _TEXT_BATCH)
+    if not dense:
+        return towers
+    patches = DenseImageTower(model.module)
+    encode_patches = torch.inference_mode()(lambda pixels: patches(model.normalize(pixels))[1])
+    return dataclasses.replace(towers, dense=encode_patches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,7 +379,7 @@ class Checker:
         self.model = model
         self.inputs = inputs
         self.settings = settings
-        self.original = towers_of(model, dense=settings.dense)
+        self.original = open_towers(model, dense=settings.dense)
 
     @cached_property
     def expected(self) -> Outputs:
@@ -402,32 +394,32 @@ class Checker:
         """
         # In int8 a row depends on the rest of its batch, and many users have batches of one.
         alone = len(self.inputs.pixels) if kind == "int8" else _TIMED_SINGLY
-        found = evaluate(towers, self.inputs, alone)
-        rows = {output: self._compare_rows(name, output, found) for output in found.rows}
+        outputs = evaluate(towers, self.inputs, alone)
+        rows = {output: self._compare_rows(name, output, outputs) for output in outputs.rows}
         parity = Parity(
             precision=kind,
             image=rows["image"],
             text=rows["text"],
             dense=rows.get("dense"),
             bytes=sum(path.stat().st_size for path in files),
-            images_per_second=found.images_per_second,
-            latency_ms=found.latency,
-            zeroshot=self.compare_predictions(found.nearest, gated=gated),
+            images_per_second=outputs.images_per_second,
+            latency_ms=outputs.latency,
+            zeroshot=self.compare_predictions(outputs.nearest, gated=gated),
         )
         self.validate(name, parity)
         return parity
 
-    def _compare_rows(self, name: str, output: str, found: Outputs) -> RowParity:
-        """Compare the rows of the compared samples; of images, which are compared for their predictions, those of all."""
-        ours, theirs = self.expected.rows[output], found.rows[output]
+    def _compare_rows(self, name: str, output: str, outputs: Outputs) -> RowParity:
+        """Compare an output's rows of the compared samples; of the image encoder also its rows of all images."""
+        ours, theirs = self.expected.rows[output], outputs.rows[output]
         if ours.shape != theirs.shape:
             raise ClipcidError(f"{name}: {_OUTPUTS[output]} makes {[*theirs.shape[1:]]}, PyTorch {[*ours.shape[1:]]}.")
         samples = _COMPARED_ROWS
         batch_sizes: tuple[int, ...] = _BATCH_SIZES
         if output == "image":
             images = self.expected.images
-            ours = torch.cat([ours, images, images[: len(found.alone)]])
-            theirs = torch.cat([theirs, found.images, found.alone])
+            ours = torch.cat([ours, images, images[: len(outputs.alone)]])
+            theirs = torch.cat([theirs, outputs.images, outputs.alone])
             samples = len(images)
             batch_sizes = (*_BATCH_SIZES, _IMAGE_BATCH)
         # Rows are of unit length, patches of a length that varies with the model.
@@ -472,12 +464,12 @@ class Checker:
                 "model knows (--data), or lower --max-accuracy-drop."
             )
 
-    def validate(self, name: str, found: Parity) -> None:
+    def validate(self, name: str, parity: Parity) -> None:
         """Raise when an export's entry in `parity.json`, of this run or an earlier one, is over a limit of this run."""
-        kind, spec = found.precision, self.model.info.spec
+        kind, spec = parity.precision, self.model.info.spec
         limit = self.limit(kind)
         for output, words in _OUTPUTS.items():
-            rows: RowParity | None = getattr(found, output)
+            rows: RowParity | None = getattr(parity, output)
             if rows is None or (rows.max_difference <= limit.max_difference and rows.min_cosine >= limit.min_cosine):
                 continue
             allowed = f" (allowed {limit.max_difference:.0e})" if math.isfinite(limit.max_difference) else ""
@@ -488,7 +480,7 @@ class Checker:
                 if kind != "fp32"
                 else "Allow more with --max-difference, or check the model: its values may overflow.",
             )
-        cosine = found.max_cosine_difference
+        cosine = parity.max_cosine_difference
         if cosine is not None and not cosine <= _COSINE_LIMITS[kind]:  # nor when it is no number
             what, flag = ("text", "--search-images") if name == SEARCH else ("class", "--classnames")
             raise ClipcidError(
@@ -496,7 +488,7 @@ class Checker:
                 f"{_COSINE_LIMITS[kind]:.0e}). Nothing was written.",
                 f"Omit {flag}." if kind == "fp32" else f"Omit --quantize {kind}.",
             )
-        zeroshot, max_drop = found.zeroshot, self.settings.max_accuracy_drop
+        zeroshot, max_drop = parity.zeroshot, self.settings.max_accuracy_drop
         if zeroshot is not None and zeroshot.gated and zeroshot.drop > max_drop:
             raise ClipcidError(
                 f"{name}: {zeroshot.measure} falls from {zeroshot.pytorch:.4f} to {zeroshot.value:.4f} on "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -51,18 +50,18 @@ from clipcid_cli.formats.models.onnx_file import (
 from clipcid_cli.formats.models.open_clip_folder import pixel_problems, square_side, write_model_folder
 from clipcid_cli.formats.models.web_folder import write_page
 from clipcid_cli.runtime.libraries import quiet_libraries
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.exported import HfClip, OnnxSession, hf_towers, onnx_towers, read_tokens
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.models.towers import (
+from clipcid_cli.runtime.models.tower_modules import (
     DenseImageTower,
-    HfClip,
     ImageTower,
-    OnnxSession,
     TextTower,
     has_patches,
     image_tower_kind,
-    read_tokens,
 )
+from clipcid_cli.runtime.models.views import Renderer
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.export.card import export_name
 from clipcid_cli.steps.export.check import (
@@ -71,9 +70,9 @@ from clipcid_cli.steps.export.check import (
     Checker,
     Classes,
     latency_of,
+    open_towers,
     rate_of,
     run_timed,
-    towers_of,
 )
 from clipcid_cli.steps.settings.export import ExportSettings
 
@@ -134,7 +133,7 @@ def _write_open_clip(checker: Checker, folder: Path) -> dict[str, Parity]:
             "Export from a folder that has the model's own preprocessing and tokenizer files.",
         )
     precision = checker.settings.stored_precision
-    return {"open-clip": checker.check("open-clip", precision, towers_of(written), [folder / OPEN_CLIP_WEIGHTS])}
+    return {"open-clip": checker.check("open-clip", precision, open_towers(written), [folder / OPEN_CLIP_WEIGHTS])}
 
 
 def _write_hf(checker: Checker, folder: Path) -> dict[str, Parity]:
@@ -147,18 +146,12 @@ def _write_hf(checker: Checker, folder: Path) -> dict[str, Parity]:
     with quiet_libraries():
         write_hf_folder(folder, model.info.config, model.info.preprocess, tensors, model.tokenizer.whole)
     written = HfClip(folder)
-    inference = torch.inference_mode()
-    towers = dataclasses.replace(
-        checker.original,
-        images=inference(lambda pixels: written.encode_images(model.normalize(pixels))),
-        texts=inference(written.encode_texts),
-        dense=None,
-    )
-    found = checker.check("hf", checker.settings.stored_precision, towers, [folder / HF_WEIGHTS])
-    found.engine = written.engine
-    found.processor = _validate_processor(written, checker)
-    found.tokenizer = _validate_tokens("hf", written.prepare_texts, checker)
-    return {"hf": found}
+    towers = hf_towers(written, checker.original, model)
+    parity = checker.check("hf", checker.settings.stored_precision, towers, [folder / HF_WEIGHTS])
+    parity.engine = written.engine
+    parity.processor = _validate_processor(written, checker)
+    parity.tokenizer = _validate_tokens("hf", written.prepare_texts, checker)
+    return {"hf": parity}
 
 
 def _stored_tensors(checker: Checker) -> dict[str, torch.Tensor]:
@@ -248,15 +241,15 @@ def _write_onnx_files(checker: Checker, folder: Path) -> dict[str, Parity]:
         for kind in checker.settings.quantize:
             for name in (IMAGE_ENCODER, TEXT_ENCODER):
                 write_quantized(folder / name, folder / quantized_name(name, kind), kind)
-    found = {_form("onnx", kind): _validate_encoders(checker, folder, kind) for kind in kinds}
-    found["onnx"].tokenizer = tokens
+    parity = {_form("onnx", kind): _validate_encoders(checker, folder, kind) for kind in kinds}
+    parity["onnx"].tokenizer = tokens
     if classes is not None:
-        found |= _write_classifiers(checker, folder, classes)
+        parity |= _write_classifiers(checker, folder, classes)
     for ours, theirs in TRANSFORMERS_JS.items() if for_transformers_js else ():
         # It takes each as one file.
         if (folder / ours).exists() and not (folder / f"{ours}.data").exists():
             link_file(folder / ours, folder / theirs)
-    return found
+    return parity
 
 
 def _transformers_js_problems(model: ClipModel) -> list[str]:
@@ -298,17 +291,12 @@ def _write_encoders(checker: Checker, folder: Path) -> None:
 def _validate_encoders(checker: Checker, folder: Path, kind: str) -> Parity:
     files = [folder / quantized_name(name, kind) for name in (IMAGE_ENCODER, TEXT_ENCODER)]
     image, text = (OnnxSession(path) for path in files)
-    normalize = checker.model.normalize
-    towers = dataclasses.replace(
-        checker.original,
-        images=lambda pixels: image(normalize(pixels)),
-        texts=text,
-        dense=(lambda pixels: image.run(normalize(pixels))[DENSE_EMBEDS]) if checker.settings.dense else None,
-    )
-    found = checker.check(_form("onnx", kind), kind, towers, files, gated=kind != "fp32")
-    found.engine = image.engine
-    found.opset = checker.settings.onnx_opset
-    return found
+    dense = DENSE_EMBEDS if checker.settings.dense else None
+    towers = onnx_towers(image, text, checker.original, checker.model, dense)
+    parity = checker.check(_form("onnx", kind), kind, towers, files, gated=kind != "fp32")
+    parity.engine = image.engine
+    parity.opset = checker.settings.onnx_opset
+    return parity
 
 
 def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict[str, Parity]:
@@ -318,16 +306,16 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
     """
     model = checker.model
     inputs = checker.inputs
-    transform = model.pixel_transform()
+    render = Renderer(model.info.preprocess)
     weights = class_weights(checker.original.encode_prompts(classes.prompts()))
 
     def classify(image: Image.Image) -> torch.Tensor:
-        return checker.original.images(transform(image)[None]) @ weights.T
+        return checker.original.images(torch.from_numpy(np.stack([render(image)]))) @ weights.T
 
     expected, pytorch_seconds = run_timed(classify, inputs.read_images())
     # Labels then index the classes of --classnames, which are the candidates of the encoders, too.
     labelled = inputs.candidates is not None and inputs.candidates.measure == ACCURACY
-    found = dict[str, Parity]()
+    parity = dict[str, Parity]()
     for kind in ("fp32", *checker.settings.quantize):
         encoder, path = (folder / quantized_name(name, kind) for name in (IMAGE_ENCODER, CLASSIFIER))
         write_classifier(path, encoder, weights.numpy(), classes.names, classes.templates)
@@ -337,7 +325,7 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
         cosines = (logits - (model.logit_bias or 0.0)) / model.logit_scale
         nearest = logits.argmax(dim=1)
         form = _form("classifier", kind)
-        found[form] = Parity(
+        parity[form] = Parity(
             precision=kind,
             images=len(logits),
             max_cosine_difference=float((expected - cosines).abs().max()),
@@ -349,12 +337,12 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
             zeroshot=checker.compare_predictions(nearest, gated=kind != "fp32") if labelled else None,
             engine=session.engine,
         )
-        checker.validate(form, found[form])
-    return found
+        checker.validate(form, parity[form])
+    return parity
 
 
 def _write_web(checker: Checker, folder: Path) -> dict[str, Parity]:
-    """Write the page for the smallest of the encoders, which are compared already, and give these a name beside it."""
+    """Write the page, which runs the smallest encoders; they are compared already, and get a second name in its folder."""
     model, classes = checker.model, checker.inputs.classes
     names = page_encoders(checker.settings)
     if too_large := [name for name in names if (folder / f"{name}.data").exists()]:

@@ -21,7 +21,7 @@ from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime import interruption
 from clipcid_cli.runtime.distributed import open_dist_context
-from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
@@ -148,8 +148,8 @@ def _export(
     with open_output(spec) as output:
         if output.finished is not None and all((folder / name).exists() for name in output.finished.written):
             # Limits do not change the content, so an existing export is checked against those of this run.
-            for name, found in output.finished.parity.items():
-                checker.validate(name, found)
+            for form, recorded in output.finished.parity.items():
+                checker.validate(form, recorded)
             reporting.note(f"{folder} already holds this export.")
             return output.finished
         output.start()

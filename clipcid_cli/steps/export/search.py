@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 
 from clipcid_cli.errors import ClipcidError
@@ -19,7 +20,7 @@ from clipcid_cli.formats.models.export_sidecar import Parity
 from clipcid_cli.formats.models.web_folder import SearchImages, read_search_rows, write_search
 from clipcid_cli.formats.report import encode_thumbnail
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.models.towers import OnnxSession
+from clipcid_cli.runtime.models.exported import OnnxSession
 from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.encode import Decoded, Decoder
@@ -58,29 +59,30 @@ def find_gallery(settings: ExportSettings) -> Gallery | None:
 def encode_gallery(checker: Checker, gallery: Gallery) -> SearchImages:
     """Encode the images by the original model; too many that cannot be used are an error."""
     spec, total = gallery.dataset.spec, len(gallery.samples)
-    encode = _BatchEncoder(checker, Decoder.of(checker.model, captions=False))
+    encode = _BatchEncoder(checker, Decoder.from_model(checker.model, captions=False))
     batches = [gallery.samples[start : start + _BATCH] for start in range(0, total, _BATCH)]
-    found, skips = list[_Searched](), Skips()
+    searched = list[_Searched]()
+    skips = Skips()
     with reporting.progress("search images", total, "images") as progress:
         for part, skipped in thread_map(encode, batches, threads_for_batches(checker.model.device)):
-            found += part
+            searched += part
             skips.merge(skipped)
             progress.advance(len(part) + skipped.total)
     skips.check(total, checker.settings.max_bad_fraction, f"--search-images {spec}")
-    if not found:
+    if not searched:
         raise ClipcidError(f"--search-images {spec} holds no readable image.", "Give other data.")
     if skips.total:
         reporting.warn(f"Images of {spec} skipped: {skips.total:,}\n{skips.describe()}")
     return SearchImages(
-        torch.stack([image.row for image in found]).numpy(),
-        [image.sample.key for image in found],
-        [next(iter(image.sample.captions), "") for image in found],
-        [image.thumbnail for image in found],
+        torch.stack([image.row for image in searched]).numpy(),
+        [image.sample.key for image in searched],
+        [next(iter(image.sample.captions), "") for image in searched],
+        [image.thumbnail for image in searched],
     )
 
 
 def write_gallery(checker: Checker, images: SearchImages, folder: Path) -> Parity:
-    """Write the page that searches the images beside that of an export, and compare what it computes with the original."""
+    """Write the page that searches the images into an export's web folder, and compare its answers with the original's."""
     _, text_encoder = (folder / WEB / name for name in page_encoders(checker.settings))
     files = write_search(folder / WEB, describe_for_page(checker.model), text_encoder, images)
     size = sum(path.stat().st_size for path in files)
@@ -105,22 +107,24 @@ class _BatchEncoder:
     decoder: Decoder
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[list[_Searched], Skips]:
-        decoded, transform = Decoded(), self.decoder.transform
-        assert transform is not None
+        decoded, render = Decoded(), self.decoder.render
+        assert render is not None
         # Of a large image only what is needed is kept.
         small = {
-            place: (transform(image), encode_thumbnail(image, _THUMBNAIL_SIDE))
-            for place, image in self.decoder.read_images(samples, decoded)
+            place: (render(image), encode_thumbnail(image, _THUMBNAIL_SIDE))
+            for place, image in self.decoder.read_images(samples, decoded, render)
         }
-        found = list[_Searched]()
+        searched = list[_Searched]()
         if small:
-            rows = self.checker.original.images(torch.stack([pixels for pixels, _ in small.values()])).cpu()
+            rows = self.checker.original.images(
+                torch.from_numpy(np.stack([pixels for pixels, _ in small.values()]))
+            ).cpu()
             for (place, (_, thumbnail)), row in zip(small.items(), rows, strict=True):
                 if row.isfinite().all():
-                    found.append(_Searched(samples[place], row, thumbnail))
+                    searched.append(_Searched(samples[place], row, thumbnail))
                 else:
                     decoded.failures[place] = "nan_row"
-        return found, Skips.of({samples[place].key: reason for place, reason in sorted(decoded.failures.items())})
+        return searched, Skips.of({samples[place].key: reason for place, reason in sorted(decoded.failures.items())})
 
 
 def _compare(checker: Checker, rows: torch.Tensor, text_encoder: Path, size: int) -> Parity:

@@ -6,6 +6,7 @@ import dataclasses
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.shared import (
+    ABOVE_0,
     EvaluationSettings,
     Range,
     argument,
@@ -16,7 +17,7 @@ from clipcid_cli.steps.settings.shared import (
 )
 
 # Settings that a comparison follows.
-_COMPARING = frozenset({"model", "data", "bootstrap", "seed"})
+_COMPARING = frozenset({"model", "data", "bootstrap", "margin", "seed"})
 
 _what = group("Models and data")
 _result = group("Results")
@@ -65,12 +66,24 @@ class EvalZeroshotSettings(EvaluationSettings):
         "commas.",
         operational=True,
     )
+    margin: float | None = _result(
+        None,
+        "With --compare, the largest loss that does not matter, in points: also tell whether B is no worse than A by so "
+        "much, or both are equivalent. Choose it before you look.",
+        within=ABOVE_0,
+        operational=True,
+    )
 
     def __post_init__(self) -> None:
         """Check that a comparison has two sides and no more to do."""
         super().__post_init__()
         if self.compare:
             self._validate_comparison()
+        elif self.margin is not None:
+            raise UsageError(
+                "--margin has no effect without --compare.",
+                "Compare two results: clipcid eval-zeroshot --compare A.json B.json --margin 1",
+            )
 
     def _validate_comparison(self) -> None:
         named = [*([self.model] if self.model is not None else []), *self.data]
@@ -98,7 +111,7 @@ class EvalZeroshotSettings(EvaluationSettings):
         if idle:
             raise UsageError(
                 f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect with --compare, which measures nothing.",
-                "Give only --bootstrap and --seed with --compare.",
+                "Give only --margin, --bootstrap and --seed with --compare.",
             )
 
     @property

@@ -9,8 +9,9 @@ import torch
 from conftest import run_clipcid, shard_members, write_tar, write_tiny_model
 from safetensors.torch import load_file, save_file
 
-from clipcid_cli.runtime.models.clip_model import LONGEST_TEXT, load_model
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.runtime.models.tokenizers import LONGEST_TEXT
 
 CLASSES = 6
 

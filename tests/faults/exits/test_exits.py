@@ -87,7 +87,6 @@ def meet(fate: str) -> None:
         rendezvous_all(1, 2)
         os._exit(9)
     distributed.RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=6)
-    distributed._ROLL_CALL = 2.0
     try:
         with open_dist_context("cpu") as context:
             context.gather(rank)
@@ -271,7 +270,7 @@ _FAILED = r"OSError: \[Errno 5\] Input/output error: '/data/00007\.tar'"
     [
         ("dies later", _MISSED, 9),
         ("dies between meeting and connecting", _MISSED, 9),
-        ("hangs", rf"{_MISSED}.* No answer from process 1: it hangs or was killed\.\n$", -signal.SIGKILL),
+        ("hangs", _MISSED, -signal.SIGKILL),
         ("fails", rf"Process 1 of the run failed: {_FAILED}\.\n{_FAILED}\n$", 0),
         pytest.param("is slow", r"\[0, 1\]", 0, marks=pytest.mark.slow),
     ],

@@ -15,7 +15,6 @@ import pytest
 import torch
 from balance_data import heard
 from conftest import make_image, shard_members, write_tar
-from PIL import Image
 from shard_server import serve
 
 from clipcid_cli.errors import ClipcidError
@@ -28,6 +27,7 @@ from clipcid_cli.formats.results.metrics import CLASSIFICATION, RETRIEVAL
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
+from clipcid_cli.runtime.models.views import Renderer
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.samples import list_skipped
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
@@ -91,7 +91,7 @@ def read(spec: str) -> tuple[list[list[tuple[object, ...]]], int, Skips]:
 def test_bytes_of_images_are_dropped_once_they_are_decoded(data: Path, workers: int) -> None:
     with serve(data) as server:
         samples = list(open_dataset(f"{server.url}/{{0..2}}.tar").shards[1].stream())
-        decoder = Decoder((32, 32), first_pixels, None)
+        decoder = Decoder(Renderer({"size": 32}), None)
         ((batch, decoded),) = decode([Batch(1, samples)], decoder, workers)
     assert [sample.key for sample in batch.samples] == [str(number) for number in range(7, 14)]
     assert decoded.failures == {2: "unreadable_image"}
@@ -99,11 +99,6 @@ def test_bytes_of_images_are_dropped_once_they_are_decoded(data: Path, workers: 
     assert decoded.pixels.flatten(1).any(dim=1).tolist() == [True, True, False, True, True, True, True]
     assert all(sample.image.data is None for sample in batch.samples)
     assert all(sample.image.data is not None for sample in samples)
-
-
-def first_pixels(image: Image.Image) -> torch.Tensor:
-    """Return an image without its preprocessing."""
-    return torch.from_numpy(np.array(image.resize((32, 32))))
 
 
 def test_images_behind_a_url_are_identified_without_reading_them(data: Path) -> None:

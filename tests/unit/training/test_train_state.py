@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
-from clipcid_cli.runtime.models.towers import freeze
+from clipcid_cli.runtime.models.tower_modules import freeze
 from clipcid_cli.training.gradients import Features, GradCache, backward_order
 from clipcid_cli.training.measurements import Measurements
 from clipcid_cli.training.optimisers import Muon, Recipe, matrices_of, orthogonalise

@@ -22,7 +22,7 @@ from clipcid_cli.formats.data.benchmark import (
     read_class_names,
     read_templates,
 )
-from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
+from clipcid_cli.runtime.models.prompts import builtin_class_names, builtin_templates
 from clipcid_cli.steps.evaluate.tasks import find_copy
 
 

@@ -15,8 +15,10 @@ from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
-from clipcid_cli.runtime.models.clip_model import hash_preprocess, load_model
+from clipcid_cli.runtime.models.clip_model import hash_preprocess
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
+from clipcid_cli.runtime.models.views import Renderer
 from clipcid_cli.runtime.precision import choose_precision
 
 CPU = torch.device("cpu")
@@ -36,8 +38,8 @@ def test_rows_and_pixels_are_open_clips_own(tiny_model: Path) -> None:
     model = load_model(parse_model(str(tiny_model)))
     theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tiny_model}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tiny_model}")
-    transform = pickle.loads(pickle.dumps(model.pixel_transform()))
-    pixels = torch.stack([transform(image) for image in random_images()])
+    render = pickle.loads(pickle.dumps(Renderer(model.info.preprocess)))
+    pixels = torch.from_numpy(np.stack([render(image) for image in random_images()]))
     expected_pixels = torch.stack([preprocess(image) for image in random_images()])
     assert torch.equal(model.normalize(pixels), expected_pixels)
     with torch.no_grad():

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,10 +17,10 @@ from PIL import Image
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.hf_folder import fits_tokenizer_file, write_tokenizer_file
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
-from clipcid_cli.runtime.models.clip_model import load_model
-from clipcid_cli.runtime.models.lean_open_clip import import_towers
+from clipcid_cli.runtime.models.exported import read_tokens
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.models.towers import read_tokens
+from clipcid_cli.runtime.models.views import Renderer
 from clipcid_cli.runtime.precision import choose_precision
 
 TEXTS = ["a red square", "two green circles , striped"]
@@ -49,7 +50,6 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "context_length": 9,
         },
     }
-    import_towers(config)  # a test before may have imported open_clip as clipcid does
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     torch.manual_seed(0)
@@ -67,7 +67,8 @@ def test_rows_and_tokens_are_open_clips(foreign: Path) -> None:
     with torch.no_grad():
         expected = theirs.eval().encode_image(preprocess(photo)[None], normalize=True)
         texts = theirs.encode_text(open_clip.get_tokenizer(f"local-dir:{foreign}")(TEXTS), normalize=True)
-    assert torch.equal(model.encode_images(model.pixel_transform()(photo)[None], FP32), expected)
+    pixels = torch.from_numpy(np.stack([Renderer(model.info.preprocess)(photo)]))
+    assert torch.equal(model.encode_images(pixels, FP32), expected)
     tokens = pickle.loads(pickle.dumps(model.tokenizer))(TEXTS)
     assert tokens.shape == (2, 9)
     assert (tokens != 1).all(), "a word is unknown: the tokenizer is not the model's own"

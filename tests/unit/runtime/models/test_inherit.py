@@ -14,8 +14,8 @@ from families import FAMILIES, write_family
 from torch import nn
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.inherit import evenly_spaced, inherit
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 
 TEACHER = {

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from clipcid_cli.formats.data.samples import ByteRange
-from clipcid_cli.runtime.models.augment import Augmentation, View, ViewPixels, apply_colors, choose_view
+from clipcid_cli.runtime.models.augment import Augmentation, choose_view
 from clipcid_cli.runtime.models.decode import (
     SkippedImage,
     decode_image,
@@ -26,6 +26,7 @@ from clipcid_cli.runtime.models.decode import (
     read_size,
     was_16_bit,
 )
+from clipcid_cli.runtime.models.views import Renderer, View, apply_colors
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -168,7 +169,7 @@ def test_a_file_is_read_or_skipped_with_a_reason(tmp_path: Path) -> None:
     assert read_size(whole) == (10_000, 9_000)
 
 
-PIXELS = ViewPixels({"size": 32, "interpolation": "bicubic"})
+PIXELS = Renderer({"size": 32, "interpolation": "bicubic"})
 
 
 def vary(image: Image.Image, augmentation: Augmentation, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -210,7 +211,7 @@ def test_a_draft_shows_the_view_of_the_whole_image(crop_scale: float, decoded: t
     buffer = io.BytesIO()
     picture(650, 600).save(buffer, "JPEG")
     whole, draft = (
-        decode_image(buffer.getvalue(), draft_size=size) for size in (None, PIXELS.draft_size(augmentation))
+        decode_image(buffer.getvalue(), draft_size=size) for size in (None, PIXELS.draft_size(augmentation.crop_scale))
     )
     assert (whole.size, draft.size) == ((650, 600), decoded)
     for seed in range(8):

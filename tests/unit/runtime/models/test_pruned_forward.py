@@ -10,10 +10,11 @@ from conftest import TINY_CONFIG, changed
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
-from clipcid_cli.runtime.models.towers import DenseImageTower
+from clipcid_cli.runtime.models.tower_modules import DenseImageTower
 from clipcid_cli.runtime.precision import fast_attention
 
 CAPTIONS = ["a red square", "", "two cats, a dog and a very long list of other animals of every kind and size", "sky"]

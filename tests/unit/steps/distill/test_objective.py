@@ -17,7 +17,7 @@ from teaching_data import write_student
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Masking
-from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.evaluation import share_statistics
 from clipcid_cli.steps.distill.student import load_student

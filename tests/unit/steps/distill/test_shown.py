@@ -32,10 +32,11 @@ from teaching_data import (
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.augment import MixedView, Processor, mix_pixels
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import decode_image
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.runtime.models.views import MixedView, Processor, mix_pixels
 from clipcid_cli.steps import cluster
 from clipcid_cli.steps.distill import batches
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker
@@ -95,7 +96,7 @@ def test_parts_of_a_batch_are_copied_by_another_thread(
 
     monkeypatch.setattr(TrainingBatch, "copied", copy)
     run = join(data, plain)
-    loaded = Batches(run.inputs, BatchMaker(run.settings, run.inputs, Processor.of(teacher)), None, 6, 3, ALONE)
+    loaded = Batches(run.inputs, BatchMaker(run.settings, run.inputs, Processor.from_model(teacher)), None, 6, 3, ALONE)
     assert [len(batch) for batch in loaded.load(range(2), 0)] == [6, 6]
     assert len(threads) == 6
     assert threading.current_thread() not in threads
@@ -131,7 +132,7 @@ def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathF
 def test_processes_share_what_one_would_take(work: Path, tiny_shards: Path, teacher: ClipModel) -> None:
     run = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12)
     assert run.inputs.teacher.extra_texts is not None
-    maker = BatchMaker(run.settings, run.inputs, Processor.of(teacher))
+    maker = BatchMaker(run.settings, run.inputs, Processor.from_model(teacher))
 
     def make(step: int, rank: int, size: int) -> TrainingBatch:
         made = Batches(run.inputs, maker, None, 6, 3, DistContext(rank, size, rank, torch.device("cpu")))

@@ -20,7 +20,7 @@ from teaching_data import embed_data, join, read_keys, write_student
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps import cluster
 from clipcid_cli.steps.distill import run as distill

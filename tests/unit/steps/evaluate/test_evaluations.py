@@ -13,7 +13,7 @@ from balance_data import heard
 from conftest import make_image, write_class_folders
 from sidecars import make_sidecar
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.benchmark import hash_lines
 from clipcid_cli.formats.files import write_json
 from clipcid_cli.formats.results.features import ImageFeatures
@@ -99,6 +99,51 @@ def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
     sidecar.write_text(sidecar.read_text().replace('"number": 2', '"number": "two"'))
     with pytest.raises(ClipcidError, match="it was edited, or is damaged"):
         compare(a, b)
+
+
+def write_answers(path: Path, model: str, right: int, images: int) -> Path:
+    """Write metrics and predictions of a model that has so many of its images right."""
+    kind = {"dataset": "d", "model": model, "pretrained": "p", "task": "zeroshot_classification", "language": "en"}
+    write_metrics(path, Metrics(**kind, metrics={"acc1": right / images}))
+    predicted = [0] * right + [1] * (images - right)
+    rows = {"key": [f"{image:04}" for image in range(images)], "label": [0] * images, "predicted": predicted}
+    rows |= {"top": [[0, 1]] * images, "scores": [[0.2, 0.1]] * images}
+    write_predictions(predictions_path(path), "classification", model, "d", 2, rows)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("right", "margin", "no_worse", "equivalent", "said"),
+    [
+        (902, None, None, None, "may be due to chance"),
+        (902, 1.0, True, True, "A (a) and B (b) are equivalent within 1 point"),
+        (902, 0.1, True, False, "B (b) is no worse than A (a) by 0.1 points"),
+        (895, 0.1, False, False, "A (a) is no worse than B (b) by 0.1 points"),
+        (880, 1.0, False, False, "A (a) is no worse than B (b) by 1 point"),
+        (880, 4.0, True, True, "equivalent within 4 points"),
+    ],
+)
+def test_a_margin_tells_no_worse_from_not_significant(
+    right: int, margin: float | None, no_worse: bool | None, equivalent: bool | None, said: str, tmp_path: Path
+) -> None:
+    files = [
+        str(write_answers(tmp_path / f"{name}.json", name, count, 1000)) for name, count in (("a", 900), ("b", right))
+    ]
+    with heard() as told:
+        answer = compare_results(EvalZeroshotSettings(model=files[0], data=(files[1],), compare=True, margin=margin))
+    judged = answer.differences["acc1"]
+    low, high = (100 * end for end in judged.interval)
+    assert (judged.no_worse, judged.equivalent) == (no_worse, equivalent)
+    if margin is not None:
+        assert (no_worse, equivalent) == (low > -margin, -margin < low and high < margin)
+    assert said in judged.verdict
+    assert answer.margin == margin
+    assert any("This compares two checkpoints, not two methods" in line for line in told)
+
+
+def test_a_margin_without_a_comparison_is_refused() -> None:
+    with pytest.raises(UsageError, match="--margin has no effect without --compare"):
+        EvalZeroshotSettings(model="m", data=("d",), margin=1.0)
 
 
 def test_a_pattern_of_models_is_matched_as_one_of_results(tiny_model: Path, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.models.export_sidecar import Parity, PredictionParity
 from clipcid_cli.formats.results.metrics import SIDECARS, EvaluationSidecar, Metrics, write_metrics
-from clipcid_cli.runtime.models.clip_model import ClipModel, ModelInfo, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel, ModelInfo
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.export.card import render_card
 from clipcid_cli.steps.export.check import (

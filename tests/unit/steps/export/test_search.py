@@ -13,7 +13,8 @@ from conftest import embed_with_open_clip, make_image
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.export.check import Checker, read_inputs
 from clipcid_cli.steps.export.search import Gallery, encode_gallery, find_gallery

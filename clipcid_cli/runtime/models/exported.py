@@ -1,0 +1,118 @@
+"""Exports, loaded by the programs that they are for: ONNX Runtime and transformers, on this machine's CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from clipcid_cli.runtime.libraries import quiet_libraries
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.towers import Towers
+
+
+class OnnxSession:
+    """An ONNX model with one input, and outputs by name, in ONNX Runtime."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._input = self._session.get_inputs()[0].name
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self.engine = f"ONNX Runtime {onnxruntime.__version__}"
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Run one batch of any size, as the PyTorch module takes it, and return the first output."""
+        return self.run(batch)[self._outputs[0]]
+
+    def run(self, batch: Tensor) -> dict[str, Tensor]:
+        outputs = self._session.run(None, {self._input: batch.numpy()})
+        return {name: torch.from_numpy(output) for name, output in zip(self._outputs, outputs, strict=True)}
+
+
+def read_tokens(path: Path, texts: list[str]) -> Tensor:
+    """Return the tokens that a `tokenizer.json` makes of texts, int64 [B, L]."""
+    import transformers
+
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path)).backend_tokenizer
+    return torch.tensor([encoding.ids for encoding in fast.encode_batch(texts)])
+
+
+class HfClip:
+    """A ``CLIPModel`` with its processor, loaded by transformers in float32 from a folder that `write_hf_folder` wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        with quiet_libraries():
+            import transformers
+
+            transformers.utils.logging.disable_progress_bar()
+            self._model = transformers.CLIPModel.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, torch_dtype=torch.float32
+            ).eval()
+            self._processor = transformers.CLIPProcessor.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        self.engine = f"transformers {transformers.__version__}"
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels, float32 [B, 3, H, W], to unit rows, float32 [B, D]."""
+        return _unit_rows(self._model.get_image_features(pixel_values=pixels))
+
+    def encode_texts(self, tokens: Tensor) -> Tensor:
+        """Tokens, int64 [B, L], to unit rows, float32 [B, D]."""
+        return _unit_rows(self._model.get_text_features(input_ids=tokens))
+
+    def prepare_image(self, image: Image.Image) -> Tensor:
+        """RGB image to normalised pixels, float32 [1, 3, H, W], by the folder's own image processor."""
+        with quiet_libraries():
+            return cast(Tensor, self._processor(images=[image], return_tensors="pt")["pixel_values"])
+
+    def prepare_texts(self, texts: list[str]) -> Tensor:
+        """Texts to tokens, int64 [B, L], by the folder's own tokenizer, padded to the model's length."""
+        with quiet_libraries():
+            tokens = self._processor(text=texts, padding="max_length", truncation=True, return_tensors="pt")
+        return cast(Tensor, tokens["input_ids"])
+
+
+def _unit_rows(features: Any) -> Tensor:
+    # transformers 5 returns an object, 4 the tensor itself.
+    rows = cast(Tensor, getattr(features, "pooler_output", features))
+    return nn.functional.normalize(rows.float(), dim=-1)
+
+
+def onnx_towers(image: OnnxSession, text: OnnxSession, original: Towers, model: ClipModel, dense: str | None) -> Towers:
+    """Return the towers of two ONNX files, which take what the original takes.
+
+    Args:
+        dense: Name of the image encoder's output of patches, where it has one.
+    """
+
+    def encode_patches(pixels: Tensor) -> Tensor:
+        assert dense is not None
+        return image.run(model.normalize(pixels))[dense]
+
+    return dataclasses.replace(
+        original,
+        images=lambda pixels: image(model.normalize(pixels)),
+        texts=text,
+        dense=None if dense is None else encode_patches,
+    )
+
+
+def hf_towers(clip: HfClip, original: Towers, model: ClipModel) -> Towers:
+    """Return the towers of a folder of transformers, which take what the original takes."""
+    inference = torch.inference_mode()
+    return dataclasses.replace(
+        original,
+        images=inference(lambda pixels: clip.encode_images(model.normalize(pixels))),
+        texts=inference(clip.encode_texts),
+        dense=None,
+    )

@@ -1,0 +1,22 @@
+"""Parts of an output that are done: those that are torn or taken back are to be done again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.journal import record_journal
+
+
+def test_torn_parts_and_those_that_are_forgotten_are_not_done(tmp_path: Path) -> None:
+    journal = record_journal(tmp_path / "parts", FileRecord)
+    assert list(journal.parts()) == []
+    records = {name: FileRecord(name, size, "blake2b:0") for size, name in enumerate(("b", "a", "c"))}
+    for name, record in records.items():
+        journal.append(name, record)
+    assert list(journal.parts()) == [(name, records[name]) for name in "abc"]
+    whole = journal.path("a").read_bytes()
+    journal.path("a").write_bytes(whole[:-9])
+    journal.forget("b")
+    assert [name for name, _ in journal.parts()] == ["c"]
+    assert journal.read("a") is None
