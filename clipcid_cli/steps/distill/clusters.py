@@ -82,7 +82,7 @@ def _flags_of_several(settings: DistillSettings) -> dict[str, Any]:
 
 def find_clusters(
     settings: DistillSettings, embeddings: Embeddings | None, online: ModelName | None, keep_list: Path | None
-) -> FoundClusters:
+) -> OpenedClusters:
     """Open the clusters; those of another teacher or of an earlier keep list are refused."""
     folder = settings.clusters or WorkDirectory(settings.work).find_clusters()
     clusters = open_clusters(folder)
@@ -108,11 +108,11 @@ def find_clusters(
             f"The clusters in {folder} were made from another keep list than {keep_list} holds now.",
             _cluster_again(clusters, None, keep_list=keep_list),
         )
-    return FoundClusters(settings, clusters)
+    return OpenedClusters(settings, clusters)
 
 
 @dataclasses.dataclass(frozen=True)
-class FoundClusters:
+class OpenedClusters:
     """Clusters of the teacher's embeddings, for the images of the keep list."""
 
     settings: DistillSettings
