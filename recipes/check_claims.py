@@ -59,12 +59,26 @@ class Document:
         """Return the line above a table, blank ones left out."""
         return next((line for line in reversed(self.lines[:start]) if line.strip()), "")
 
-    def says_no_log(self, start: int) -> bool:
-        """Tell whether the head of the document, or the section of a table before it, says that there is no log."""
-        headings = [number for number, line in enumerate(self.lines) if line.startswith("#") and number > 0]
-        head = self.lines[: headings[0] if headings else None]
-        section = self.lines[max((number for number in headings if number < start), default=0) : start]
-        return any(NO_LOG.search(" ".join(part)) for part in (head, section))
+    def says_no_log(self, line: int) -> bool:
+        """Tell whether the head of the document, a line's own paragraph or its section's first says that there is no log."""
+        end_of_head = next((number for number, text in enumerate(self.lines) if text.startswith("## ")), line)
+        section = max((number for number, text in enumerate(self.lines[:line]) if text.startswith("#")), default=0)
+        paragraphs = [(first, text) for first, text in self.paragraphs() if first <= line]
+        head = [text for first, text in paragraphs if first < end_of_head]
+        here = [text for first, text in paragraphs if first > section]
+        return any(NO_LOG.search(text) for text in (*head, *here[:1], *here[-1:]))
+
+    def paragraphs(self) -> Iterator[tuple[int, str]]:
+        """Yield the first line and the text of each paragraph and list item; tables, headings and comments are none."""
+        start, parts = 0, list[str]()
+        for number, line in enumerate([*self.lines, ""]):
+            is_text = bool(line.strip()) and line[0] not in "|#<"
+            if parts and (not is_text or line.startswith("- ")):
+                yield start, " ".join(parts)
+                parts = []
+            if is_text:
+                start = start if parts else number
+                parts.append(line)
 
 
 def cells_of(line: str) -> list[str]:
@@ -113,7 +127,7 @@ def differences(place: str, lines: list[str], name: str) -> Iterator[str]:
 
 def check_file(name: str, text: str) -> Iterator[str]:
     """Yield the first line in which a file of tables differs from what its log says."""
-    lines, expected = text.splitlines(), "\n".join(FILES[name]()).splitlines()
+    lines, expected = (part.rstrip("\n").splitlines() for part in (text, "\n".join(FILES[name]())))
     for number, (line, right) in enumerate(zip(lines, expected, strict=False), 1):
         if line != right:
             yield f"{name}:{number}:\n  is      {line}\n  log has {right}"
@@ -155,7 +169,7 @@ def rewrite(document: Document) -> str:
 
 def problems(texts: dict[str, str], only: str | None = None) -> list[str]:
     """Return what is wrong with the figures of all documents, or of only one of them."""
-    found = []
+    found: list[str] = []
     for name in texts if only is None else [only]:
         document = Document(name, texts[name])
         found += check_file(name, texts[name]) if name in FILES else check(document, texts)

@@ -16,7 +16,9 @@ from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance import write
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.compute import begin
-from clipcid_cli.steps.balance.run import make_plan, run
+from clipcid_cli.steps.balance.plan import make_plan
+from clipcid_cli.steps.balance.prepare import prepare
+from clipcid_cli.steps.balance.run import run
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter, reporting_to
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -121,10 +123,10 @@ def begun(work: Path, embeddings: Path, **settings: Any) -> Iterator[BalanceRun]
     """Begin the step, up to its search."""
     chosen = BalanceSettings(work=work, embeddings=embeddings, device="cpu", precision="fp32", **settings)
     with open_dist_context("cpu") as context:
-        plan = make_plan(chosen, context)
-        with claim_output(context, plan.identify()) as output:
+        plan = make_plan(chosen, prepare(chosen, context))
+        with claim_output(context, plan.spec) as output:
             output.start()
-            yield begin(plan, output)
+            yield begin(plan, output, context)
 
 
 def read_keep(work: Path) -> pd.DataFrame:

@@ -27,7 +27,7 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
         "cut-off": "none, since nothing is merged" if threshold is None else f"{threshold:.6g} (Euclidean distance)",
         "largest set": count(result.largest_component, "image"),
     }
-    is_filtered = any(each is not None for each in (result.against, result.caption_window, cap))
+    is_filtered = any(part is not None for part in (result.against, result.caption_window, cap))
     repeats = "dropped repeats" if is_filtered else "dropped images"
     facts["not covered"] = (
         f"{result.uncovered_ratio:.1%} of the {repeats} are farther from their kept image than the cut-off"
@@ -43,7 +43,7 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
     elif threshold is not None:
         facts["with star"] = "not computed"
     if (against := result.against) is not None:
-        names = ", ".join(f"{each.nearest:,} by {each.name}" for each in against.references)
+        names = ", ".join(f"{reference.nearest:,} by {reference.name}" for reference in against.references)
         facts["against"] = f"{count(against.dropped, 'image')} dropped, within {against.threshold:g}: {names}"
     if (window := result.caption_window) is not None:
         facts["captions"] = (

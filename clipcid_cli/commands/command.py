@@ -31,6 +31,7 @@ from clipcid_cli.runtime.interruption import starts_over
 from clipcid_cli.runtime.libraries import importing, set_openmp_spins
 from clipcid_cli.steps.reporting import Reporter, reporting_to
 from clipcid_cli.steps.settings.embed import embedding_as
+from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import Setting, SharedSettings, TrainingDataSettings, flag_of, setting_of
 
 if typing.TYPE_CHECKING:
@@ -61,12 +62,23 @@ def step_command(name: str, settings: type[SharedSettings], *, step: str, show: 
     def invoke(**values: Any) -> None:
         try:
             with embedding_as(_read_embedding(click.get_current_context()) if embeds else {}):
-                run_step(settings(**values), step, show)
+                chosen = settings(**values)
+                if isinstance(chosen, GpuPlanSettings) and chosen.gpus is not None:
+                    run_step(chosen, "clipcid_cli.steps.gpu_plan", show_plan)
+                else:
+                    run_step(chosen, step, show)
         except ClipcidError as error:
             error.message += _name_sources(error.message)
             raise
 
     return PageCommand(name, callback=invoke, params=build_parameters(name, settings), help=page)
+
+
+def show_plan(result: Any, console: Console) -> None:
+    """Print what a step would take on GPUs."""
+    from clipcid_cli.commands.gpu_plan import show  # and with it rich, which a help page does without
+
+    show(result, console)
 
 
 def run_step(settings: SharedSettings, step: str, show: Show) -> None:

@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from clipcid_cli.algorithms.kmeans.centroids import first_centroids, rows_as_centroids
+from clipcid_cli.algorithms.kmeans.centroids import first_centroids
 from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters, joint_features, temperature_for_perplexity
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
 from clipcid_cli.algorithms.near.exact import BoolArray, HalfArray, IntArray
-from clipcid_cli.algorithms.near.nearest import Integers, integer_dtype, nearest, top
+from clipcid_cli.algorithms.near.nearest import integer_dtype, top
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -49,13 +49,12 @@ from clipcid_cli.runtime.distributed import DistContext, memory_for_rows, open_d
 from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.runtime.timing import time_trial, timed
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.embeddings import open_teachers, skip_rows
 from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.repair import repair_teacher
-from clipcid_cli.steps.reporting import format_duration
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 # As many as faiss asks for before it warns.
@@ -67,10 +66,6 @@ _BLOCK = 4096
 _ROWS_AT_ONCE = {"cpu": 2048, "cuda": 8192}
 # The temperature's median is taken over about this many rows, evenly spaced: more would not change its digits.
 _TEMPERATURE_ROWS = 65_536
-# A dry run times a batch of so many rows and centroids, for so many seconds at least.
-_BATCH = 1024
-_CENTROIDS = 4096
-_SHORTEST = 0.1
 # Libraries, products and other work in progress, and what a row takes in addition to its embedding.
 _BYTES_OF_LIBRARIES = 450 * 2**20
 _BYTES_A_ROW = 24
@@ -100,9 +95,6 @@ class ClusterCost(msgspec.Struct):
     # Of a process above the mapped files, most of it a float32 and a low-precision copy of the centroids and their
     # float64 sums.
     memory_bytes: int
-    # ``kmeans_least, kmeans_most, assign``: of one iteration, after which fewer and fewer rows are compared; of all
-    # rows in each iteration; of the assignment.
-    seconds: dict[str, float]
 
 
 def run(settings: ClusterSettings) -> ClusterResult | ClusterCost:
@@ -152,14 +144,14 @@ class Selection:
         blocks = np.searchsorted(self._before, numbers, side="right") - 1
         order = np.argsort(blocks, kind="stable")
         bounds = np.append(np.flatnonzero(np.diff(blocks[order], prepend=-1)), len(order))
-        found = np.empty(len(numbers), np.int64)
+        places = np.empty(len(numbers), np.int64)
         for begin, end in itertools.pairwise(bounds.tolist()):
             here = order[begin:end]
             block = int(blocks[here[0]])
             bits = self._bits[block * _BLOCK // 8 : (block + 1) * _BLOCK // 8]
             chosen = np.flatnonzero(np.unpackbits(bits)) + block * _BLOCK
-            found[here] = chosen[numbers[here] - self._before[block]]
-        return found
+            places[here] = chosen[numbers[here] - self._before[block]]
+        return places
 
     def subset(self, numbers: IntArray) -> Selection:
         """Return the selection of some of the chosen rows, by their numbers."""
@@ -417,8 +409,8 @@ def _assign(plan: ClusterPlan, context: DistContext, centroids_KD: torch.Tensor,
     with reporting.progress("assign", own, "images") as progress:
         progress.advance(own - open_)
         # One set of threads for all parts: new ones for each would share a core until the system has spread them.
-        found = thread_map(look_up, blocks, threads_for_batches(context.device))
-        for part, blocks_of_part in itertools.groupby(found, key=itemgetter(0)):
+        nearest = thread_map(look_up, blocks, threads_for_batches(context.device))
+        for part, blocks_of_part in itertools.groupby(nearest, key=itemgetter(0)):
             pieces = [arrays for _, arrays in blocks_of_part]
             arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
             save_arrays(part_path(folder, part), arrays)
@@ -488,48 +480,17 @@ def _write(
 
 
 def _estimate_cost(plan: ClusterPlan, context: DistContext) -> ClusterCost:
-    settings = plan.settings
-    rows = plan.rows
-    num_trained = len(plan.trained)
-    num_clusters = plan.num_clusters
-    width = rows.width
+    """Count the operations of all iterations, and the memory of a process."""
+    settings, rows, num_clusters = plan.settings, plan.rows, plan.num_clusters
+    num_trained, width = len(plan.trained), plan.rows.width
     scan = choose_coarse_dtype(settings.precision, context.device).dtype
-    iteration, assign = context.on_rank0(lambda: _measure(plan, scan, context))
-    iteration *= num_trained
-    assign *= len(rows) * len(rows.towers)
     integer_bytes = integer_dtype(context.device, scan, width).itemsize
     kept = min(memory_for_rows(context.device), integer_bytes * width * num_trained // context.size)
     memory = num_clusters * width * (4 + 8 + integer_bytes) + kept
     memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
+    flop = 2 * num_trained * num_clusters * width * settings.iterations
     reporting.note(
-        f"{num_trained:,} images × {num_clusters:,} clusters × width {width}: {format_duration(iteration)} for an "
-        f"iteration, at most {format_duration(iteration * settings.iterations)} for {settings.iterations}, "
-        f"{format_duration(assign)} to assign {len(rows):,}; {memory / 2**30:.3g} GiB per process, besides the mapped files."
+        f"{num_trained:,} images × {num_clusters:,} clusters × width {width}, at most {settings.iterations} iterations: "
+        f"{flop:.3g} FLOP; {memory / 2**30:.3g} GiB per process, besides the mapped files."
     )
-    seconds = {"kmeans_least": iteration, "kmeans_most": iteration * settings.iterations, "assign": assign}
-    return ClusterCost(
-        images=len(rows),
-        clusters=num_clusters,
-        flop=2 * num_trained * num_clusters * width * settings.iterations,
-        memory_bytes=memory,
-        seconds={name: round(value, 3) for name, value in seconds.items()},
-    )
-
-
-def _measure(plan: ClusterPlan, scan: torch.dtype, context: DistContext) -> tuple[float, float]:
-    """Time a batch of rows against some rows as centroids: seconds a row, of an iteration and of the assignment."""
-    device, rows = context.device, plan.rows
-    chosen = np.linspace(0, len(rows) - 1, min(plan.num_clusters, _CENTROIDS), dtype=np.int64)
-    centroids_CD = rows_as_centroids(rows, chosen).to(device)
-    batch_BD = torch.from_numpy(rows.features(np.arange(min(len(rows), _BATCH)))).to(device)
-    centroids = Integers.from_rows(centroids_CD, scan, one_step=True)
-    integers = Integers.from_rows(batch_BD, scan)
-
-    def seconds_a_row(work: Callable[[], object]) -> float:
-        return time_trial(work, device, at_least=_SHORTEST).seconds / len(batch_BD) / context.size
-
-    prepare = seconds_a_row(lambda: Integers.from_rows(batch_BD, scan))
-    iterate = seconds_a_row(lambda: nearest(integers, centroids))
-    assign = seconds_a_row(lambda: top(batch_BD, centroids_CD, plan.num_nearest))
-    scale = plan.num_clusters / len(centroids_CD)
-    return prepare + iterate * scale, assign * scale
+    return ClusterCost(images=len(rows), clusters=num_clusters, flop=flop, memory_bytes=memory)

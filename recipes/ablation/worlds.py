@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +182,13 @@ class Worlds:
             for contenders in (CONTENDERS, (WITH_TD,)):
                 for world in self.worlds:
                     for contender in contenders:
-                        self.once(world.run(contender, seed), lambda w=world, c=contender, s=seed: self.train(w, c, s))
+                        self.once(world.run(contender, seed), partial(self.train, world, contender, seed))
             for world in self.worlds:
-                self.once(f"{world.name}/teacher", lambda w=world: {"world": w.name} | measure(w, w.teacher, self.work))
+                self.once(f"{world.name}/teacher", partial(self.measure_teacher, world))
+
+    def measure_teacher(self, world: World) -> dict[str, Any]:
+        """Measure a world's teacher."""
+        return {"world": world.name} | measure(world, world.teacher, self.work)
 
     def once(self, run: str, do: Callable[[], dict[str, Any]]) -> None:
         """Do a run and log what it returns, unless the log has it."""

@@ -28,7 +28,8 @@ from balance import describe_machine, unit
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import OutputSpec, open_output
 from clipcid_cli.formats.results.clusters import ClusterSidecar
-from clipcid_cli.steps.balance import compute, report, run, sets, write
+from clipcid_cli.steps.balance import compute, partition, report, run, sets, write
+from clipcid_cli.steps.balance.filters import against, captions, cluster_cap
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 CLUSTER_SIZE = 200
@@ -80,14 +81,14 @@ def watch_parts() -> dict[str, tuple[float, float]]:
     taken: dict[str, tuple[float, float]] = {}
     parts: list[tuple[Any, str, str]] = [
         (compute, "read_rows", "read rows, find copies"),
-        (compute, "find_near", "--against"),
-        (compute, "find_captions", "caption window"),
+        (against, "find_near", "--against"),
+        (captions, "find_captions", "caption window"),
         (compute, "make_sets", "search and sets"),
         (sets, "_measure", "of these, distances and diameters"),
-        (compute, "audit_kept", "audit"),
-        (compute, "cap_clusters", "--max-per-cluster"),
+        (partition, "audit_kept", "audit"),
+        (cluster_cap, "cap_clusters", "--max-per-cluster"),
         (report, "find_chains", "chains of the report"),
-        (write, "_write_tables", "keep list, sets, curve"),
+        (write, "write_tables", "keep list, sets, curve"),
         (write, "write_report", "report, chains included"),
     ]
     for module, name, label in parts:

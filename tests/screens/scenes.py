@@ -55,6 +55,8 @@ _SIMPLE = _METRICS.replace(".json", "_templates-simple.json")
 _COMPARE_TEMPLATES = f"clipcid eval-zeroshot --compare {_METRICS.format('teacher')} {_SIMPLE.format('teacher')}"
 _COMPARE = f"clipcid eval-zeroshot --compare {_METRICS.format('taught-student')} {_METRICS.format('teacher')}"
 
+_PLAN = "clipcid distill --student ViT-B-32 --images 225200000 --gpus 8xH100 --price 2.5 --work none --dry-run"
+
 SCENES: dict[str, tuple[Scene, ...]] = {
     "clipcid": (
         Scene("help", "clipcid --help", exact=True),
@@ -151,6 +153,7 @@ SCENES: dict[str, tuple[Scene, ...]] = {
         Scene("wrong model: no such student", "clipcid distill --student nowhere.json", exact=True),
         Scene("bad data: a batch larger than the data", "clipcid distill --student student.json --batch-size 5000"),
         Scene("dry run", f"{_DISTILL} --dry-run"),
+        Scene("a plan for GPUs", _PLAN, exact=True),
         Scene(
             "interrupted", f"{_DISTILL} --checkpoint-every 5", interrupt_at="clipcid-work/distill/taught/checkpoints/*"
         ),

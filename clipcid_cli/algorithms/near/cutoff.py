@@ -58,8 +58,8 @@ class Neighbours:
     @property
     def distance(self) -> FloatArray:
         """Their distance, float32 [P]."""
-        found: FloatArray = round_distances(torch.from_numpy(self.squared)).numpy()
-        return found
+        distance: FloatArray = round_distances(torch.from_numpy(self.squared)).numpy()
+        return distance
 
     @staticmethod
     def nearest(parts: Iterable[Neighbours], count: int) -> Neighbours:
@@ -91,7 +91,7 @@ def find_neighbours(
     sampled = load_block(read, rows[sample], device, torch.float32)
     # The value of a pair a, b is a·b − |b|²/2 = (|a|² − d²)/2; here the least that matters.
     least_S = torch.full((len(sample),), -math.inf, dtype=torch.float64, device=device)
-    found = Neighbours(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
+    nearest = Neighbours(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
     for at in range(start, stop, _ROWS_AT_ONCE):
         part = load_block(read, rows[at : min(at + _ROWS_AT_ONCE, stop)], device, torch.float32)
         value_SN = multiply(sampled.scan, part.scan) - (part.squared / 2.0).float()
@@ -105,12 +105,12 @@ def find_neighbours(
         if len(row_P):
             dots_P = exact_dots(sampled.stored, part.stored, row_P, other_P)
             squared_P = sampled.squared[row_P] + part.squared[other_P] - 2.0 * dots_P
-            new = Neighbours(*(each.cpu().numpy() for each in (row_P, other_P + at, squared_P)))
-            found = Neighbours.nearest([found, new], count)
-            full = np.flatnonzero(np.arange(len(found.row)) - np.searchsorted(found.row, found.row) == count - 1)
-            row, farthest = (torch.from_numpy(each[full]).to(device) for each in (found.row, found.squared))
+            new = Neighbours(*(values.cpu().numpy() for values in (row_P, other_P + at, squared_P)))
+            nearest = Neighbours.nearest([nearest, new], count)
+            full = np.flatnonzero(np.arange(len(nearest.row)) - np.searchsorted(nearest.row, nearest.row) == count - 1)
+            row, farthest = (torch.from_numpy(values[full]).to(device) for values in (nearest.row, nearest.squared))
             least_S[row] = (sampled.squared[row] - farthest) / 2.0
-    return found
+    return nearest
 
 
 def first_cutoff(nearest_S: FloatArray, edges_S: DoubleArray, share: float) -> float:
@@ -131,14 +131,14 @@ def first_cutoff(nearest_S: FloatArray, edges_S: DoubleArray, share: float) -> f
     return _at(nearest_S, min(int(np.count_nonzero(sure_S < share)), math.ceil((4.0 + share) / 5.0 * size)))
 
 
-def wider_cutoff(nearest_S: FloatArray, cutoff: float, found: int, needed: int) -> float:
+def wider_cutoff(nearest_S: FloatArray, cutoff: float, edges: int, needed: int) -> float:
     """Choose a larger distance after a search to `cutoff` that found too few of the edges needed.
 
     It is where F has grown in the proportion that is missing, and at least 5 % more, so that some search reaches
     ``FARTHEST``, at which the forest is complete.
     """
     within = int(np.searchsorted(nearest_S, np.float32(cutoff), side="right"))
-    return min(max(_at(nearest_S, math.ceil(1.05 * within * needed / max(1, found))), 1.05 * cutoff, 1e-3), FARTHEST)
+    return min(max(_at(nearest_S, math.ceil(1.05 * within * needed / max(1, edges))), 1.05 * cutoff, 1e-3), FARTHEST)
 
 
 def _at(nearest_S: FloatArray, position: int) -> float:
@@ -159,12 +159,12 @@ class CutoffEstimator:
         self._find_nearest = find_nearest
         self._for_stars = for_stars
 
-    def choose(self, searched: float, found: int, needed: int) -> float:
+    def choose(self, searched: float, edges: int, needed: int) -> float:
         """Return the distance of the next search, after one to `searched` (0: none) that found some of those needed."""
         nearest_S, edges_S = self._nearest
         if searched == 0.0:
             return first_cutoff(nearest_S, edges_S, needed / self._num_rows)
-        return wider_cutoff(nearest_S, searched, found, needed)
+        return wider_cutoff(nearest_S, searched, edges, needed)
 
     @cached_property
     def _nearest(self) -> tuple[FloatArray, DoubleArray]:

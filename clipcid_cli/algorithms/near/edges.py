@@ -85,7 +85,7 @@ def merge_edges(one: Edges, other: Edges) -> tuple[Edges, BoolArray]:
     is_other = np.empty(length, np.bool_)
     start_one = start_other = 0
     for last in [*one.weight[_MERGED_AT_ONCE - 1 :: _MERGED_AT_ONCE].tolist(), np.inf]:
-        end_one, end_other = (int(np.searchsorted(each.weight, np.float32(last), "right")) for each in (one, other))
+        end_one, end_other = (int(np.searchsorted(edges.weight, np.float32(last), "right")) for edges in (one, other))
         part = Edges.concatenate([one[start_one:end_one], other[start_other:end_other]])
         order = _order(part)
         place = slice(start_one + start_other, end_one + end_other)

@@ -96,13 +96,13 @@ class Partitions:
         may_Bm = cosine_Bm >= least_B1 - _SLACK
         open_B = may_Bm[:, -1] & (m < len(self))
         row_P, place_P = (may_Bm & ~open_B[:, None]).nonzero(as_tuple=True)
-        found = [self._near(rows_BD, row_P, home_B[row_P], number_Bm[row_P, place_P], margin)]
+        parts = [self._near(rows_BD, row_P, home_B[row_P], number_Bm[row_P, place_P], margin)]
         for open_R in torch.split(open_B.nonzero()[:, 0], max(1, _VALUES_AT_ONCE // len(self))):
             cosine_RK = rows_BD[open_R].double() @ self._centroids_KD.double().T
             place_P, other_P = (cosine_RK >= least_B1[open_R]).nonzero(as_tuple=True)
             row_P = open_R[place_P]
-            found.append(self._near(rows_BD, row_P, home_B[row_P], other_P, margin))
-        row_P, other_P, gap_P = (torch.cat(each) for each in zip(*found, strict=True))
+            parts.append(self._near(rows_BD, row_P, home_B[row_P], other_P, margin))
+        row_P, other_P, gap_P = (torch.cat(column) for column in zip(*parts, strict=True))
         order_P = (row_P * len(self) + other_P).argsort()
         return home_B, row_P[order_P], other_P[order_P], gap_P[order_P]
 
@@ -161,13 +161,13 @@ def group_rows(
     for lists, _ in entries():
         sizes += np.bincount(lists, minlength=num_lists)
     ends = np.cumsum(sizes)
-    found = allocate(int(ends[-1]))
+    grouped = allocate(int(ends[-1]))
     free = ends - sizes
     for lists, rows in entries():
         counts = np.bincount(lists, minlength=num_lists)
         order = np.argsort(lists, kind="stable")
         # An entry's place among those of its list in this part, behind those of the parts before.
         within = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-        found[np.repeat(free, counts) + within] = rows[order]
+        grouped[np.repeat(free, counts) + within] = rows[order]
         free += counts
-    return found, ends
+    return grouped, ends

@@ -71,26 +71,26 @@ class Plan:
         """Number of jobs up to the end of each strip, int64 [S]."""
         return np.cumsum(np.add.reduceat(self.last - self.first, np.arange(0, len(self.starts), self.strip)))
 
-    def panel(self, number: int) -> IntArray:
-        return self.rows[self.starts[number] : self.stops[number]]
+    def panel(self, index: int) -> IntArray:
+        return self.rows[self.starts[index] : self.stops[index]]
 
     def pairs_of(self, job: Job) -> int:
         size, other = (int(self.stops[panel] - self.starts[panel]) for panel in job)
         return size * (size - 1) // 2 if job[0] == job[1] else size * other
 
     def jobs(self, chunk: int) -> list[Job]:
-        start, stop = (len(self) * each // self.num_chunks for each in (chunk, chunk + 1))
-        found = list[Job]()
+        start, stop = (len(self) * index // self.num_chunks for index in (chunk, chunk + 1))
+        jobs = list[Job]()
         for strip in range(int(np.searchsorted(self._ends, start, side="right")), len(self._ends)):
             before = int(self._ends[strip - 1]) if strip else 0
             if before >= stop:
                 break
-            found += map(tuple, self._strip(strip)[max(0, start - before) : stop - before].tolist())
-        return found
+            jobs += map(tuple, self._strip(strip)[max(0, start - before) : stop - before].tolist())
+        return jobs
 
-    def _strip(self, number: int) -> IntArray:
+    def _strip(self, index: int) -> IntArray:
         """Return all jobs of a strip, in order, int64 [J, 2]."""
-        i = np.arange(number * self.strip, min((number + 1) * self.strip, len(self.starts)))
+        i = np.arange(index * self.strip, min((index + 1) * self.strip, len(self.starts)))
         i = i[self.first[i] < self.last[i]]
         j = np.arange(self.first[i].min(initial=len(self.starts)), self.last[i].max(initial=0))
         which, place = np.nonzero((self.first[i] <= j[:, None]) & (j[:, None] < self.last[i]))

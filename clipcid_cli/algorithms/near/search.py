@@ -62,8 +62,8 @@ class Crowding:
 def near_pairs_of(blocks: Iterable[tuple[Block, Block]], cutoff: float, wants: Wants) -> Iterator[Iterator[Edges]]:
     """Search as :func:`near_pairs` many pairs of blocks; on a GPU each is queued before the one before it is read."""
     crowding = Crowding()
-    found = (near_pairs(a, b, cutoff, wants, crowding) for a, b in blocks)
-    for one, _ in pairwise(chain(found, [iter(())])):
+    pairs = (near_pairs(a, b, cutoff, wants, crowding) for a, b in blocks)
+    for one, _ in pairwise(chain(pairs, [iter(())])):
         yield one
 
 
@@ -132,10 +132,10 @@ def _find_candidates(score_MN: torch.Tensor, lowest: torch.Tensor) -> Iterator[t
 
 
 def _decide(
-    a: Block, b: Block, found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], cutoff: float, wants: Wants
+    a: Block, b: Block, candidates: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], cutoff: float, wants: Wants
 ) -> Iterator[Edges]:
     """Yield those of the candidates, positions in both blocks and scores, that are wanted and within the distance."""
-    i_P, j_P, score_P = (torch.cat(parts) for parts in zip(*found, strict=True))
+    i_P, j_P, score_P = (torch.cat(parts) for parts in zip(*candidates, strict=True))
     highest_P = score_P.double() * (a.step * b.step) + rounded_error(a, b)
     squared_P = a.squared[i_P] + b.squared[j_P] - 2.0 * highest_P
     at_least_P = (squared_P.clamp(min=0.0).sqrt() * (1.0 - ROUNDING_MARGIN)).float()
@@ -181,13 +181,13 @@ def queue(a: Block, b: Block, cutoff: float, wants: Wants, crowding: Crowding) -
     def read() -> Iterator[Edges]:
         if done is not None:
             done.synchronize()
-        found = results.numpy()
-        crowding.is_crowded = bool(found[-1])
+        values = results.numpy()
+        crowding.is_crowded = bool(values[-1])
         if crowding.is_crowded:
             is_last = most == _MANY_QUEUED
             yield from _decide_products(a, b, cutoff, wants) if is_last else queue(a, b, cutoff, wants, crowding)
             return
-        entry, weight = np.split(found[:-1], 2)
+        entry, weight = np.split(values[:-1], 2)
         i, j = np.divmod(entry.astype(np.int64), width)
         near = (weight <= np.float32(cutoff)) & (j < len(b))
         # Not all scores that reach the bound are of near pairs.

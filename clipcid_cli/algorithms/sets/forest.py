@@ -77,10 +77,10 @@ def _contract(num_rows: int, edges: Edges) -> tuple[IntArray, list[_Round]]:
         position = np.searchsorted(rank, chosen)
         labels = connected_components(num_nodes, a[position], b[position])
         has_edge &= labels == np.arange(num_nodes, dtype=kind)  # the first node of each component
-        number = np.cumsum(has_edge, dtype=kind)
-        num_nodes = int(number[-1])
-        number -= 1
-        rounds.append(_Round(weight, number[labels]))
+        nodes = np.cumsum(has_edge, dtype=kind)
+        num_nodes = int(nodes[-1])
+        nodes -= 1
+        rounds.append(_Round(weight, nodes[labels]))
         a, b = rounds[-1].parent[a], rounds[-1].parent[b]
         apart = a != b
         a, b, rank = a[apart], b[apart], rank[apart]
@@ -116,12 +116,12 @@ class ForestSink:
         """
         possible = np.ones(len(a), np.bool_)
         pair = np.arange(len(a))
-        for each in self._rounds:
-            lighter = (each.weight[a] < at_least) & (each.weight[b] < at_least)
+        for level in self._rounds:
+            lighter = (level.weight[a] < at_least) & (level.weight[b] < at_least)
             a, b, pair, at_least = a[lighter], b[lighter], pair[lighter], at_least[lighter]
             if not len(pair):
                 break
-            a, b = each.parent[a], each.parent[b]
+            a, b = level.parent[a], level.parent[b]
             apart = a != b
             possible[pair[~apart]] = False
             a, b, pair, at_least = a[apart], b[apart], pair[apart], at_least[apart]
@@ -129,7 +129,7 @@ class ForestSink:
 
     def add(self, edges: Edges) -> None:
         edges = edges[self.wants(edges.a, edges.b, edges.weight)]
-        a, b = (each.astype(row_type(self._num_rows), copy=False) for each in (edges.a, edges.b))
+        a, b = (ends.astype(row_type(self._num_rows), copy=False) for ends in (edges.a, edges.b))
         self._added.append(Edges(a, b, edges.weight))
         self._num_added += len(edges)
         del edges, a, b  # to merge needs their memory
@@ -141,15 +141,15 @@ class ForestSink:
     def result(self) -> Edges:
         """Return the forest of all edges added so far, ascending by (weight, smaller row, larger row)."""
         if self._num_added:
-            drained, added = (sort_edges(Edges.concatenate(each)) for each in (self._drained, self._added))
+            drained, added = (sort_edges(Edges.concatenate(parts)) for parts in (self._drained, self._added))
             self._drained, self._added = [], []
             self._num_added = 0
-            found, is_added = merge_edges(drained, added)
+            edges_added, is_added = merge_edges(drained, added)
             del drained, added
-            edges, is_found = merge_edges(self._forest, found)
+            edges, is_found = merge_edges(self._forest, edges_added)
             is_fresh = np.empty(len(edges), np.bool_)
             is_fresh[is_found], is_fresh[~is_found] = is_added, self._is_fresh
-            del found
+            del edges_added
             self._forest, self._rounds = Edges.empty(), []  # their memory is needed
             chosen, self._rounds = _contract(self._num_rows, edges)
             self._forest, self._is_fresh = edges[chosen], is_fresh[chosen]

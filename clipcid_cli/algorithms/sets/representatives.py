@@ -107,7 +107,7 @@ def distances_to(read: ReadRows, representatives: IntArray) -> FloatArray:
     others = np.flatnonzero(~is_kept(representatives)).astype(representatives.dtype)
     for at in range(0, len(others), _ROWS_READ):
         part = others[at : at + _ROWS_READ]
-        a, b = (torch.from_numpy(read(each)) for each in (part, representatives[part]))
+        a, b = (torch.from_numpy(read(some)) for some in (part, representatives[part]))
         distances[part] = edge_weights(squared_lengths(a), squared_lengths(b), paired_dots(a, b)).numpy()
     return distances
 
@@ -170,10 +170,10 @@ def _from_members(read: ReadRows, bounds: IntArray, device: torch.device) -> Dou
         places = [np.arange(at, min(at + _ROWS_AT_ONCE, end)) for at in range(first, end, _ROWS_AT_ONCE)]
         for part in places:
             a_BD = read_stored(read, part, device)
-            parts = (distance_matrix(a_BD, read_stored(read, each, device)).double().sum(dim=1) for each in places)
+            parts = (distance_matrix(a_BD, read_stored(read, other, device)).double().sum(dim=1) for other in places)
             sums.append(reduce(torch.add, parts))
-    found: DoubleArray = torch.cat(sums).cpu().numpy()
-    return found
+    sums_M: DoubleArray = torch.cat(sums).cpu().numpy()
+    return sums_M
 
 
 def find_diameters(
@@ -214,8 +214,8 @@ def _compare(read: ReadRows, members_SM: IntArray, device: torch.device) -> Floa
     squared_SM = squared_lengths(stored).view(members_SM.shape)
     wide_SMD = stored.double().view(*members_SM.shape, -1)
     weight_SMM = edge_weights(squared_SM[:, :, None], squared_SM[:, None, :], torch.bmm(wide_SMD, wide_SMD.mT))
-    found: FloatArray = weight_SMM.amax(dim=(1, 2)).cpu().numpy()
-    return found
+    diameters: FloatArray = weight_SMM.amax(dim=(1, 2)).cpu().numpy()
+    return diameters
 
 
 def _sweep(read: ReadRows, members: IntArray, device: torch.device) -> float:

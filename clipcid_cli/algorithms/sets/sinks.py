@@ -82,8 +82,8 @@ class PairsWithin:
 
     def drain(self) -> Edges:
         """Return the pairs added since the last call, and forget them."""
-        found, self._pairs = self.result(), []
-        return found
+        pairs, self._pairs = self.result(), []
+        return pairs
 
     def result(self) -> Edges:
         return Edges.concatenate(self._pairs)

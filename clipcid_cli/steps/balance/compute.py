@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,18 +15,25 @@ from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
+from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.libraries import keep_few_kernels
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRows, BalanceRun, read_rows
-from clipcid_cli.steps.balance.filters.against import NearReferences, find_near
-from clipcid_cli.steps.balance.filters.captions import CaptionWindow, find_captions
-from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap, cap_clusters, warn_of_few
-from clipcid_cli.steps.balance.partition import audit_kept
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.linkages import OtherLinkage, compare_linkages
+from clipcid_cli.steps.balance.pairs import NotComputed
+from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import Audit
-from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets, compare_linkages, make_sets
+from clipcid_cli.steps.balance.rows import BalanceRows, read_rows
+from clipcid_cli.steps.balance.sets import Sets, make_sets
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 from clipcid_cli.steps.embeddings import skip_rows
+
+if TYPE_CHECKING:  # the filters are loaded where a run has them
+    from clipcid_cli.steps.balance.filters.against import NearReferences
+    from clipcid_cli.steps.balance.filters.captions import CaptionWindow
+    from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,23 +53,25 @@ class Outcome:
     @property
     def filters(self) -> list[NearReferences | CaptionWindow | ClusterCap]:
         """Those of the run, in their order."""
-        return [each for each in (self.near, self.captions, self.cap) if each is not None]
+        filters = (self.near, self.captions, self.cap)
+        return [dropping for dropping in filters if dropping is not None]
 
 
-def begin(plan: BalancePlan, output: Output[BalanceSidecar]) -> BalanceRun:
+def begin(plan: BalancePlan, output: Output[BalanceSidecar], context: DistContext) -> BalanceRun:
     """Read all rows once."""
     began = time.perf_counter()
-    shared = SharedArrays(plan.context, output.work)
+    shared = SharedArrays(context, output.work)
     with timed(plan.seconds, "search"):
         rows = read_rows(shared, plan.embeddings.rows(Kind.IMAGES))
     planned = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
     return BalanceRun(
         **planned,
+        context=context,
         output=output,
         shared=shared,
         rows=rows,
         skips=_count_skipped(plan, rows),
-        scan=choose_coarse_dtype(plan.settings.precision, plan.context.device),
+        scan=choose_coarse_dtype(plan.settings.precision, context.device),
         began=began,
     )
 
@@ -78,24 +88,40 @@ def _count_skipped(plan: BalancePlan, rows: BalanceRows) -> Skips:
     return skip_rows(embeddings, np.flatnonzero(is_bad), plan.settings.max_bad_fraction)
 
 
-def compute(run: BalanceRun) -> Outcome:
-    """Find what is kept."""
-    near = find_near(run) if run.references else None
-    captions = find_captions(run) if run.settings.has_window else None
-    run = _leave_out(run, [each.is_dropped for each in (near, captions) if each is not None])
+def compute(plan: BalancePlan, output: Output[BalanceSidecar], context: DistContext) -> Outcome:
+    """Find what is kept, on all processes."""
+    if plan.settings.neighbors == "partitioned":  # the tiles of partitions are of many sizes
+        keep_few_kernels()
+    run = begin(plan, output, context)
+    near, captions = _find_filtered(run)
+    run = _leave_out(run, [dropping.is_dropped for dropping in (near, captions) if dropping is not None])
     if run.clusters is not None:
-        warn_of_few(run, run.clusters, run.rows.num_searched)
+        from clipcid_cli.steps.balance.filters.cluster_cap import warn_of_few
+
+        warn_of_few(run.settings, run.clusters, run.rows.num_searched)
     sets, forest, reused = make_sets(run)
     if reused:
         reporting.note("The forest of these embeddings exists: keep list, curve and report are made from it.")
     other = compare_linkages(run, sets, forest)
-    cap = None if run.clusters is None else cap_clusters(run, run.clusters, sets.kept)
+    cap = _cap_clusters(run, sets)
     is_kept = sets.kept if cap is None else sets.kept & ~cap.is_dropped
-    audit = None
-    if run.settings.neighbors == "partitioned" and sets.threshold is not None:
-        with timed(run.seconds, "audit"):
-            audit = audit_kept(run, np.flatnonzero(is_kept).astype(sets.labels.dtype), sets.threshold)
+    audit = _audit(run, sets, is_kept)
+    context.barrier()  # until here another process may read what it has mapped
     return Outcome(run, near, captions, sets, forest, other, cap, is_kept, audit)
+
+
+def _find_filtered(run: BalanceRun) -> tuple[NearReferences | None, CaptionWindow | None]:
+    """Find what is dropped before repeats are searched."""
+    near = captions = None
+    if run.references:
+        from clipcid_cli.steps.balance.filters.against import find_near
+
+        near = find_near(run)
+    if run.settings.has_window:
+        from clipcid_cli.steps.balance.filters.captions import find_captions
+
+        captions = find_captions(run)
+    return near, captions
 
 
 def _leave_out(run: BalanceRun, dropped: list[BoolArray]) -> BalanceRun:
@@ -109,3 +135,22 @@ def _leave_out(run: BalanceRun, dropped: list[BoolArray]) -> BalanceRun:
             "Give a smaller --against-threshold, or a wider window of caption similarity.",
         )
     return dataclasses.replace(run, rows=run.rows.restrict(run.shared, is_left))
+
+
+def _cap_clusters(run: BalanceRun, sets: Sets) -> ClusterCap | None:
+    """Find what is dropped after repeats."""
+    if run.clusters is None:
+        return None
+    from clipcid_cli.steps.balance.filters.cluster_cap import cap_clusters
+
+    return cap_clusters(run, run.clusters, sets.kept)
+
+
+def _audit(run: BalanceRun, sets: Sets, is_kept: BoolArray) -> Audit | None:
+    """Estimate what a search in partitions has missed."""
+    if run.settings.neighbors != "partitioned" or sets.threshold is None:
+        return None
+    from clipcid_cli.steps.balance.partition import audit_kept
+
+    with timed(run.seconds, "audit"):
+        return audit_kept(run, np.flatnonzero(is_kept).astype(sets.labels.dtype), sets.threshold)

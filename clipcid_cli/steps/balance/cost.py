@@ -1,43 +1,33 @@
-"""`balance --dry-run`: what a new search and its filters take, by a formula and one timed tile."""
+"""`balance --dry-run`: all inputs are checked; what a new search compares, holds in memory and writes is counted."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
-from clipcid_cli.algorithms.near.block import Block, bytes_an_entry, load_block
-from clipcid_cli.algorithms.near.duplicates import hash_rows
+from clipcid_cli.algorithms.near.block import bytes_an_entry
 from clipcid_cli.algorithms.near.exact import IntArray
-from clipcid_cli.algorithms.near.partitions import SAMPLE_ROWS, default_num_partitions
-from clipcid_cli.algorithms.near.search import near_pairs
+from clipcid_cli.algorithms.near.partitions import default_num_partitions
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.precision import choose_coarse_dtype
-from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalancePlan
-from clipcid_cli.steps.balance.filters.against import open_reference
-from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions
-from clipcid_cli.steps.balance.filters.cluster_cap import warn_of_few
-from clipcid_cli.steps.balance.partition import AUDIT_SAMPLE, ITERATIONS, ROWS_PER_PARTITION
+from clipcid_cli.steps.balance.balance_run import CACHE_BYTES
+from clipcid_cli.steps.balance.plan import BalanceInputs, check_inputs
 from clipcid_cli.steps.balance.result import BalanceCost, CaptionCost, MemoryCost, ReferenceCost, SearchCost
 from clipcid_cli.steps.balance.samples import validate_data_there
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.reporting import Progress, format_duration
+from clipcid_cli.steps.settings.balance import BalanceSettings
 
 # Rows that are looked at, in stretches: captions are read file by file, whole.
 _SAMPLED = 8192
 _STRETCHES = 8
 # Partitions a row visits besides its own; with the margins measured on synthetic rows and photographs, 0.1 to 1.
 _VISITS = 1.0
-# With --keep, the tile is searched to a cosine distance of 0.1 (docs/method.md#balance). With --threshold, the share that
-# will be kept is not known; the audit is estimated with the paper's.
-_USUAL_CUTOFF = math.sqrt(0.2)
-_USUAL_SHARE = 0.563
 # Memory: libraries and tiles, cached panels (as stored and as scanned), forest, sets and lists (97 to 124 were measured).
 _BYTES_OF_TILES = 2**29
 _BYTES_AN_IMAGE = 128
@@ -49,158 +39,150 @@ _BYTES_OF_NUMBER = 4
 _BYTES_OF_PLACES = 16
 
 
-def estimate_cost(plan: BalancePlan) -> BalanceCost:
-    """Estimate a new search; with an existing forest, `balance` takes seconds."""
-    settings, context = plan.settings, plan.context
-    references = [open_reference(settings, plan.embeddings, name, context) for name in settings.against]
-    return context.on_rank0(lambda: _estimate(plan, references))
-
-
-def _estimate(plan: BalancePlan, references: list[Embeddings | EmbedCost]) -> BalanceCost:
-    settings, context = plan.settings, plan.context
-    validate_data_there(settings, plan.embeddings)
-    images = plan.embeddings.num_rows
-    width = plan.embeddings.width
-    clusters = plan.clusters
-    scan = choose_coarse_dtype(settings.precision, context.device).dtype
-    a_row, a_pair, captions = _measure(plan, scan)
-    searched = round(_share_inside(captions) * images)
-
-    def cost(pairs: float, compared: float, rows: float) -> SearchCost:
-        seconds = (a_pair * compared + a_row * rows) / context.size
-        return SearchCost(int(pairs), 2 * int(pairs) * width, seconds)
-
-    # Rows are prepared once, and once more for the cut-off; in partitions also for the margin, each visit and the audit.
-    kept = searched * (settings.keep or _USUAL_SHARE)
-    for_cutoff = 0 if settings.keep is None else searched
-    all_pairs = searched * (searched - 1) // 2
-    partitions = default_num_partitions(searched)
-    looks = searched + ITERATIONS * min(searched, ROWS_PER_PARTITION * partitions)
-    visited = (0.5 + _VISITS) * searched * searched / partitions
-    sample = min(SAMPLE_ROWS, searched)
-    some_pairs = looks * partitions + visited + sample * (for_cutoff + searched) + min(AUDIT_SAMPLE, kept) * kept
-    exact = cost(all_pairs, all_pairs + sample * for_cutoff, searched + for_cutoff)
-    partitioned = cost(some_pairs, some_pairs, searched * (2.0 + _VISITS) + for_cutoff + kept)
-    chosen = exact if settings.neighbors == "exact" else partitioned
-    to_embed = [each if isinstance(each, EmbedCost) else None for each in references]
-    against = []
-    for name, found, made in zip(settings.against, references, to_embed, strict=True):
-        rows = found.num_rows if isinstance(found, Embeddings) else found.images
-        compared = cost(images * rows, images * rows, images + rows)
-        embed_seconds = 0.0 if made is None else made.seconds["encode"]
-        against.append(ReferenceCost(name, rows, made is not None, embed_seconds, compared.pairs, compared.seconds))
-
-    other_rows = sum(each.rows for each in against)
-    in_panels = searched if settings.neighbors == "exact" else round((1.0 + _VISITS) * searched)
-    cached = min(CACHE_BYTES, bytes_an_entry(scan) * width * max(in_panels, other_rows))
-    an_image = _BYTES_OF_LISTS + _BYTES_OF_NUMBER * ((captions is not None) + (clusters is not None))
-    an_image += _BYTES_OF_REFERENCE * (len(references) + 1 if references else 0)
-    disk = images * an_image + sum(made.bytes for made in to_embed if made is not None)
-    if settings.neighbors == "partitioned":
-        disk += _BYTES_OF_PLACES * searched  # their places and visits are listed
-    if settings.neighbors == "partitioned" or not plan.embeddings.rows(Kind.IMAGES).stay_mapped:
-        disk += 2 * width * searched  # rows are copied, those of partitions or at most all in sets
-    result = BalanceCost(
-        images=images,
+def estimate_cost(settings: BalanceSettings, inputs: BalanceInputs, context: DistContext) -> BalanceCost:
+    """Count, on the first process, what a new search takes; with an existing forest, `balance` takes seconds."""
+    check_inputs(settings, inputs)
+    embeddings = inputs.embeddings
+    validate_data_there(settings, embeddings)
+    sample = _sample_rows(embeddings)
+    captions = _look_at_captions(settings, embeddings, sample) if settings.has_window else None
+    searched = round(_share_inside(captions) * embeddings.num_rows)
+    against = [_count_reference(embeddings, name, rows) for name, rows in inputs.references]
+    searches = {
+        "exact": _count_search(searched * (searched - 1) // 2, embeddings.width),
+        "partitioned": _count_search(_pairs_in_partitions(searched), embeddings.width),
+    }
+    chosen = searches[settings.neighbors]
+    entry = bytes_an_entry(choose_coarse_dtype(settings.precision, context.device).dtype)
+    cost = BalanceCost(
+        images=embeddings.num_rows,
         searched=searched,
-        width=width,
+        width=embeddings.width,
         neighbors=settings.neighbors,
         pairs=chosen.pairs,
         flop=chosen.flop,
-        seconds=chosen.seconds,
-        exact=exact,
-        partitioned=partitioned,
+        exact=searches["exact"],
+        partitioned=searches["partitioned"],
         against=against or None,
         caption_window=captions,
-        clustered_images=None if clusters is None else clusters.images,
-        memory=MemoryCost(
-            mapped=2 * width * (images * (1 if captions is None else 2) + other_rows),
-            resident=_BYTES_OF_TILES + cached + _BYTES_AN_IMAGE * images,
-        ),
-        disk=disk,
+        clustered_images=None if inputs.clusters is None else inputs.clusters.images,
+        memory=_count_memory(settings, inputs, searched, entry),
+        disk=_count_disk(settings, inputs, searched),
     )
-    for line in _describe(result, context.size):
+    for line in _describe(cost):
         reporting.note(line)
-    if clusters is not None:
-        reporting.note(f"After it, clusters are capped: {clusters.folder}, {clusters.images:,} images.")
-        warn_of_few(plan, clusters, searched)
-    return result
+    if inputs.clusters is not None:
+        from clipcid_cli.steps.balance.filters.cluster_cap import warn_of_few
+
+        reporting.note(f"After it, clusters are capped: {inputs.clusters.folder}, {inputs.clusters.images:,} images.")
+        warn_of_few(settings, inputs.clusters, searched)
+    return cost
 
 
-def _share_inside(captions: CaptionCost | None) -> float:
-    """Return the share of images that a window leaves; where none of those measured is, the most at 95 % confidence."""
-    return 1.0 if captions is None else captions.inside or min(1.0, 3.0 / captions.sampled)
-
-
-def _describe(result: BalanceCost, num_processes: int) -> Iterator[str]:
-    captions = result.caption_window
-    against = result.against or []
-    searched = result.searched
-    most = "at most " if captions is not None and not captions.inside else ""
-    of = f" of {most}{searched:,} of them" if searched < result.images else ""
-    processes = f", {num_processes} processes" if num_processes > 1 else ""
-    images = f"{result.images:,} images of width {result.width}"
-    yield f"{images}. Cost of a new search{of}, estimated from a sample{processes}:"
-    for name, cost, audit in (("exact", result.exact, ""), ("partitioned", result.partitioned, " with its audit")):
-        yield f"  {name}: {cost.pairs:,} pairs, {cost.flop:.3g} FLOP, about {format_duration(cost.seconds)}{audit}."
-    if against or captions is not None:
-        yield "Before it, images are dropped:"
-    for each in against:
-        embed = f" to embed first, about {format_duration(each.embed_seconds)}" if each.to_embed else ""
-        taken = format_duration(each.seconds)
-        yield f"  against {each.name}: {each.rows:,} images{embed}; {each.pairs:,} pairs, about {taken}."
-    if captions is not None:
-        sampled = f"{captions.sampled:,} sampled images"
-        found = f"{captions.inside:.1%} of {sampled} are inside the window."
-        if most:
-            share = f"{100 * _share_inside(captions):.2g}%"
-            found = f"none of {sampled} is inside the window, so at most {share} of all images are (95 % confidence)."
-        yield f"  captions: about {format_duration(captions.seconds)}; {found}"
-    resident, mapped = result.memory.resident / 2**30, result.memory.mapped / 2**30
-    memory = f"Memory: {resident:.1f} GiB per process, besides the {mapped:.2f} GiB of mapped rows"
-    yield f"{memory}; disk: {result.disk / 2**20:,.0f} MiB."
-
-
-def _measure(plan: BalancePlan, scan: torch.dtype) -> tuple[float, float, CaptionCost | None]:
-    """Measure on some finite rows the seconds to prepare a row and to compare a pair; and, with a window, captions."""
-    settings, context, embeddings = plan.settings, plan.context, plan.embeddings
-    read = embeddings.rows(Kind.IMAGES).take
+def _sample_rows(embeddings: Embeddings) -> IntArray:
+    """Return the numbers of some finite rows, in stretches, int64 [n], ascending; of all where they are few."""
     num_rows = embeddings.num_rows
+    numbers = np.arange(num_rows)
     if num_rows > _SAMPLED:
         starts = np.linspace(0, num_rows - _SAMPLED // _STRETCHES, _STRETCHES).astype(np.int64)
         numbers = (starts[:, None] + np.arange(_SAMPLED // _STRETCHES)).reshape(-1)
-    else:
-        numbers = np.arange(num_rows)
-    rows: IntArray = numbers[np.isfinite(read(numbers)).all(axis=1)]
+    rows: IntArray = numbers[np.isfinite(embeddings.rows(Kind.IMAGES).take(numbers)).all(axis=1)]
     if not len(rows):
         sampled = "" if len(numbers) == num_rows else "sampled "
         raise ClipcidError(
             f"None of the {len(numbers):,} {sampled}rows of {embeddings.folder} is finite.",
             "Embed again.",
         )
-    captions = None
-    if settings.has_window:
-        compared = time_trial(lambda: compare_captions(embeddings, rows, Progress()), warm_up=0)
-        window = CaptionWindow.of(settings, compared.result)
-        if len(numbers) == num_rows:
-            window.validate_not_empty()
-        inside = int(np.count_nonzero(~window.is_dropped)) / len(rows)
-        seconds = compared.seconds * num_rows / len(rows) / context.size
-        captions = CaptionCost(len(rows), inside, seconds)
-    one, other = np.array_split(np.random.default_rng(0).permutation(rows), 2)
-    if not len(other):
-        return 0.0, 0.0, captions
-    cutoff = _USUAL_CUTOFF if settings.distance is None else settings.distance
+    return rows
 
-    def prepare() -> tuple[Block, Block]:
-        hash_rows(read(one))
-        return load_block(read, one, context.device, scan), load_block(read, other, context.device, scan)
 
-    def compare() -> None:
-        block, others = prepared.result
-        for _ in near_pairs(block, others, cutoff):
-            pass
+def _look_at_captions(settings: BalanceSettings, embeddings: Embeddings, sample: IntArray) -> CaptionCost:
+    """Tell which share of some images is inside the window of caption similarity."""
+    from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions
 
-    prepared = time_trial(prepare, context.device)
-    tile = time_trial(compare, context.device, at_least=0.1)
-    return prepared.seconds / len(rows), tile.seconds / (len(one) * len(other)), captions
+    window = CaptionWindow.from_settings(settings, compare_captions(embeddings, sample, Progress()))
+    if embeddings.num_rows <= _SAMPLED:
+        window.validate_not_empty()
+    return CaptionCost(len(sample), int(np.count_nonzero(~window.is_dropped)) / len(sample))
+
+
+def _share_inside(captions: CaptionCost | None) -> float:
+    """Return the share of images that a window leaves; where none of those sampled is, the most at 95 % confidence."""
+    return 1.0 if captions is None else captions.inside or min(1.0, 3.0 / captions.sampled)
+
+
+def _count_search(pairs: int, width: int) -> SearchCost:
+    return SearchCost(pairs, 2 * pairs * width)
+
+
+def _pairs_in_partitions(searched: int) -> int:
+    """Count pairs of a row with centroids, with others at home in its partition, and with those of one that it visits."""
+    partitions = default_num_partitions(searched)
+    return round(searched * partitions + (0.5 + _VISITS) * searched * searched / partitions)
+
+
+def _count_reference(embeddings: Embeddings, name: str, reference: Embeddings | EmbedCost) -> ReferenceCost:
+    is_there = isinstance(reference, Embeddings)
+    rows = reference.num_rows if isinstance(reference, Embeddings) else reference.images
+    embed_seconds = 0.0 if isinstance(reference, Embeddings) else reference.seconds["encode"]
+    return ReferenceCost(name, rows, not is_there, embed_seconds, embeddings.num_rows * rows)
+
+
+def _reference_rows(inputs: BalanceInputs) -> int:
+    return sum(rows.num_rows if isinstance(rows, Embeddings) else rows.images for _, rows in inputs.references)
+
+
+def _count_memory(settings: BalanceSettings, inputs: BalanceInputs, searched: int, entry: int) -> MemoryCost:
+    """Count the bytes of mapped rows, and of a process without them, where an entry of a cached row takes some."""
+    images, width = inputs.embeddings.num_rows, inputs.embeddings.width
+    others = _reference_rows(inputs)
+    in_panels = searched if settings.neighbors == "exact" else round((1.0 + _VISITS) * searched)
+    cached = min(CACHE_BYTES, entry * width * max(in_panels, others))
+    kinds = 2 if settings.has_window else 1
+    return MemoryCost(
+        mapped=2 * width * (kinds * images + others), resident=_BYTES_OF_TILES + cached + _BYTES_AN_IMAGE * images
+    )
+
+
+def _count_disk(settings: BalanceSettings, inputs: BalanceInputs, searched: int) -> int:
+    """Count the bytes that are written, those of unfinished work included."""
+    images, width = inputs.embeddings.num_rows, inputs.embeddings.width
+    an_image = _BYTES_OF_LISTS + _BYTES_OF_NUMBER * (settings.has_window + (inputs.clusters is not None))
+    if inputs.references:
+        an_image += _BYTES_OF_REFERENCE * (len(inputs.references) + 1)
+    disk = an_image * images
+    disk += sum(cost.bytes for _, cost in inputs.references if isinstance(cost, EmbedCost))
+    is_partitioned = settings.neighbors == "partitioned"
+    if is_partitioned:
+        disk += _BYTES_OF_PLACES * searched
+    if is_partitioned or not inputs.embeddings.rows(Kind.IMAGES).stay_mapped:
+        disk += 2 * width * searched  # rows are copied, those of partitions or at most all in sets
+    return disk
+
+
+def _describe(cost: BalanceCost) -> Iterator[str]:
+    captions = cost.caption_window
+    against = cost.against or []
+    most = "at most " if captions is not None and not captions.inside else ""
+    of = f" of {most}{cost.searched:,} of them" if cost.searched < cost.images else ""
+    yield f"{cost.images:,} images of width {cost.width}. A new search{of} compares:"
+    for name, search in (("exact", cost.exact), ("partitioned", cost.partitioned)):
+        about = "" if name == "exact" else "about "
+        yield f"  {name}: {about}{search.pairs:,} pairs, {search.flop:.3g} FLOP."
+    if against or captions is not None:
+        yield "Before it, images are dropped:"
+    for reference in against:
+        embed = ""
+        if reference.to_embed:
+            embed = f" to embed first, about {format_duration(reference.embed_seconds)}"
+        yield f"  against {reference.name}: {reference.rows:,} images{embed}; {reference.pairs:,} pairs."
+    if captions is not None:
+        sampled = f"{captions.sampled:,} sampled images"
+        inside = f"{captions.inside:.1%} of {sampled} are inside the window."
+        if most:
+            share = f"{100 * _share_inside(captions):.2g}%"
+            inside = f"none of {sampled} is inside the window, so at most {share} of all images are (95 % confidence)."
+        yield f"  captions: {inside}"
+    resident, mapped = cost.memory.resident / 2**30, cost.memory.mapped / 2**30
+    memory = f"Memory: {resident:.1f} GiB per process, besides the {mapped:.2f} GiB of mapped rows"
+    yield f"{memory}; disk: {cost.disk / 2**20:,.0f} MiB."

@@ -35,8 +35,7 @@ from clipcid_cli.formats.results.forest import (
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.chunks import Search, run_chunks
-from clipcid_cli.steps.balance.partition import find_sampled, partitioned
+from clipcid_cli.steps.balance.search import Search, find_nearest, run_chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +91,16 @@ def _find(run: BalanceRun, cutoff: float | None, num_edges: int) -> tuple[Forest
     elif earlier is not None and not is_enough(forest):
         forest = _search_new(run, *earlier)
     for_stars = settings.linkage == "star"
-    estimator = CutoffEstimator(len(rows.unique), partial(find_sampled, run, count=1), for_stars)
+    estimator = CutoffEstimator(len(rows.unique), partial(find_nearest, run, count=1), for_stars)
     while not is_enough(forest):
         if forest.cutoff:
             say_it_is_short(forest)
         # The sample holds unique rows, so edges of copies are not counted.
-        found, needed = (number - len(rows.copies) for number in (len(forest.edges), num_edges))
-        reach = estimator.choose(forest.cutoff, found, needed) if cutoff is None else float(np.float32(cutoff))
+        if cutoff is None:
+            num_copies = len(rows.copies)
+            reach = estimator.choose(forest.cutoff, len(forest.edges) - num_copies, num_edges - num_copies)
+        else:
+            reach = float(np.float32(cutoff))
         forest = _search_all(run, forest.edges, reach)
     if earlier is None or forest.cutoff >= earlier[0].cutoff:  # the earlier one stays where it may be extended later
         seconds = time.perf_counter() - started
@@ -109,8 +111,8 @@ def _find(run: BalanceRun, cutoff: float | None, num_edges: int) -> tuple[Forest
 def _search_new(run: BalanceRun, earlier: Forest, is_new: BoolArray) -> Forest:
     """Compare the rows that an earlier forest is not of with all."""
     unique = run.rows.unique
-    number = np.count_nonzero(~is_new)
-    reporting.note(f"A forest of {number:,} of the {len(is_new):,} images exists: only the others are compared.")
+    num_known = np.count_nonzero(~is_new)
+    reporting.note(f"A forest of {num_known:,} of the {len(is_new):,} images exists: only the others are compared.")
     new, old = unique[is_new[unique]], unique[~is_new[unique]]
     plan = triangle(np.concatenate([new, old]), run.rows_in_memory, len(new))
     # As far as it is known, so that nothing of it is lost.
@@ -121,17 +123,21 @@ def _search_all(run: BalanceRun, known: Edges, reach: float) -> Forest:
     """Compare all rows with all, or those that are near in partitions, given some edges of the forest."""
     # At the largest distance only a search of all pairs is sure to find what is missing.
     if run.settings.neighbors == "partitioned" and reach < FARTHEST:
-        with partitioned(run, reach) as found:
-            if found is not None:
-                return _search(run, *found, known, reach)
+        from clipcid_cli.steps.balance.partition import partitioned
+
+        with partitioned(run, reach) as divided:
+            if divided is not None:
+                return _search(run, *divided, known, reach)
         reporting.note(f"Up to distance {reach:.4f} partitions would save little: all pairs are compared.")
     return _search(run, triangle(run.rows.unique, run.rows_in_memory), run.rows.read, known, reach)
 
 
 def _search(run: BalanceRun, plan: Plan, read: ReadRows, known: Edges, reach: float) -> Forest:
     # What is saved leaves out what is known, and what that rules out.
-    beside = run.context.on_rank0(lambda: hash_arrays(known.a, known.b, known.weight))
-    search = Search("search", plan, read, reach, lambda: ForestSink(len(run.rows), known), of=beside)
+    def beside() -> str:
+        return hash_arrays(known.a, known.b, known.weight)
+
+    search = Search("search", plan, read, reach, lambda: ForestSink(len(run.rows), known), beside)
     return Forest(run_chunks(run, search), reach)
 
 
@@ -148,8 +154,8 @@ def _read(run: BalanceRun) -> Forest | None:
         stored = read_forest(_spec(run))
         return () if stored is None else (stored.a, stored.b, stored.distance, np.array([stored.cutoff]))
 
-    found = run.shared.publish(read)
-    return Forest(Edges(*found[:3]), float(found[3][0])) if found else None
+    stored = run.shared.publish(read)
+    return Forest(Edges(*stored[:3]), float(stored[3][0])) if stored else None
 
 
 def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
@@ -182,8 +188,8 @@ def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
         edges, _ = merge_edges(Edges(rows[stored.a], rows[stored.b], stored.distance), run.rows.copies)
         return edges.a, edges.b, edges.weight, np.array([stored.cutoff]), is_new
 
-    found = run.shared.publish(read)
-    return (Forest(Edges(*found[:3]), float(found[3][0])), found[4]) if found else None
+    arrays = run.shared.publish(read)
+    return (Forest(Edges(*arrays[:3]), float(arrays[3][0])), arrays[4]) if arrays else None
 
 
 def _find_new(run: BalanceRun, files: list[RowFile], earlier: list[RowFile]) -> BoolArray:

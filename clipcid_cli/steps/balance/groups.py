@@ -109,7 +109,7 @@ def work_on_groups(
     labels = np.repeat(starts, np.diff(bounds))
     with readable(shared, images, numbers, groups.rows) as read:
         share = Share(groups.rows[first:end], starts, labels, lambda some: read(first + some))
-        return shared.collect(context.on_all(lambda: work(share)))
+        return shared.collect(lambda: work(share))
 
 
 @contextmanager

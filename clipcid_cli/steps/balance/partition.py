@@ -12,7 +12,7 @@ from clipcid_cli.algorithms.kmeans.centroids import rows_as_centroids
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
 from clipcid_cli.algorithms.metrics.intervals import clopper_pearson
 from clipcid_cli.algorithms.near.block import read_stored
-from clipcid_cli.algorithms.near.cutoff import Neighbours, draw_sample, find_neighbours
+from clipcid_cli.algorithms.near.cutoff import draw_sample
 from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
 from clipcid_cli.algorithms.near.partitions import (
     NEIGHBOURS,
@@ -28,9 +28,9 @@ from clipcid_cli.formats.arrays import Arrays, create_mapped, spool_arrays
 from clipcid_cli.formats.embeddings.rows import open_copies
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.groups import copy_rows, temporary_copies
 from clipcid_cli.steps.balance.result import Audit
+from clipcid_cli.steps.balance.search import Search, find_nearest, run_chunks
 
 # Where this share of all pairs would be compared, all of them may as well be.
 _MAX_FRACTION = 0.5
@@ -59,33 +59,17 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
     context, rows = run.context, run.rows
     read, unique = rows.read, rows.unique
     partitions = _find_partitions(run)
-    number = len(unique)
-    sample = draw_sample(number, SAMPLE_ROWS, seed=1)
-    start, stop = _share(run)
-    neighbours = find_sampled(run, sample, NEIGHBOURS)
+    count = len(unique)
+    sample = draw_sample(count, SAMPLE_ROWS, seed=1)
+    neighbours = find_nearest(run, sample, NEIGHBOURS)
     margin, visits = context.on_rank0(lambda: measure_margin(partitions, read, unique, sample, neighbours, reach))
-    if number * number / len(partitions) * (0.5 + visits) > _MAX_FRACTION * number * (number - 1) / 2:
+    if count * count / len(partitions) * (0.5 + visits) > _MAX_FRACTION * count * (count - 1) / 2:
         return None
     reporting.note(
         f"{len(partitions):,} partitions; rows within {margin:.4f} of a border are also compared beyond their own, in "
         f"{visits:.1f} partitions per row."
     )
-    at_once = _ROWS_ASSIGNED[context.device.type]
-    with reporting.progress("assign", stop - start, "images") as progress:
-
-        def assign() -> Iterator[Arrays]:
-            """Yield homes of rows, and entries of rows in lists: of each partition, those at home and its visitors."""
-            for at in range(start, stop, at_once):
-                numbers = unique[at : min(at + at_once, stop)]
-                home_B, row_P, other_P, _ = partitions.visits(read_stored(read, numbers, context.device), margin)
-                home, visited, visitor = (each.cpu().numpy() for each in (home_B, other_P, row_P))
-                yield home, np.concatenate([2 * home, 2 * visited + 1]), np.concatenate([numbers, numbers[visitor]])
-                progress.advance(len(numbers))
-
-        # Some dozens of entries a row: on the disk.
-        assigned = context.on_all(lambda: spool_arrays(run.work, (np.int32, np.int32, unique.dtype), assign()))
-    places = context.on_all(lambda: _copy(run, assigned[0], partitions))
-    parts = run.shared.collect((*assigned[1:], places))
+    parts = run.shared.collect(lambda: _assign_and_copy(run, partitions, margin))
 
     def allocate(length: int) -> IntArray:
         return create_mapped(run.work, np.dtype(unique.dtype), (length,), unnamed=True)
@@ -101,6 +85,7 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
         return *group_rows(entries, 2 * len(partitions), allocate), place_of
 
     listed, ends, place_of = run.shared.publish(group)
+    start, stop = _share(run)
     sizes = context.gather(stop - start)
     copies = context.on_all(lambda: open_copies(run.work, sizes, partitions.width))
 
@@ -110,26 +95,44 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
     return pieces(listed, ends, run.rows_in_memory), read_copies
 
 
+def _assign_and_copy(run: BalanceRun, partitions: Partitions, margin: float) -> Arrays:
+    """Assign this process's share of the unique rows to partitions, and copy them.
+
+    Returns:
+        Entries of rows in lists, of each partition those at home and its visitors: the list and the row of each, integers
+        [E]; and the place of each row of the share among the copies of all processes, integers [M].
+    """
+    unique, device = run.rows.unique, run.context.device
+    start, stop = _share(run)
+    at_once = _ROWS_ASSIGNED[device.type]
+    with reporting.progress("assign", stop - start, "images") as progress:
+
+        def assign() -> Iterator[Arrays]:
+            """Yield the homes of rows, and their entries in lists."""
+            for at in range(start, stop, at_once):
+                numbers = unique[at : min(at + at_once, stop)]
+                home_B, row_P, other_P, _ = partitions.visits(read_stored(run.rows.read, numbers, device), margin)
+                home, visited, visitor = (column.cpu().numpy() for column in (home_B, other_P, row_P))
+                yield home, np.concatenate([2 * home, 2 * visited + 1]), np.concatenate([numbers, numbers[visitor]])
+                progress.advance(len(numbers))
+
+        # Some dozens of entries a row: on the disk.
+        home, lists, listed = spool_arrays(run.work, (np.int32, np.int32, unique.dtype), assign())
+    return lists, listed, _copy(run, home, partitions)
+
+
 def _share(run: BalanceRun) -> tuple[int, int]:
     """Return this process's share of the unique rows, in whole blocks of those that are assigned together."""
     return run.context.block_range(len(run.rows.unique), _ROWS_ASSIGNED[run.context.device.type])
 
 
-def find_sampled(run: BalanceRun, sample: IntArray, count: int) -> Neighbours:
-    """Find so many nearest neighbours of some unique rows, by their places, ascending: each process in its share of all."""
-    context, unique = run.context, run.rows.unique
-    own = context.rank_range(len(unique))
-    found = context.on_all(lambda: find_neighbours(run.rows.read, unique, sample, count, context.device, own))
-    return Neighbours.nearest(context.gather(found), count)
-
-
 def _find_partitions(run: BalanceRun) -> Partitions:
     """Find centroids by k-means on a sample of the unique rows; the same on every process."""
     context, unique = run.context, run.rows.unique
-    number = default_num_partitions(len(unique))
-    reader = _Sample(run, unique[draw_sample(len(unique), ROWS_PER_PARTITION * number, seed=0)])
+    count = default_num_partitions(len(unique))
+    reader = _Sample(run, unique[draw_sample(len(unique), ROWS_PER_PARTITION * count, seed=0)])
     # Drawn evenly, so that a crowd is cut into as many as its size asks for.
-    centroids_KD = rows_as_centroids(reader, draw_sample(len(reader), number, seed=0))
+    centroids_KD = rows_as_centroids(reader, draw_sample(len(reader), count, seed=0))
     states = run_lloyd(
         reader,
         LloydState(centroids_KD),
@@ -187,8 +190,8 @@ def audit_kept(run: BalanceRun, kept: IntArray, cutoff: float) -> Audit:
     """Estimate what a search in partitions missed: compare a random sample of the kept rows, ascending, with all of them."""
     sample = np.sort(np.random.default_rng(0).permutation(kept)[:AUDIT_SAMPLE])
     plan = rectangle(sample, kept, run.rows_in_memory)
-    found = run_chunks(run, Search("audit", plan, run.rows.read, cutoff, lambda: NearestOf(sample)))
-    near = int(np.count_nonzero(np.isin(sample, np.concatenate([found.a, found.b]))))
+    pairs = run_chunks(run, Search("audit", plan, run.rows.read, cutoff, lambda: NearestOf(sample)))
+    near = int(np.count_nonzero(np.isin(sample, np.concatenate([pairs.a, pairs.b]))))
     rate = near / len(sample)
     low, high = (rate, rate) if len(sample) == len(kept) else clopper_pearson(near, len(sample))
     return Audit(len(sample), len(kept), near, low, high, rate)

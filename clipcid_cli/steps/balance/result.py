@@ -101,7 +101,6 @@ class SearchCost(msgspec.Struct):
 
     pairs: int
     flop: int
-    seconds: float
 
 
 class ReferenceCost(msgspec.Struct):
@@ -112,15 +111,13 @@ class ReferenceCost(msgspec.Struct):
     to_embed: bool
     embed_seconds: float
     pairs: int
-    seconds: float
 
 
 class CaptionCost(msgspec.Struct):
-    """What a caption window would take: how many images were sampled, the share inside, and the seconds for all."""
+    """What a caption window would leave: how many images were sampled, and the share inside."""
 
     sampled: int
     inside: float
-    seconds: float
 
 
 class MemoryCost(msgspec.Struct):
@@ -131,7 +128,7 @@ class MemoryCost(msgspec.Struct):
 
 
 class BalanceCost(msgspec.Struct, kw_only=True):
-    """What a new search would take; pairs, flop and seconds are those of ``neighbors``."""
+    """What a new search would take; pairs and flop are those of ``neighbors``."""
 
     images: int
     # Fewer than all images where a caption window drops some; the most they may be where it drops all that were
@@ -141,7 +138,6 @@ class BalanceCost(msgspec.Struct, kw_only=True):
     neighbors: str
     pairs: int
     flop: int
-    seconds: float
     exact: SearchCost
     partitioned: SearchCost
     against: list[ReferenceCost] | None

@@ -73,9 +73,9 @@ def take_texts(
 ) -> list[str]:
     """Read a column of strings at rows in any order; n strings."""
     order = np.argsort(numbers, kind="stable")
-    found = np.empty(len(numbers), object)
-    found[order] = [text for piece in embeddings.take_column(read, numbers[order]) for text in piece.to_pylist()]
-    return list(found)
+    texts = np.empty(len(numbers), object)
+    texts[order] = [text for piece in embeddings.take_column(read, numbers[order]) for text in piece.to_pylist()]
+    return list(texts)
 
 
 class SampleFinder:
@@ -88,8 +88,8 @@ class SampleFinder:
     def __init__(self, data: Dataset, workers: int | None) -> None:
         self._data = data
         self._workers = workers
-        self._numbers = {shard.name: number for number, shard in enumerate(data.shards)}
-        self._part = lru_cache(maxsize=1)(lambda number: open_part(self._data, number))
+        self._numbers = {shard.name: index for index, shard in enumerate(data.shards)}
+        self._part = lru_cache(maxsize=1)(lambda index: open_part(self._data, index))
         self._places: Values | None = None
 
     def searches_all(self, shards: list[str]) -> bool:
@@ -111,17 +111,17 @@ class SampleFinder:
             codes, different = pd.factorize(np.array(keys, object))
             column = pa.chunked_array([different], pa.string())
             return self._samples_at(self._find_places(lambda: [column], len(different))[codes])
-        found = list[Sample | None]()
+        samples = list[Sample | None]()
         for shard, run in groupby(zip(shards, keys, strict=True), key=itemgetter(0)):
             wanted = [key for _, key in run]
-            number = self._numbers.get(shard)
-            if number is None:
-                found.extend([None] * len(wanted))
+            index = self._numbers.get(shard)
+            if index is None:
+                samples.extend([None] * len(wanted))
                 continue
-            rows = pc.index_in(pa.array(wanted, pa.string()), value_set=self._part(number).keys.combine_chunks())
-            places = np.stack([np.full(len(wanted), number), rows.fill_null(-1).to_numpy()], axis=1)
-            found.extend(self._samples_at(places))
-        return found
+            rows = pc.index_in(pa.array(wanted, pa.string()), value_set=self._part(index).keys.combine_chunks())
+            places = np.stack([np.full(len(wanted), index), rows.fill_null(-1).to_numpy()], axis=1)
+            samples.extend(self._samples_at(places))
+        return samples
 
     def _find_places(self, keys: Keys, count: int) -> Values:
         """Find n different keys in the data: shard and place there of each, int64 [n, 2]; −1 for those it does not have."""
@@ -130,12 +130,12 @@ class SampleFinder:
         assert index is not None  # it has just been made
 
         def read() -> Iterator[tuple[pa.Array, Values]]:
-            for number in range(len(index.shards)):
-                part = index.part(number)
+            for shard in range(len(index.shards)):
+                part = index.part(shard)
                 places = np.arange(len(part))
-                yield part.keys.combine_chunks(), np.stack([np.full_like(places, number), places], axis=1)
+                yield part.keys.combine_chunks(), np.stack([np.full_like(places, shard), places], axis=1)
 
         return join(keys, count, Listing(index.folder, read, 2), index.folder)
 
     def _samples_at(self, places: Values) -> list[Sample | None]:
-        return [None if row < 0 else self._part(number).sample(row) for number, row in places.tolist()]
+        return [None if row < 0 else self._part(shard).sample(row) for shard, row in places.tolist()]

@@ -19,15 +19,20 @@ from clipcid_cli.formats.data.lists import ListImages
 from clipcid_cli.formats.data.parquet_shards import ParquetShard, copy_rows
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.slices import Slice
+from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.files import atomic_file, link_or_copy, open_regular, read_regular, write_error, write_json
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json, record
 from clipcid_cli.formats.output import Output, is_claimed
 from clipcid_cli.formats.results.keep_list import KeepList
-from clipcid_cli.formats.sidecar import Sidecar
+from clipcid_cli.formats.sidecar import Sidecar, sidecar_path
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.shown import redact
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.write_shards import WRITE_SHARDS, Choose, Form, TarForm
+from clipcid_cli.steps.balance.plan import BalancePlan
+from clipcid_cli.steps.balance.result import WrittenResult
+from clipcid_cli.steps.balance.samples import validate_data
+from clipcid_cli.steps.balance.write_shards import WRITE_SHARDS, Choose, Form, TarForm, write_kept_samples
+from clipcid_cli.steps.settings.balance import BalanceSettings
 
 WRITE_DATA = "write-data"
 FLAG = "--write-data"
@@ -44,10 +49,71 @@ def form_of(data: Dataset) -> Form:
     return ListForm(FLAG) if data.kind == "list" else FolderForm(FLAG)
 
 
-def validate_own(target: Path) -> None:
+def validate_target(settings: BalanceSettings) -> None:
     """Refuse a folder that holds what another program wrote, before it is known which form is written."""
-    if not is_claimed(target, WRITE_SHARDS):
-        ListForm(FLAG).validate(target)
+    if settings.write_shards is not None:
+        TarForm("--write-shards").validate(settings.write_shards)
+    if settings.write_data is not None and not is_claimed(settings.write_data, WRITE_SHARDS):
+        ListForm(FLAG).validate(settings.write_data)
+
+
+def validate_new_samples(settings: BalanceSettings) -> None:
+    """Refuse a folder that holds samples which this run would replace."""
+    for folder in (settings.write_shards, settings.write_data):
+        if folder is not None and any(sidecar_path(folder, step).exists() for step in (WRITE_SHARDS, WRITE_DATA)):
+            what = "shards" if sidecar_path(folder, WRITE_SHARDS).exists() else "data"
+            raise ClipcidError(
+                f"{folder} already holds {what}, and this run would replace them.",
+                "Add --overwrite, or choose another folder.",
+            )
+
+
+def open_source(settings: BalanceSettings, embeddings: Embeddings) -> Dataset:
+    """Open the data that the kept samples are copied from, and check where they are written."""
+    data = validate_data(settings, embeddings, FLAG if settings.write_shards is None else "--write-shards")
+    if settings.write_shards is not None and not data.has_tars:
+        raise ClipcidError(
+            f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
+            f"Give {FLAG} in its place, which writes the form of the data.",
+        )
+    folder, form = _choose_form(settings, data)
+    _validate_apart(folder, form, data)
+    form.validate(folder)
+    return data
+
+
+def write_samples(plan: BalancePlan, context: DistContext) -> tuple[str, WrittenResult]:
+    """Write the kept samples, on all processes; return the result and its name in the JSON object."""
+    assert plan.data is not None, "the plan has opened it"
+    folder, form = _choose_form(plan.settings, plan.data)
+    written = write_kept_samples(plan, plan.data, folder, form, context)
+    return "data" if plan.settings.write_data else "shards", written
+
+
+def _choose_form(settings: BalanceSettings, data: Dataset) -> tuple[Path, Form]:
+    """Return where the kept samples are written, and how."""
+    if settings.write_shards is not None:
+        return settings.write_shards, TarForm("--write-shards")
+    assert settings.write_data is not None, "one of the two is given"
+    return settings.write_data, form_of(data)
+
+
+def _validate_apart(folder: Path, form: Form, data: Dataset) -> None:
+    """Refuse a folder whose files would replace the data or become part of it, and names that lead out of the folder."""
+    place = folder.resolve()
+    for shard in data.shards:
+        target = Path(os.path.normpath(place / f"{shard.name}{form.suffix}"))
+        if not target.is_relative_to(place):
+            raise ClipcidError(
+                f"Shard {shard.source} is named {shard.name}, which leads out of {folder}.", "Rename the shard."
+            )
+        if "://" in shard.source:
+            continue
+        source = Path(shard.source).resolve()
+        if target == source:
+            raise ClipcidError(f"{form.flag} {folder} would overwrite the data itself.", "Give another folder.")
+        if data.kind == "images" and place.is_relative_to(source):
+            raise ClipcidError(f"{form.flag} {folder} would become part of the data.", "Give a folder outside of it.")
 
 
 class _OwnForm(Form):
@@ -164,15 +230,15 @@ class ListForm(_OwnForm):
         counts = list[int]()
         with reporting.progress("list", len(shards), "slices") as progress:
 
-            def keys_of(number: int) -> Set[str]:
+            def keys_of(index: int) -> Set[str]:
                 progress.advance()
-                keys = _stored_keys(shards[number], choose) if number < len(shards) else set[str]()
+                keys = _stored_keys(shards[index], choose) if index < len(shards) else set[str]()
                 counts.append(len(keys))
                 return keys
 
-            found = copy_list(images, target, keys_of)
+            written = copy_list(images, target, keys_of)
         sizes = dict[str, int]()
-        for shard, size, count in zip(shards, found, counts, strict=False):
+        for shard, size, count in zip(shards, written, counts, strict=False):
             _validate_count(shard, size, count)
             sizes[shard.name] = size
         return sizes, [record(target, output.work)]

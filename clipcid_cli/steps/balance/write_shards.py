@@ -30,7 +30,7 @@ from clipcid_cli.formats.results.keep_list import KeepList, is_uid, read_keep_li
 from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.balance_run import BalancePlan
+from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import WrittenResult
 from clipcid_cli.steps.balance.samples import read_uid
 from clipcid_cli.steps.claim import claim_output
@@ -86,11 +86,10 @@ class Form(ABC):
         return []
 
 
-def write_kept_samples(plan: BalancePlan, target: Path, form: Form) -> WrittenResult:
+def write_kept_samples(
+    plan: BalancePlan, data: Dataset, target: Path, form: Form, context: DistContext
+) -> WrittenResult:
     """Write the kept samples, divided among the processes; a run that was killed continues with what is not written yet."""
-    data, context = plan.data, plan.context
-    assert data is not None  # the plan has opened it
-    context.on_rank0(lambda: form.validate(target))  # again: the search may have taken hours
     spec = OutputSpec(
         target,
         form.step,
@@ -102,7 +101,12 @@ def write_kept_samples(plan: BalancePlan, target: Path, form: Form) -> WrittenRe
     )
     keep = read_keep_list(plan.keep_list)
     lacking = _Lacking(keep, data, plan.settings.max_bad_fraction)
-    context.on_rank0(lambda: lacking.check(lacking.images))
+
+    def check() -> None:
+        form.validate(target)  # again: the search may have taken hours
+        lacking.check(lacking.images)
+
+    context.on_rank0(check)
     with claim_output(context, spec) as output:
         if output.finished is not None:
             reporting.note(f"{target} already holds {form.written}.")
@@ -120,9 +124,9 @@ def write_kept_samples(plan: BalancePlan, target: Path, form: Form) -> WrittenRe
             written = sum(sizes.values())
             missing = keep.num_kept - written
             if not written or missing < 0:
-                found = "none" if not written else f"{written:,} samples, more than one for some,"
+                copied = "none" if not written else f"{written:,} samples, more than one for some,"
                 raise ClipcidError(
-                    f"Of the {keep.num_kept:,} images kept, {found} are in the {len(data.shards):,} shards to copy from.",
+                    f"Of the {keep.num_kept:,} images kept, {copied} are in the {len(data.shards):,} shards to copy from.",
                     "Give the data that the embeddings were made from as the first argument: clipcid balance DATA …",
                 )
             lacking.check(missing)
@@ -201,7 +205,7 @@ class TarForm(Form):
             for shard in shards:
                 sizes[shard.name] = _write_shard(shard, choose, output, dropped_as)
                 written = [_STATS, *([".tar"] if sizes[shard.name] else [])]
-                files += [record(output.work / f"{shard.name}{each}", output.work) for each in written]
+                files += [record(output.work / f"{shard.name}{suffix}", output.work) for suffix in written]
                 progress.advance()
         return sizes, files
 
@@ -248,7 +252,7 @@ def _write_shard(shard: Shard, choose: Choose, output: Output[Sidecar], dropped_
         "dropped": copied.read - copied.samples,
         "failed_to_download": 0,
         "failed_to_resize": 0,
-        "status_dict": {reason: number for reason, number in became.items() if number},
+        "status_dict": {reason: count for reason, count in became.items() if count},
     }
     write_json(stats_path, stats)
     return copied.samples
@@ -269,10 +273,10 @@ def choose_kept(keep: KeepList, data: Dataset, shards: Sequence[Shard], folder: 
 
     if not num_rows.keys().isdisjoint(shard.name for shard in data.shards):
         return choose_recorded
-    found = dict(zip((shard.name for shard in shards), _look_up(keep, data, shards, folder), strict=True))
+    keys_of = dict(zip((shard.name for shard in shards), _look_up(keep, data, shards, folder), strict=True))
 
     def choose_found(shard: Shard) -> tuple[set[str], int]:
-        all_keys, kept = found[shard.name]
+        all_keys, kept = keys_of[shard.name]
         return set(all_keys.filter(pa.array(kept > 0)).to_pylist()), int(np.count_nonzero(kept == 0))
 
     return choose_found
@@ -287,15 +291,15 @@ def _look_up(
     """
     keys = list[pa.Array]()
     names = list[pa.ChunkedArray]()
-    numbers = {shard.name: number for number, shard in enumerate(data.shards)}
+    numbers = {shard.name: index for index, shard in enumerate(data.shards)}
     by_uid = is_uid(keep.first_key)
     for shard in shards:
         part = None if data.index is None else data.index.part(numbers[shard.name])
         samples = shard.samples() if part is None else list(map(part.sample, range(len(part))))
         keys.append(pa.array([sample.key for sample in samples], pa.large_string()))
-        called = [(by_uid and not is_uid(each.key) and read_uid(each)) or each.key for each in samples]
+        called = [(by_uid and not is_uid(sample.key) and read_uid(sample)) or sample.key for sample in samples]
         names.append(pa.chunked_array([called], pa.large_string()))
-    ends = np.cumsum([len(each) for each in keys], dtype=np.int64)
+    ends = np.cumsum([len(sample) for sample in keys], dtype=np.int64)
     if (repeat := find_repeat(lambda: names, folder)) is not None:
         one, other = (shards[int(np.searchsorted(ends, row, side="right"))].name for row in repeat[1:])
         raise ClipcidError(

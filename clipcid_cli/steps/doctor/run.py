@@ -8,8 +8,7 @@ from collections import Counter
 import msgspec
 
 from clipcid_cli.algorithms.costs import describe_clip
-from clipcid_cli.formats.data.dataset import Dataset, open_dataset
-from clipcid_cli.formats.data.samples import Columns, ListFormat
+from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.runtime.devices import DEVICES, THIS, Device, find_device, parse_devices
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.interruption import starts_over
@@ -17,6 +16,7 @@ from clipcid_cli.runtime.models.names import find_config, parse_model
 from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.probes import measure_device, measure_exchange
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.doctor.measure import (
     Process,
     find_lock_problem,
@@ -98,17 +98,8 @@ def run(settings: DoctorSettings) -> DoctorResult:
 def _open_data(settings: DoctorSettings) -> Dataset | None:
     if settings.data is None:
         return None
-    return open_dataset(
-        settings.data,
-        columns=Columns(settings.image_column),
-        max_bad_fraction=1.0,
-        list_format=ListFormat(
-            None if settings.list_root is None else str(settings.list_root),
-            settings.list_separator,
-            settings.list_encoding,
-        ),
-        **settings.trust,
-    )
+    # Cut-off shards are for the steps to judge.
+    return open_named(dataclasses.replace(settings, max_bad_fraction=1.0), settings.data)
 
 
 def _choose_device(gpus: str | None, per_host: int, gpu: str | None, own: Device) -> tuple[int, Device]:

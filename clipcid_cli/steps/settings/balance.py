@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from clipcid_cli.errors import UsageError
+from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import (
     AT_LEAST_1,
     BRIEF_SPINS,
@@ -35,7 +36,7 @@ _output = group("Further outputs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
+class BalanceSettings(EmbeddingsSettings, TrainingDataSettings, GpuPlanSettings):
     """Settings of `balance`."""
 
     # A tenth faster on 2 cores.
@@ -188,6 +189,11 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
     def has_window(self) -> bool:
         """Whether images are dropped by how similar they are to their captions."""
         return self.min_caption_similarity is not None or self.max_caption_similarity is not None
+
+    @property
+    def writes_samples(self) -> bool:
+        """Whether the kept samples themselves are written."""
+        return self.write_shards is not None or self.write_data is not None
 
     @property
     def reads_texts(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import AT_LEAST_1, BRIEF_SPINS, FRACTION, KeptSettings, Range, group
 
 _run = group("How it runs")
@@ -13,7 +14,7 @@ _clusters = group("Clusters")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClusterSettings(KeptSettings):
+class ClusterSettings(KeptSettings, GpuPlanSettings):
     """Settings of `cluster`."""
 
     # Candidates are decided in thousands of short sections: 100,000 rows took 11.5 s instead of 15 to 19 s on 2 cores.

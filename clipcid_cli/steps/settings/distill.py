@@ -20,6 +20,7 @@ from clipcid_cli.algorithms.losses.registry import (
 )
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.loss_file import LossFile, names_loss_file, read_loss_file
+from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import (
     ABOVE_0,
     AT_LEAST_1,
@@ -63,7 +64,7 @@ _output = group("Output, checkpoints and evaluation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
+class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, GpuPlanSettings):
     """Settings of `distill`."""
 
     # A step of a small student is a thousand short parallel sections: waking a sleeping thread for each doubled its time on

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import UsageError
+from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import (
     AT_LEAST_1,
     AugmentationSettings,
@@ -50,7 +51,7 @@ def configured() -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EmbedSettings(AugmentationSettings, TrainingDataSettings):
+class EmbedSettings(AugmentationSettings, TrainingDataSettings, GpuPlanSettings):
     """Settings of `embed`."""
 
     model: str = _embed(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
-from collections.abc import Collection, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,31 +19,35 @@ from clipcid_cli.algorithms.near.plan import rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, map_strings
-from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, has_usable_row, open_embeddings
+from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.balance_run import BalanceRun, Reference
-from clipcid_cli.steps.balance.chunks import Search, run_chunks
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.plan import Reference
 from clipcid_cli.steps.balance.result import AgainstResult, ReferenceResult
+from clipcid_cli.steps.balance.search import Search, forget_searches, run_chunks
 from clipcid_cli.steps.data_index import holds_embeddings, open_named
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
-from clipcid_cli.steps.embed.run import make_embeddings
 from clipcid_cli.steps.embeddings import open_given
 from clipcid_cli.steps.models import find_mismatch
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
-# In the folder of `balance`: what was compared, for later runs.
-_FOLDER = ".references"
 _SAME_MODEL = "Embed it with the same model: give the images themselves (--against DATA)."
 
 
-def validate_none_missing(settings: BalanceSettings) -> None:
+def validate_references(settings: BalanceSettings, model: str | None) -> None:
+    """Refuse references that cannot be compared, before anything is embedded, with a model if one is given."""
+    _validate_none_missing(settings)
+    if model is not None:
+        _validate_models(settings, model)
+
+
+def _validate_none_missing(settings: BalanceSettings) -> None:
     """Refuse references that are neither embeddings nor data, before anything is embedded."""
     for name in settings.against:
         if not holds_embeddings(Path(name)):
@@ -57,7 +59,7 @@ def validate_none_missing(settings: BalanceSettings) -> None:
                 raise ClipcidError(f"--against {name}: {error.message}", error.fix) from error
 
 
-def validate_models(settings: BalanceSettings, model: str) -> None:
+def _validate_models(settings: BalanceSettings, model: str) -> None:
     """Refuse references that another model folder embedded than `model`, which has yet to embed the images to balance.
 
     Weights behind other names are compared once the images are embedded: two names may be of the same ones.
@@ -78,33 +80,17 @@ def validate_models(settings: BalanceSettings, model: str) -> None:
             )
 
 
-def open_references(settings: BalanceSettings, embeddings: Embeddings, context: DistContext) -> list[Reference]:
-    """Open what ``--against`` names; images are embedded first, as the embeddings to balance were."""
-    found = list[Reference]()
-    for name in settings.against:
-        reference = open_reference(settings, embeddings, name, context)
-        assert isinstance(reference, Embeddings)  # this is no dry run
-        bad = context.on_rank0(partial(reference.find_bad_rows, texts=False))
-        if len(bad):
-            reporting.warn(f"{len(bad):,} rows of {name} are zero or not finite, and nothing is compared with them.")
-        identity = identity_of({}, context.on_rank0(reference.fingerprints))
-        found.append(Reference(name, identity, reference, np.delete(np.arange(reference.num_rows), bad)))
-    return found
-
-
 def open_reference(
     settings: BalanceSettings, embeddings: Embeddings, name: str, context: DistContext
 ) -> Embeddings | EmbedCost:
     """Open the embeddings of a reference; where there are none make them, or in a dry run return what that would cost."""
     folder = Path(name)
     if not holds_embeddings(folder):
-        folder, made = _embed(settings, embeddings, name, context)
-        if isinstance(made, EmbedCost):
-            return made
+        folder, cost = _embed(settings, embeddings, name, context)
+        if isinstance(cost, EmbedCost):
+            return cost
     reference = open_given(settings, folder, None if settings.dry_run else settings.work, needs_column=False)
     _validate_same_model(embeddings, reference, name)
-    if not context.on_rank0(partial(has_usable_row, reference.rows(Kind.IMAGES))):
-        raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Embed again.")
     return reference
 
 
@@ -116,6 +102,8 @@ def _embed(settings: BalanceSettings, embeddings: Embeddings, data: str, context
             f"{data} contains no embeddings, and {embeddings.folder} does not record the model to embed it with.",
             "Name the model (--model M), or give a folder of embeddings: --against EMB",
         )
+    from clipcid_cli.steps.embed.run import make_embeddings
+
     name = with_default_tag(parse_model(model))
     digest = hashlib.blake2b(data.encode(), digest_size=4).hexdigest()
     folder = WorkDirectory(settings.work).references / f"{name.slug}-{digest}"
@@ -127,10 +115,10 @@ def _embed(settings: BalanceSettings, embeddings: Embeddings, data: str, context
             given["precision"] = "fp32"
             reporting.note(f"{embeddings.folder} was made in fp16, which needs a GPU: {data} is embedded in fp32.")
     try:
-        made = make_embeddings(EmbedSettings.asked_by(settings, **given), context)
+        embedded = make_embeddings(EmbedSettings.asked_by(settings, **given), context)
     except ClipcidError as error:
         raise ClipcidError(f"--against {data}: {error.message}", error.fix) from error
-    return folder, made
+    return folder, embedded
 
 
 def _validate_same_model(embeddings: Embeddings, reference: Embeddings, name: str) -> None:
@@ -140,7 +128,7 @@ def _validate_same_model(embeddings: Embeddings, reference: Embeddings, name: st
             f"The embeddings in {name} have width {reference.width}, those in {embeddings.folder} {embeddings.width}.",
             _SAME_MODEL,
         )
-    sidecars = [each.sidecar for each in (embeddings, reference) if each.sidecar is not None]
+    sidecars = [side.sidecar for side in (embeddings, reference) if side.sidecar is not None]
     if len(sidecars) < 2:
         return
     own, other = (sidecar.model for sidecar in sidecars)
@@ -152,7 +140,7 @@ def _validate_same_model(embeddings: Embeddings, reference: Embeddings, name: st
         )
     decoded = [sidecar.made for sidecar in sidecars]
     if decoded[0].preprocess != decoded[1].preprocess:
-        ways = ["with" if each.fast_decode else "without" for each in decoded]
+        ways = ["with" if side.fast_decode else "without" for side in decoded]
         raise ClipcidError(
             f"The images of {name} were preprocessed differently ({decoded[1].preprocess}, {ways[1]} --fast-decode) than "
             f"those of {embeddings.folder} ({decoded[0].preprocess}, {ways[0]}).",
@@ -181,8 +169,8 @@ class NearReferences:
     def summarise(self) -> AgainstResult:
         nearest = np.bincount(self.owner[self.owner >= 0], minlength=len(self.references)).tolist()
         references = [
-            ReferenceResult(reference.name, len(reference.numbers), near, number)
-            for reference, near, number in zip(self.references, self.near, nearest, strict=True)
+            ReferenceResult(reference.name, len(reference.numbers), near, count)
+            for reference, near, count in zip(self.references, self.near, nearest, strict=True)
         ]
         return AgainstResult(self.threshold, sum(nearest), references)
 
@@ -195,20 +183,20 @@ class NearReferences:
 
         def read_names(part: slice) -> pa.Array:
             owner = self.owner[part]
-            return pa.array([each.name for each in self.references]).take(pa.array(owner, mask=owner < 0))
+            return pa.array([reference.name for reference in self.references]).take(pa.array(owner, mask=owner < 0))
 
         def read_keys(part: slice) -> pa.Array:
             owner = self.owner[part]
-            found = pa.nulls(part.stop - part.start, pa.string())
-            for number in np.unique(owner[owner >= 0]).tolist():
-                if number not in keys:
-                    embeddings = self.references[number].embeddings
+            keys_read = pa.nulls(part.stop - part.start, pa.string())
+            for index in np.unique(owner[owner >= 0]).tolist():
+                if index not in keys:
+                    embeddings = self.references[index].embeddings
                     chunks = (chunk for file in embeddings.files for chunk in embeddings.keys_of(file).chunks)
-                    keys[number] = map_strings(folder, chunks)
-                is_its = owner == number
-                named = keys[number].take(pa.array(self.row[part][is_its])).cast(pa.string())
-                found = pc.replace_with_mask(found, pa.array(is_its), named)
-            return found
+                    keys[index] = map_strings(folder, chunks)
+                is_its = owner == index
+                named = keys[index].take(pa.array(self.row[part][is_its])).cast(pa.string())
+                keys_read = pc.replace_with_mask(keys_read, pa.array(is_its), named)
+            return keys_read
 
         return [
             Column("reference", pa.string(), read_names),
@@ -225,21 +213,21 @@ def find_near(run: BalanceRun) -> NearReferences:
     rows, references = run.rows, run.references
     threshold = run.settings.reference_distance
     assert threshold is not None  # the settings have checked it
-    found = [_compare(run, reference, threshold) for reference in references]
-    run.context.on_rank0(lambda: forget_others(run.output.folder, {name for _, name in found}))
+    compared = [_compare(run, reference, threshold) for reference in references]
 
     def merge() -> Arrays:
+        forget_searches(run.output.folder, {name for _, name in compared})
         owner = np.full(len(rows), -1, np.int16)
         near = np.zeros(len(references), np.int64)
-        kind = row_type(max(each.embeddings.num_rows for each in references))
+        kind = row_type(max(reference.embeddings.num_rows for reference in references))
         row = np.zeros(len(rows), kind)
         distance = np.full(len(rows), np.inf, np.float32)
         copies = np.ones(len(rows), np.int32)
         np.add.at(copies, rows.copies.a, 1)
-        for number, (reference, (pairs, _)) in enumerate(zip(references, found, strict=True)):
-            near[number] = copies[pairs.a].sum()
+        for index, (reference, (pairs, _)) in enumerate(zip(references, compared, strict=True)):
+            near[index] = copies[pairs.a].sum()
             nearer = pairs[pairs.weight < distance[pairs.a]]
-            owner[nearer.a], distance[nearer.a] = number, nearer.weight
+            owner[nearer.a], distance[nearer.a] = index, nearer.weight
             row[nearer.a] = reference.numbers[nearer.b - len(rows)]
         for values in (owner, row, distance):  # copies are as near as the first of their kind
             values[rows.copies.b] = values[rows.copies.a]
@@ -247,8 +235,8 @@ def find_near(run: BalanceRun) -> NearReferences:
         return owner, row, distance, near
 
     owner, row, distance, near = run.shared.publish(merge)
-    number = np.count_nonzero(owner >= 0)
-    reporting.note(f"{number:,} of {len(rows):,} images are within {threshold:g} of a reference.")
+    num_near = np.count_nonzero(owner >= 0)
+    reporting.note(f"{num_near:,} of {len(rows):,} images are within {threshold:g} of a reference.")
     return NearReferences(references, threshold, owner, row, distance, near.tolist())
 
 
@@ -267,13 +255,7 @@ def _compare(run: BalanceRun, reference: Reference, threshold: float) -> tuple[E
     others = others.astype(row_type(num_rows + len(others)))
     unique = run.rows.unique.astype(others.dtype, copy=False)
     plan = rectangle(unique, others, run.rows_in_memory)
-    folder = run.output.folder / _FOLDER
-    search = Search("against", plan, read, threshold, lambda: NearestOf(unique), reference.identity, folder)
+    search = Search(
+        "against", plan, read, threshold, lambda: NearestOf(unique), lambda: reference.identity, is_kept=True
+    )
     return run_chunks(run, search), search.place(run).name
-
-
-def forget_others(folder: Path, compared: Collection[str] = ()) -> None:
-    """Remove what was compared before, but for some comparisons, from the folder of `balance`."""
-    for path in (folder / _FOLDER).glob("*") if compared else [folder / _FOLDER]:
-        if path.name not in compared:
-            shutil.rmtree(path, ignore_errors=True)

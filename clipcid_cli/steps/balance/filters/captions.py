@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, cosine_similarities
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.report import PALETTE, make_figure, svg
@@ -37,7 +38,7 @@ class CaptionWindow:
     similarity: FloatArray  # cosine of each image and its caption, float32 [N]; NaN where there is no usable caption
 
     @classmethod
-    def of(cls, settings: BalanceSettings, similarity: FloatArray) -> CaptionWindow:
+    def from_settings(cls, settings: BalanceSettings, similarity: FloatArray) -> CaptionWindow:
         low, high = settings.min_caption_similarity, settings.max_caption_similarity
         return cls(-math.inf if low is None else low, math.inf if high is None else high, similarity)
 
@@ -99,17 +100,21 @@ def find_captions(run: BalanceRun) -> CaptionWindow:
     rows = run.rows
     start, stop = run.context.rank_range(len(rows))
     mine = rows.numbers[start:stop]
-    with reporting.progress("captions", len(mine), "images") as progress:
-        parts = run.shared.collect((compare_captions(run.embeddings, mine, progress),))
+
+    def compare() -> Arrays:
+        with reporting.progress("captions", len(mine), "images") as progress:
+            return (compare_captions(run.embeddings, mine, progress),)
+
+    parts = run.shared.collect(compare)
 
     def merge() -> tuple[FloatArray]:
         similarity = np.concatenate([part for (part,) in parts])
-        CaptionWindow.of(run.settings, similarity).validate_not_empty()
+        CaptionWindow.from_settings(run.settings, similarity).validate_not_empty()
         return (similarity,)
 
-    window = CaptionWindow.of(run.settings, *run.shared.publish(merge))
-    number = np.count_nonzero(~window.is_dropped)
-    reporting.note(f"{number:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
+    window = CaptionWindow.from_settings(run.settings, *run.shared.publish(merge))
+    num_inside = np.count_nonzero(~window.is_dropped)
+    reporting.note(f"{num_inside:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
     return window
 
 
@@ -135,8 +140,8 @@ def have_captions(embeddings: Embeddings, numbers: IntArray) -> BoolArray:
     """
     captions = embeddings.take_column(embeddings.captions_of, numbers)
     captioned = [pc.not_equal(piece, "").to_numpy(zero_copy_only=False) for piece in captions]
-    if any(each.any() for each in captioned):
+    if any(piece.any() for piece in captioned):
         return np.concatenate(captioned)
     all_captions = map(embeddings.captions_of, embeddings.files)
-    has_none = not any(pc.any(pc.not_equal(each, "")).as_py() for each in all_captions)
+    has_none = not any(pc.any(pc.not_equal(column, "")).as_py() for column in all_captions)
     return np.full(len(numbers), has_none)

@@ -23,7 +23,8 @@ from clipcid_cli.formats.results.keep_list import Column
 from clipcid_cli.formats.sidecar import read_sidecar, run_again, sidecar_path
 from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun, FoundClusters
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.plan import CapClusters
 from clipcid_cli.steps.balance.result import ClusterCapResult
 from clipcid_cli.steps.balance.scores import SCORES
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -58,10 +59,8 @@ class ClusterCap:
         return [Column("cluster", pa.int32(), read)]
 
 
-def find_cap_clusters(settings: BalanceSettings) -> FoundClusters | None:
-    """Find the clusters of ``--max-per-cluster``, and say which they are; None without it."""
-    if settings.max_per_cluster is None:
-        return None
+def find_cap_clusters(settings: BalanceSettings) -> CapClusters:
+    """Find the clusters of ``--max-per-cluster``, and say which they are."""
     folder = settings.clusters or WorkDirectory(settings.work).find_clusters(**_flags_for_all(settings))
     path = sidecar_path(folder, "cluster")
     sidecar = read_sidecar(path, ClusterSidecar)
@@ -71,7 +70,7 @@ def find_cap_clusters(settings: BalanceSettings) -> FoundClusters | None:
             f"Give --clusters DIR, or run: {_cluster_all(settings)}",
         )
     fix = run_again("cluster", sidecar)
-    validate_unchanged(folder, [each for each in sidecar.outputs if each.path == CLUSTERS], path, fix)
+    validate_unchanged(folder, [file for file in sidecar.outputs if file.path == CLUSTERS], path, fix)
     images = sidecar.result["images"]
     reporting.note(f"Clusters: {folder}, of {images:,} images.")
     of_repaired = sidecar.repair is not None
@@ -81,16 +80,16 @@ def find_cap_clusters(settings: BalanceSettings) -> FoundClusters | None:
             f"{_cluster_all(settings, overwrite=True)}"
         )
     skipped = sum(sidecar.counts["skipped"].values())
-    return FoundClusters(folder, record(folder / CLUSTERS).hash, images, skipped, of_repaired)
+    return CapClusters(folder, record(folder / CLUSTERS).hash, images, skipped, of_repaired)
 
 
-def warn_of_few(plan: BalancePlan, clusters: FoundClusters, num_rows: int) -> None:
+def warn_of_few(settings: BalanceSettings, clusters: CapClusters, num_rows: int) -> None:
     """Warn, before the search, where clusters are of fewer images than are balanced."""
     if clusters.images + clusters.skipped < num_rows:
         reporting.warn(
             f"The clusters in {clusters.folder} are of {clusters.images:,} images, and {num_rows:,} are balanced: if a kept "
             f"image is in no cluster, the run ends with an error. To cluster all images: "
-            f"{_cluster_all(plan.settings, overwrite=True)}"
+            f"{_cluster_all(settings, overwrite=True)}"
         )
 
 
@@ -113,7 +112,7 @@ def _cluster_all(settings: BalanceSettings, **more: Any) -> str:
     return command_line("cluster", **_flags_for_all(settings), work=settings.work, **more)
 
 
-def cap_clusters(run: BalanceRun, clusters: FoundClusters, is_kept: BoolArray) -> ClusterCap:
+def cap_clusters(run: BalanceRun, clusters: CapClusters, is_kept: BoolArray) -> ClusterCap:
     """Choose which of the images that repeats have left, bool [N], stay; the same on every process."""
     settings, most = run.settings, run.settings.max_per_cluster
     assert most is not None  # clusters were looked for
@@ -166,8 +165,10 @@ def _similarity_to_means(run: BalanceRun, cluster: npt.NDArray[np.int32], rows: 
         block = block[cluster[block] >= 0]
         np.add.at(sums, cluster[block], run.rows.read(block).astype(np.float64))
     means = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    found = np.empty(len(rows))
+    similarity = np.empty(len(rows))
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         some = rows[start : start + _ROWS_AT_ONCE]
-        found[start : start + len(some)] = (run.rows.read(some).astype(np.float64) * means[cluster[some]]).sum(axis=1)
-    return found
+        similarity[start : start + len(some)] = (run.rows.read(some).astype(np.float64) * means[cluster[some]]).sum(
+            axis=1
+        )
+    return similarity

@@ -19,8 +19,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import arrays, parquet
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT
 from clipcid_cli.runtime.distributed import open_dist_context
-from clipcid_cli.steps.balance import chunks, partition
-from clipcid_cli.steps.balance import cost as costs
+from clipcid_cli.steps.balance import partition
+from clipcid_cli.steps.balance import search as searching
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 
 FILES = ("keep.parquet", "forest.parquet", "curve.csv", "sets.parquet")
@@ -78,7 +78,7 @@ def test_another_keep_ratio_reuses_the_forest_and_a_smaller_one_extends_it(tmp_p
     assert read_outputs(work) == read_outputs(tmp_path / "fresh")
 
 
-def test_a_dry_run_states_pairs_memory_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_states_pairs_memory_and_disk(tmp_path: Path) -> None:
     folder = write_embeddings(tmp_path / "e", make_rows(300))
     result, said = balance(tmp_path / "w", folder, keep=0.5, dry_run=True)
     assert (result["images"], result["pairs"]) == (300, 300 * 299 // 2)
@@ -94,10 +94,6 @@ def test_a_dry_run_states_pairs_memory_and_time(tmp_path: Path, monkeypatch: pyt
     assert parts["memory"]["resident"] > result["memory"]["resident"]  # rows visit other partitions
     for cost in (parts["exact"], parts["partitioned"]):
         assert cost["pairs"] > 0
-        assert 0.0 < cost["seconds"] < 60.0
-    monkeypatch.setattr(costs, "_measure", lambda plan, scan: (1000.0, 3.0, None))  # seconds a row, and a pair
-    result, _ = balance(tmp_path / "w", folder, keep=0.5, dry_run=True)
-    assert result["seconds"] == 3.0 * (300 * 299 // 2 + 300 * 300) + 1000.0 * 2 * 300  # the cut-off is found first
     assert not (tmp_path / "w").exists()
 
 
@@ -151,7 +147,7 @@ class Disk:
     def __init__(self) -> None:
         self.saves = 0
         self.stop_after = 10**6
-        self._save = chunks.save_arrays
+        self._save = searching.save_arrays
 
     def save(self, path: Path, arrays: dict[str, Any]) -> None:
         if self.saves == self.stop_after:
@@ -165,9 +161,9 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     """Panels are small, and each pair of them is saved on its own."""
     monkeypatch.setattr(planning, "_MIN_PANEL", 40)
     monkeypatch.setattr(planning, "_MAX_PANEL", 40)
-    monkeypatch.setattr(chunks.SavePace, "is_due", lambda pace: True)
+    monkeypatch.setattr(searching.SavePace, "is_due", lambda pace: True)
     disk = Disk()
-    monkeypatch.setattr(chunks, "save_arrays", disk.save)
+    monkeypatch.setattr(searching, "save_arrays", disk.save)
     return disk
 
 
@@ -269,7 +265,7 @@ def share(rank: int, folder: Path) -> dict[str, int]:
             shared = SharedArrays(context, place)
             for value in (3, 5):
                 found += shared.publish(lambda value=value: (np.full(4, value),))
-                parts = shared.collect((np.full(2, rank),))
+                parts = shared.collect(lambda: (np.full(2, rank),))
                 assert [part[0].tolist() for part in parts] == ([[0, 0], [1, 1]] if rank == 0 else [])
             context.barrier()
             left[local_size] = count_files(place)

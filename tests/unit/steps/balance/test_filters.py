@@ -209,7 +209,6 @@ def test_a_dry_run_says_what_each_filter_takes(tmp_path: Path, is_untouched: Cal
     result, told = balance(work, embeddings, dry_run=True, **call)
     assert is_untouched()
     for one in result["against"]:
-        assert 0.0 < one.pop("seconds") < 60.0
         assert one == {
             "name": reference,
             "rows": 90,
@@ -222,13 +221,12 @@ def test_a_dry_run_says_what_each_filter_takes(tmp_path: Path, is_untouched: Cal
     assert result["caption_window"]["sampled"] == NUM_ROWS - 1
     assert result["clustered_images"] == NUM_ROWS - 3  # without those whose text has no direction
     assert result["caption_window"]["inside"] == searched / (NUM_ROWS - 1)
-    assert 0.0 < result["caption_window"]["seconds"] < 60.0
     assert result["searched"] == searched < NUM_ROWS
     assert result["pairs"] == searched * (searched - 1) // 2
     assert result["memory"]["mapped"] == 2 * 32 * (2 * NUM_ROWS + 2 * 90)  # images, captions, two references
     assert result["disk"] > plain["disk"]
     for line in (
-        f"Cost of a new search of {searched} of them",
+        f"A new search of {searched} of them compares:",
         f"against {reference}: 90 images; 36,000 pairs",
         f"{searched / (NUM_ROWS - 1):.1%} of 399 sampled images are inside the window",
         f"clusters are capped: {work / 'clusters'}, 397 images",

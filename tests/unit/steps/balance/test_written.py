@@ -21,8 +21,9 @@ from uid_data import NUM_ROWS, UIDS, balance, datacomp_subset, write_data
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.data.shard import Shard
-from clipcid_cli.steps.balance import report
-from clipcid_cli.steps.balance.balance_run import BalancePlan
+from clipcid_cli.steps.balance import changes, pictures
+from clipcid_cli.steps.balance.changes import count_words
+from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.samples import SampleFinder, read_uid
 from clipcid_cli.steps.data_index import index_alone
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -190,14 +191,14 @@ def test_a_report_lists_no_large_data_for_another_tools_keys(tmp_path: Path, mon
     data = write_data(tmp_path / "data", UIDS)
     settings = BalanceSettings(keep=0.5, data=str(data), work=tmp_path / "work", workers=0)
     unread: Any = None  # the keys are given
-    plan = BalancePlan(settings=settings, context=unread, embeddings=unread, clusters=None, seconds={})
-    monkeypatch.setattr(report, "_MAX_LISTED", 1)
-    gallery = report.ReportPictures(plan)
+    plan = BalancePlan(settings=settings, embeddings=unread, spec=unread, seconds={})
+    monkeypatch.setattr(pictures, "_MAX_LISTED", 1)
+    gallery = pictures.ReportPictures(plan)
     assert gallery.read(["0.parquet"], ["000003"]) == [""]
     assert "has no index yet" in gallery.unread["0.parquet", "000003"]
     assert gallery.data is not None
     index_alone(gallery.data, 0)
-    assert report.ReportPictures(plan).read(["0.parquet"], ["000003"])[0].startswith("data:")
+    assert pictures.ReportPictures(plan).read(["0.parquet"], ["000003"])[0].startswith("data:")
 
 
 def test_it_tells_what_moved_and_loads_nothing(tmp_path: Path) -> None:
@@ -228,11 +229,11 @@ def test_it_tells_what_moved_and_loads_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at_once", [7, 2**16])
 def test_words_are_counted_once_an_image(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "_CAPTIONS_AT_ONCE", at_once)
+    monkeypatch.setattr(changes, "_CAPTIONS_AT_ONCE", at_once)
     generator = np.random.default_rng(0)
     captions = [", ".join(generator.choice(VOCABULARY, generator.integers(0, 7))) for _ in range(500)]
     kept = generator.random(500) < 0.4
-    found = report.count_words(pa.array(captions, pa.large_string()), kept)
+    found = count_words(pa.array(captions, pa.large_string()), kept)
     before: Counter[str] = Counter()
     after: Counter[str] = Counter()
     for caption, is_kept in zip(captions, kept, strict=True):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -17,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from clipcid_cli.algorithms.near.block import Block, bytes_an_entry, load_block
+from clipcid_cli.algorithms.near.cutoff import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import ReadRows
+from clipcid_cli.algorithms.near.exact import IntArray, ReadRows
 from clipcid_cli.algorithms.near.plan import Plan
 from clipcid_cli.algorithms.near.search import near_pairs_of
 from clipcid_cli.algorithms.sets.forest import ForestSink
@@ -35,6 +37,8 @@ from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalanceRun
 _STRETCHES = 4
 # Another number wherever the same plan would have other chunks, or a part would hold something else.
 _VERSION = 2
+# In the folder of `balance`: what was compared with references, for later runs.
+_KEPT = ".references"
 
 Sink = ForestSink | NearestOf | PairsWithin
 
@@ -48,8 +52,9 @@ class Search:
     read: ReadRows
     cutoff: float  # largest distance of the pairs that sinks are given, inclusive
     new_sink: Callable[[], Sink]
-    of: str = ""  # what decides what is found beside the inputs of the run, plan and cut-off
-    folder: Path | None = None  # where it is saved; None for the time of the run
+    # What decides what is found beside the inputs of the run, plan and cut-off; asked on the first process.
+    beside: Callable[[], str] = lambda: ""
+    is_kept: bool = False  # whether what it found stays for later runs
 
     def place(self, run: BalanceRun) -> Path:
         """Return where it is saved, under a name that hashes what decides what its chunks find."""
@@ -57,31 +62,33 @@ class Search:
         def name() -> str:
             plan = self.plan
             cutoff = np.float32(self.cutoff).view(np.uint32)
-            decisive = [_VERSION, run.inputs, plan.identity, plan.num_chunks, cutoff, self.of]
+            decisive = [_VERSION, run.inputs, plan.identity, plan.num_chunks, cutoff, self.beside()]
             return hashlib.blake2b("\n".join(map(str, decisive)).encode(), digest_size=8).hexdigest()
 
-        return (self.folder or run.work / ".search") / run.context.on_rank0(name)
+        folder = run.output.folder / _KEPT if self.is_kept else run.work / ".search"
+        return folder / run.context.on_rank0(name)
 
 
 def run_chunks(run: BalanceRun, search: Search) -> Edges:
     """Search all chunks of a plan that are not saved yet, and return what all found; the same on every process."""
     context = run.context
-    number = search.plan.num_chunks
+    num_chunks = search.plan.num_chunks
     place = search.place(run)
     saved = context.on_rank0(lambda: _survey(place))
     done = set(chain.from_iterable(saved.values()))
     if done:
-        reporting.note(f"Resuming the search: {len(done):,} of {number:,} parts are done.")
-    left = [chunk for chunk in range(number) if chunk not in done]
+        reporting.note(f"Resuming the search: {len(done):,} of {num_chunks:,} parts are done.")
+    left = [chunk for chunk in range(num_chunks) if chunk not in done]
     if left:
         _search(run, search, left, place, _merge(run, search, place, saved) if saved else None)
         context.barrier()
 
     def list_all() -> list[str]:
         saved = _survey(place)
-        if lost := number - sum(map(len, saved.values())):
+        if lost := num_chunks - sum(map(len, saved.values())):
             raise ClipcidError(
-                f"{place}: the results of {lost:,} of {number:,} parts cannot be read.", "Run the same command again."
+                f"{place}: the results of {lost:,} of {num_chunks:,} parts cannot be read.",
+                "Run the same command again.",
             )
         return list(saved)
 
@@ -114,8 +121,8 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path, known
         for chunk in mine:
             jobs = plan.jobs(chunk)
             blocks = ((load(i), load(j)) for i, j in jobs)
-            for job, found in zip(jobs, near_pairs_of(blocks, search.cutoff, sink.wants), strict=True):
-                for edges in found:
+            for job, pieces in zip(jobs, near_pairs_of(blocks, search.cutoff, sink.wants), strict=True):
+                for edges in pieces:
                     sink.add(edges)
                 progress.advance(plan.pairs_of(job))
             since.append(chunk)
@@ -132,14 +139,14 @@ def _survey(place: Path) -> dict[str, list[int]]:
 
     Two files can hold one chunk where a file could not be read for a while. Only one of them counts.
     """
-    found = dict[str, list[int]]()
+    readable = dict[str, list[int]]()
     done = set[int]()
     for path in sorted(place.glob("*.npz")):
         saved = load_arrays(path)
         if saved is not None and done.isdisjoint(chunks := saved["chunks"].tolist()):
-            found[path.name] = chunks
+            readable[path.name] = chunks
             done.update(chunks)
-    return found
+    return readable
 
 
 def _merge(run: BalanceRun, search: Search, place: Path, names: Iterable[str]) -> Edges:
@@ -155,8 +162,23 @@ def _merge(run: BalanceRun, search: Search, place: Path, names: Iterable[str]) -
             sink.add(Edges(saved["a"], saved["b"], saved["weight"]))
 
     def result() -> Arrays:
-        found = sink.result()
-        return found.a, found.b, found.weight
+        edges = sink.result()
+        return edges.a, edges.b, edges.weight
 
     context.on_all(load)
     return Edges(*run.shared.reduce(result, lambda arrays: sink.add(Edges(*arrays))))
+
+
+def forget_searches(folder: Path, but: Collection[str] = ()) -> None:
+    """Remove the searches that were kept in the folder of `balance`, but for some by their names."""
+    for path in (folder / _KEPT).glob("*") if but else [folder / _KEPT]:
+        if path.name not in but:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def find_nearest(run: BalanceRun, sample: IntArray, count: int) -> Neighbours:
+    """Find so many nearest neighbours of some unique rows, by their places, ascending: each process in its share of all."""
+    context, unique = run.context, run.rows.unique
+    places = context.rank_range(len(unique))
+    own = context.on_all(lambda: find_neighbours(run.rows.read, unique, sample, count, context.device, places))
+    return Neighbours.nearest(context.gather(own), count)

@@ -1,0 +1,47 @@
+"""The figure of the report of `balance`: the share of images kept over the cut-off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from clipcid_cli.formats.report import PALETTE, make_figure, svg
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.linkages import OtherLinkage
+from clipcid_cli.steps.balance.pairs import NotComputed
+from clipcid_cli.steps.balance.sets import Sets
+from clipcid_cli.steps.settings.balance import LINKAGES
+
+
+def draw_curves(run: BalanceRun, sets: Sets, other: OtherLinkage | NotComputed) -> Markup:
+    """Draw the share kept over the cut-off, by both linkages where both are known, and the points at the cut-off."""
+    num_images, linkage = run.rows.num_searched, run.settings.linkage
+    lines = [(linkage, sets.curve, sets.num_kept)]
+    if isinstance(other, OtherLinkage):
+        lines.append((other.result.linkage, other.curve, other.result.kept))
+    most_kept = max(num_kept for _, _, num_kept in lines)
+    figure = make_figure()
+    axes = figure.add_subplot()
+    for name, curve, num_kept in lines:
+        color = PALETTE[LINKAGES.index(name)]
+        distances = np.concatenate([[0.0], curve.distance])
+        kept = np.concatenate([[num_images], curve.kept]) / num_images
+        # Single linkage is known between two points, stars are not: only that the curve lies between them.
+        style: dict[str, Any] = {"drawstyle": "steps-post"} if name == "single" else {}
+        axes.plot(distances, kept, color=color, label=f"{name} (chosen)" if name == linkage else name, **style)
+        if sets.threshold is not None:
+            point = (sets.threshold, num_kept / num_images)
+            axes.plot(*point, "o", color=color)
+            # The number of the upper line is placed above it, that of the lower one below, unless the axis is there.
+            place: dict[str, Any] = {"xytext": (4, 5), "horizontalalignment": "left"}
+            if (num_kept < most_kept or len(lines) == 1) and point[1] > 0.12:
+                place = {"xytext": (-7, -13), "horizontalalignment": "right"}
+            axes.annotate(f"{num_kept / num_images:.1%}", point, textcoords="offset points", **place)
+    if sets.threshold is not None:
+        axes.axvline(sets.threshold, color=PALETTE[4], linewidth=0.8, linestyle=":")
+    farthest = max(float(curve.distance[-1]) for _, curve, _ in lines)
+    axes.set(xlabel="cut-off ε", ylabel="share kept", xlim=(0, 1.15 * farthest or 1), ylim=(0, 1.02))
+    axes.legend(loc="lower left", frameon=False)
+    return svg(figure, "Share of images kept over the cut-off")

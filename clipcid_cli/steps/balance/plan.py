@@ -1,0 +1,198 @@
+"""The plan of `balance`, which the first process makes: what is balanced, and what decides the result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Dataset, list_shards
+from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row
+from clipcid_cli.formats.embeddings.rows import METADATA, Kind
+from clipcid_cli.formats.fingerprint import find_lost, identity_of
+from clipcid_cli.formats.output import WORK, OutputSpec, find_works, other_run_error
+from clipcid_cli.formats.results.forest import ROW_FILES, RowFile, read_row_files
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
+from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.embed.result import EmbedCost
+from clipcid_cli.steps.settings.balance import BalanceSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class CapClusters:
+    """The clusters of ``--max-per-cluster``, the hash of their table, and how many images are in them."""
+
+    folder: Path
+    identity: str
+    images: int
+    skipped: int  # how many are in none, since their rows are not usable
+    of_repaired: bool  # whether they were made of repaired rows, which `balance` does not read
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceInputs:
+    """What is read."""
+
+    embeddings: Embeddings
+    references: Sequence[tuple[str, Embeddings | EmbedCost]]  # of ``--against``; a dry run makes no embeddings of them
+    clusters: CapClusters | None  # of ``--max-per-cluster``
+    seconds: dict[str, float]  # time by phase, to which later phases add theirs
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """One reference, by the name that the user gave, the hash of its files, and the rows that cannot be compared."""
+
+    name: str
+    identity: str
+    embeddings: Embeddings
+    bad_rows: npt.NDArray[np.int64]
+
+    @cached_property
+    def numbers(self) -> npt.NDArray[np.int64]:
+        """Its usable rows, int64 [R], ascending."""
+        return np.delete(np.arange(self.embeddings.num_rows), self.bad_rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BalancePlan:
+    """What one `balance` works on; picklable."""
+
+    settings: BalanceSettings
+    embeddings: Embeddings
+    data: Dataset | None = None  # the data that kept samples are copied from; None where they are not
+    clusters: CapClusters | None = None
+    references: Sequence[Reference] = ()
+    spec: OutputSpec[BalanceSidecar]
+    seconds: dict[str, float]
+
+    @property
+    def folder(self) -> Path:
+        return WorkDirectory(self.settings.work).balance
+
+    @property
+    def keep_list(self) -> Path:
+        return self.folder / KEEP_LIST
+
+
+def make_plan(settings: BalanceSettings, inputs: BalanceInputs) -> BalancePlan:
+    """Decide, on the first process, what is balanced and written; refuse what would fail after hours of search."""
+    data = check_inputs(settings, inputs)
+    references = [_plan_reference(name, reference) for name, reference in inputs.references]
+    spec = _identify(settings, inputs, references)
+    if not settings.overwrite:
+        _validate_none_lost(spec.folder, inputs.embeddings)
+    return BalancePlan(
+        settings=settings,
+        embeddings=inputs.embeddings,
+        data=data,
+        clusters=inputs.clusters,
+        references=references,
+        spec=spec,
+        seconds=inputs.seconds,
+    )
+
+
+def check_inputs(settings: BalanceSettings, inputs: BalanceInputs) -> Dataset | None:
+    """Check that what is read has what the settings need; return the data that kept samples are copied from."""
+    embeddings = inputs.embeddings
+    _note_new_shards(settings, embeddings)
+    data = None
+    if settings.writes_samples:
+        from clipcid_cli.steps.balance.write_data import open_source
+
+        data = open_source(settings, embeddings)
+    if settings.write_uids is not None:
+        from clipcid_cli.steps.balance.uids import validate_uids
+
+        validate_uids(settings, embeddings)
+    if settings.reads_texts:
+        embeddings.rows(Kind.TEXTS)  # refuses those without
+    for name, reference in inputs.references:
+        if isinstance(reference, Embeddings) and not has_usable_row(reference.rows(Kind.IMAGES)):
+            raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Embed again.")
+    return data
+
+
+def _plan_reference(name: str, embeddings: Embeddings | EmbedCost) -> Reference:
+    assert isinstance(embeddings, Embeddings), "this is no dry run"
+    bad_rows = embeddings.find_bad_rows(texts=False)
+    if len(bad_rows):
+        reporting.warn(f"{len(bad_rows):,} rows of {name} are zero or not finite, and nothing is compared with them.")
+    return Reference(name, identity_of({}, embeddings.fingerprints()), embeddings, bad_rows)
+
+
+def _identify(
+    settings: BalanceSettings, inputs: BalanceInputs, references: Sequence[Reference]
+) -> OutputSpec[BalanceSidecar]:
+    """Say what decides the output.
+
+    All settings may change on an existing forest; of the inputs, there may be more.
+    """
+    embeddings = inputs.embeddings
+    names = ["keep", "threshold", "cosine_distance", "linkage", "select", "neighbors", "max_per_cluster"]
+    names += ["min_caption_similarity", "max_caption_similarity"]
+    opened = [embeddings, *(reference.embeddings for reference in references)]
+    files = embeddings.fingerprints([Kind.TEXTS] if settings.reads_texts else [])
+    texts = files.pop() if settings.reads_texts else None
+    identity = {name: getattr(settings, name) for name in names} | {
+        "seed": settings.seed if settings.select == "random" else None,
+        "texts": None if texts is None else texts.hash,
+        "keys": next((rows.key_rule for rows in opened if rows.key_rule is not None), None),
+        "clusters": None if inputs.clusters is None else inputs.clusters.identity,
+        "against": [[reference.name, reference.identity] for reference in references] or None,
+        "against_threshold": settings.reference_distance if references else None,
+    }
+    return OutputSpec(
+        WorkDirectory(settings.work).balance,
+        "balance",
+        BalanceSidecar,
+        settings=identity,
+        inputs=files,
+        overwrite=settings.overwrite,
+        may_differ={*identity} if settings.overwrite else {*identity, "inputs"},
+    )
+
+
+def _note_new_shards(settings: BalanceSettings, embeddings: Embeddings) -> None:
+    """Say that the data has more shards than its embeddings, and how to take them in, where no data was named."""
+    if settings.data is not None or settings.embeddings is not None or embeddings.sidecar is None:
+        return
+    spec = embeddings.sidecar.data.spec
+    embedded = set(embeddings.shards)
+    now = list[str]()
+    with suppress(ClipcidError):  # it is gone, and not needed
+        now = list_shards(spec)
+    new = len(set(now) - embedded)
+    if new and not embedded.isdisjoint(now):
+        shards = "1 shard that is" if new == 1 else f"{new:,} shards that are"
+        reporting.note(f"{spec} has {shards} not embedded yet. To include them, name the data in the command.")
+
+
+def _validate_none_lost(folder: Path, embeddings: Embeddings) -> None:
+    """Refuse embeddings that lack files of an output of `balance`, finished or not."""
+    now = list_row_files(embeddings)
+    fix = f"Add --overwrite to replace it, or write elsewhere ({WORK})."
+    for holder in (folder, *find_works(folder, "balance")):
+        path = holder / ROW_FILES
+        if path.exists() and (lost := find_lost(read_row_files(path, fix), now)):
+            raise other_run_error(f"{folder} holds balance output", {"inputs": lost})
+
+
+def list_row_files(embeddings: Embeddings) -> list[RowFile]:
+    """List the files through which rows are numbered, each with the metadata beside it."""
+    metadata = iter(embeddings.contents(METADATA))
+    files: list[RowFile] = []
+    for images, file in zip(embeddings.contents(Kind.IMAGES), embeddings.files, strict=True):
+        files.append(RowFile(images.path, images.size, images.hash, rows=file.rows))
+        if file.metadata is not None:
+            beside = next(metadata)
+            files.append(RowFile(beside.path, beside.size, beside.hash))
+    return files

@@ -1,0 +1,103 @@
+"""What `balance` reads: its embeddings and those of references, which are made where there are none, by all processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.sidecar import read_embed_sidecar
+from clipcid_cli.formats.files import validate_writable
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.balance.plan import BalanceInputs, CapClusters
+from clipcid_cli.steps.embed.result import EmbedCost
+from clipcid_cli.steps.embeddings import open_given
+from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """The embeddings to balance: a folder, or the model that makes them; and the clusters to cap."""
+
+    folder: Path | None
+    model: str | None
+    clusters: CapClusters | None
+
+
+def prepare(settings: BalanceSettings, context: DistContext) -> BalanceInputs | EmbedCost:
+    """Look at what the settings name, before hours of embedding; then make what embeddings there are none of.
+
+    A dry run makes none, and returns what they would cost.
+    """
+    seconds = dict[str, float]()
+    with timed(seconds, "embed"):
+        choice = context.on_rank0(lambda: _choose(settings))
+        folder = _embed(settings, choice.model, context) if choice.folder is None else choice.folder
+        if isinstance(folder, EmbedCost):
+            return folder
+        embeddings = open_given(settings, folder, None if settings.dry_run else settings.work)
+    references = _open_references(settings, embeddings, context)
+    return BalanceInputs(embeddings, references, choice.clusters, seconds)
+
+
+def _choose(settings: BalanceSettings) -> _Choice:
+    """Choose embeddings and clusters, and refuse what cannot be compared or written in the end."""
+    for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
+        if path is not None:
+            validate_writable(path)
+    if settings.writes_samples:
+        from clipcid_cli.steps.balance.write_data import validate_target
+
+        validate_target(settings)
+    clusters = None
+    if settings.max_per_cluster is not None:
+        from clipcid_cli.steps.balance.filters.cluster_cap import find_cap_clusters
+
+        clusters = find_cap_clusters(settings)
+    work = WorkDirectory(settings.work)
+    folder = settings.embeddings
+    model = None
+    if folder is None and settings.data is None and settings.model is None:
+        folder = work.find_embeddings()
+    elif folder is None:
+        model = settings.model or _model_of(work) or configured().get("model", DEFAULT_MODEL)
+    if settings.against:
+        from clipcid_cli.steps.balance.filters.against import validate_references
+
+        validate_references(settings, model)
+    if folder is not None and settings.embeddings is None:
+        reporting.note(f"Embeddings: {folder}.")
+    return _Choice(folder, model, clusters)
+
+
+def _model_of(work: WorkDirectory) -> str | None:
+    """Return the model of the work directory's embeddings, when there are those of one model."""
+    try:
+        sidecar = read_embed_sidecar(work.find_embeddings())
+    except ClipcidError:
+        return None
+    return None if sidecar is None else sidecar.model.spec
+
+
+def _embed(settings: BalanceSettings, model: str | None, context: DistContext) -> Path | EmbedCost:
+    from clipcid_cli.steps.embed.run import (
+        ensure_embeddings,  # and with it the models, which existing embeddings need none of
+    )
+
+    assert model is not None, "one is chosen where no folder is"
+    return ensure_embeddings(settings, context, data=settings.data, model=model)
+
+
+def _open_references(
+    settings: BalanceSettings, embeddings: Embeddings, context: DistContext
+) -> list[tuple[str, Embeddings | EmbedCost]]:
+    if not settings.against:
+        return []
+    from clipcid_cli.steps.balance.filters.against import open_reference
+
+    return [(name, open_reference(settings, embeddings, name, context)) for name in settings.against]

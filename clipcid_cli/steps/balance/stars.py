@@ -1,0 +1,79 @@
+"""``--linkage star``: sets whose images are all within the cut-off of the one that is kept."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from clipcid_cli.algorithms.near.cutoff import FARTHEST
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import row_type
+from clipcid_cli.algorithms.sets.forest import Curve, connected_components
+from clipcid_cli.algorithms.sets.star import StarCover, find_star_cutoff, label_by_smallest, star_cover, star_curve
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.forest import Forest, find_forest
+from clipcid_cli.steps.balance.pairs import NotComputed, find_pairs
+from clipcid_cli.steps.balance.sets import Sets, finish_sets, shortest_decimal
+
+# A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
+_STAR_STEP = 1.05
+_CURVE_POINTS = 24
+# Pairs of a star cover, and the memory that each takes while they are sorted and covered (measured).
+_MAX_COLLECTED = 2**26
+_BYTES_A_PAIR = 75
+
+
+def make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int) -> tuple[Sets, Forest]:
+    """Cover the rows by stars, at the threshold given, or from the single-linkage one up to where few enough are kept."""
+    rows, num_unique = run.rows, len(run.rows.unique)
+    positions = rows.unique_positions()
+    copies = rows.count_copies()
+
+    def pairs_up_to(cutoff: float) -> Edges:
+        part = forest.edges.up_to(cutoff)
+        labels = connected_components(len(rows), part.a, part.b)
+        with timed(run.seconds, "search"):
+            pairs = find_pairs(run, labels, cutoff, _MAX_COLLECTED)
+        if isinstance(pairs, NotComputed):
+            raise ClipcidError(
+                f"More than {_MAX_COLLECTED:,} pairs of images are within {cutoff:.4f} of each other. A star cover holds "
+                f"all of them in memory, about {_BYTES_A_PAIR} bytes each: "
+                f"over {_MAX_COLLECTED * _BYTES_A_PAIR / 2**30:.0f} GiB.",
+                "Use --linkage single, or drop fewer images: a larger --keep or a smaller --threshold.",
+            )
+        return pairs.renumbered(positions)
+
+    cover: StarCover | None = None
+    if run.settings.keep is None:
+        pairs = pairs_up_to(threshold)
+        cover = StarCover(threshold, star_cover(pairs, copies))
+    elif num_kept >= num_unique:
+        pairs = Edges.empty()
+        cover = StarCover(0.0, np.arange(num_unique))
+    # Always the same steps, so that the cut-off does not depend on how far the forest reaches.
+    # Below the threshold single linkage keeps more than asked, and stars never fewer than it.
+    reach = threshold
+    below = float(np.nextafter(np.float32(threshold), np.float32(-1.0)))
+    while cover is None:
+        reach = min(_STAR_STEP * reach + 1e-6, FARTHEST)  # where one star covers all rows
+        if reach > forest.cutoff:
+            forest, _ = find_forest(run, cutoff=reach)
+        pairs = pairs_up_to(reach)
+        cover = find_star_cutoff(pairs, copies, num_kept, below)
+        below = reach
+    chosen = cover
+
+    def make() -> Arrays:
+        representatives = rows.unique[chosen.representatives][positions]
+        if rows.is_searched is not None:
+            representatives = np.where(rows.is_searched, representatives, np.arange(len(rows)))
+        kind = row_type(len(rows))
+        return label_by_smallest(representatives).astype(kind), representatives.astype(kind)
+
+    def make_curve() -> Curve:
+        return star_curve(pairs, copies, chosen.cutoff, _CURVE_POINTS)
+
+    labels, representatives = run.shared.publish(make)
+    return finish_sets(run, shortest_decimal(chosen.cutoff), labels, representatives, make_curve), forest

@@ -1,0 +1,301 @@
+"""What a step takes on GPUs that need not be there, computed; docs/gpu.md#what-is-computed has the formulas."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from typing import NamedTuple
+
+import msgspec
+
+from clipcid_cli.algorithms.costs import BATCH_OF_DEVICE, Clip, describe_clip
+from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
+from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.devices import DEVICES, THIS, Device, parse_devices
+from clipcid_cli.runtime.models.names import find_config, parse_model
+from clipcid_cli.steps.data_index import open_named
+from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.settings.cluster import ClusterSettings
+from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
+from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
+from clipcid_cli.steps.settings.shared import TrainingDataSettings
+from clipcid_cli.steps.training_time import step_seconds
+
+# Bytes of an image file of 256 pixels with its caption, and images a core decodes a second (docs/scale.md).
+_IMAGE_BYTES = 25_000
+_DECODED_BY_CORE = 531
+_EPOCHS = 32
+# Of the memory, what is left for a run after the driver, NCCL and fragments.
+_SHARE_OF_MEMORY = 0.9
+# Of the rate of products that a GPU reaches, what k-means reaches of it: a fifth of the data sheet's (docs/scale.md).
+_SHARE_OF_KMEANS = 1 / 3
+# Images a cluster by default, and the most clusters.
+_IMAGES_OF_CLUSTER, _MOST_CLUSTERS = 225, 1_000_000
+# Keep list and forest of an image (docs/scale.md).
+_BYTES_OF_LISTS = 65
+_ENCODED_AT_ONCE = 256
+_BYTES_OF_ENCODER = 6  # a parameter's weight, in float32 and as products read it
+_NEAREST, _BYTES_OF_NEAREST = 16, 6
+
+
+class GpuPlan(msgspec.Struct, kw_only=True):
+    """What a step takes on GPUs. Every figure is computed."""
+
+    computed: bool = True
+    step: str
+    gpus: str
+    images: int
+    hours: float
+    operations: float  # of products, on all GPUs
+    peak_share: float | None  # of the data sheet's rate of products; None on a measured device
+    cost: float | None  # at ``--price``
+    bytes_read: float
+    read_bytes_per_second: float
+    disk_bytes: float  # what the step writes
+    memory_bytes: float  # of each GPU
+    gpu_memory_bytes: float  # that a GPU has
+    images_per_second: float | None = None  # by all GPUs
+    decode_cores: int | None = None  # for all GPUs
+    steps: int | None = None
+    batch_size: int | None = None  # of all GPUs, as `seconds_per_step`
+    seconds_per_step: float | None = None
+    largest_batch_per_gpu: int | None = None  # that fits
+
+
+def run(settings: GpuPlanSettings) -> GpuPlan:
+    """Compute what the step of these settings takes."""
+    if isinstance(settings, DistillSettings):
+        return plan_distill(settings)
+    if isinstance(settings, EmbedSettings):
+        return plan_embed(settings)
+    if isinstance(settings, ClusterSettings):
+        return plan_cluster(settings)
+    assert isinstance(settings, BalanceSettings), "the steps whose settings have --gpus"
+    return plan_balance(settings)
+
+
+class _Gpus(NamedTuple):
+    name: str
+    total: int
+    device: Device
+
+
+class _Known(NamedTuple):
+    """What the work directory says; None where it says nothing."""
+
+    images: int | None
+    kept: int | None
+    width: int | None
+
+
+def plan_distill(settings: DistillSettings) -> GpuPlan:
+    """Compute what training takes."""
+    gpus = _choose_gpus(settings.gpus, settings.precision)
+    known = _look_up(settings)
+    clip = _describe(str(settings.student))
+    kept = None if settings.keep_list == "none" else known.kept
+    images = _count_images(settings, kept or known.images)
+    trained = max(1, round(images * (1 - settings.val_fraction)))
+    batch = settings.batch_size or BATCH_OF_DEVICE * gpus.total
+    steps = settings.steps or math.ceil((settings.epochs or _EPOCHS) * trained / batch)
+    own = math.ceil(batch / gpus.total)
+    candidates = 0
+    if "cluster" in settings.losses():
+        clusters = _default_clusters(images)
+        candidates = min(clusters, max(settings.min_candidates, round(settings.candidate_ratio * clusters)))
+    taken = step_seconds(clip, gpus.device, own, batch, candidates)
+    seconds = steps * taken
+    row_bytes = 0
+    if not (settings.has_no_teacher or settings.online_teacher):
+        width = known.width or _width_of(next(iter(settings.teacher), DEFAULT_MODEL))
+        row_bytes = 2 * 2 * width  # of the image and the caption
+    kept_bytes = clip.kept_bytes(mixed=gpus.device.is_mixed)
+    free = _SHARE_OF_MEMORY * gpus.device.memory - clip.state_bytes
+    plan = _finish(
+        "distill",
+        gpus,
+        images,
+        seconds,
+        operations=steps * (batch * clip.training_operations + gpus.total * clip.optimizer_operations),
+        bytes_read=steps * batch * float(_IMAGE_BYTES + row_bytes),
+        disk_bytes=3.0 * clip.checkpoint_bytes,
+        memory_bytes=clip.state_bytes + own / settings.accum_freq * kept_bytes,
+        price=settings.price,
+    )
+    plan.images_per_second = batch / taken
+    plan.decode_cores = math.ceil(batch / taken / _DECODED_BY_CORE)
+    plan.steps, plan.batch_size, plan.seconds_per_step = steps, batch, taken
+    plan.largest_batch_per_gpu = max(0, math.floor(settings.accum_freq * free / kept_bytes))
+    return plan
+
+
+def plan_embed(settings: EmbedSettings) -> GpuPlan:
+    """Compute what embedding takes."""
+    gpus = _choose_gpus(settings.gpus, settings.precision)
+    clip = _describe(settings.model)
+    images = _count_images(settings, _look_up(settings).images)
+    shown, texts = 1 + settings.views, (1 + settings.text_variants) * settings.text
+    operations = shown * clip.image.operations + texts * clip.text.operations
+    number_bytes = 2 if gpus.device.is_mixed else 4
+    moved = number_bytes * (shown * clip.image.moved + texts * clip.text.moved)
+    reached = gpus.device.reached()
+    seconds = images * (operations / reached.product + moved / reached.bandwidth) / gpus.total
+    row_bytes = 2 * clip.embed_dim * (shown + texts) + 136 * settings.views
+    batch = settings.batch_size or _ENCODED_AT_ONCE
+    layer = 2 * clip.image.kept // max(1, clip.image.layers - 1)  # what one layer holds of an image
+    plan = _finish(
+        "embed",
+        gpus,
+        images,
+        seconds,
+        operations=float(images) * operations,
+        bytes_read=float(images) * _IMAGE_BYTES,
+        disk_bytes=float(images) * row_bytes,
+        memory_bytes=_BYTES_OF_ENCODER * clip.parameters + batch * float(layer),
+        price=settings.price,
+    )
+    plan.images_per_second = images / seconds
+    plan.decode_cores = math.ceil(images / seconds / _DECODED_BY_CORE)
+    return plan
+
+
+def plan_cluster(settings: ClusterSettings) -> GpuPlan:
+    """Compute what k-means and the assignment of all images take."""
+    gpus = _choose_gpus(settings.gpus, settings.precision)
+    known = _look_up(settings)
+    kept = None if settings.keep_list == "none" else known.kept
+    images = _count_images(settings, kept or known.images)
+    width = known.width or _width_of(DEFAULT_MODEL)
+    clusters = settings.num_clusters or _default_clusters(images)
+    trained = min(images, settings.train_rows or images)
+    products = 2 * width * clusters * float(settings.iterations * trained + images)
+    row_bytes = 2 * width
+    own = images / gpus.total
+    return _finish(
+        "cluster",
+        gpus,
+        images,
+        products / (_SHARE_OF_KMEANS * gpus.device.reached().product) / gpus.total,
+        operations=products,
+        bytes_read=float(images) * row_bytes * (settings.iterations + 1),
+        disk_bytes=float(images) * _NEAREST * _BYTES_OF_NEAREST + 4.0 * clusters * width,
+        memory_bytes=min(0.6 * gpus.device.memory, own * row_bytes) + 14.0 * clusters * width,
+        price=settings.price,
+    )
+
+
+def plan_balance(settings: BalanceSettings) -> GpuPlan:
+    """Compute what the products of the search take; what the host does after it is not counted."""
+    if settings.neighbors == "partitioned":
+        raise UsageError(
+            "--gpus plans the exact search: what partitions take on GPUs is not known.",
+            "Omit --neighbors partitioned, or --gpus to time a tile here.",
+        )
+    gpus = _choose_gpus(settings.gpus, settings.precision)
+    known = _look_up(settings)
+    images = _count_images(settings, known.images)
+    width = known.width or _width_of(settings.model or DEFAULT_MODEL)
+    operations = width * images * (images - 1.0)  # two for each pair and number
+    row_bytes = 2 * width
+    own = images / gpus.total
+    return _finish(
+        "balance",
+        gpus,
+        images,
+        operations / gpus.device.reached().product / gpus.total,
+        operations=operations,
+        bytes_read=float(images) * row_bytes,
+        disk_bytes=float(images) * _BYTES_OF_LISTS,
+        memory_bytes=min(0.6 * gpus.device.memory, own * row_bytes),
+        price=settings.price,
+    )
+
+
+def _finish(
+    step: str,
+    gpus: _Gpus,
+    images: int,
+    seconds: float,
+    *,
+    operations: float,
+    bytes_read: float,
+    disk_bytes: float,
+    memory_bytes: float,
+    price: float | None,
+) -> GpuPlan:
+    peak = gpus.total * gpus.device.product
+    return GpuPlan(
+        step=step,
+        gpus=gpus.name,
+        images=images,
+        hours=seconds / 3600,
+        operations=operations,
+        peak_share=None if gpus.device.is_measured else operations / seconds / peak,
+        cost=None if price is None else price * gpus.total * seconds / 3600,
+        bytes_read=bytes_read,
+        read_bytes_per_second=bytes_read / seconds,
+        disk_bytes=disk_bytes,
+        memory_bytes=memory_bytes,
+        gpu_memory_bytes=gpus.device.memory,
+    )
+
+
+def _choose_gpus(given: str | None, precision: str) -> _Gpus:
+    assert given is not None
+    count, name = parse_devices(given)
+    if name != THIS:
+        return _Gpus(f"{count}x{name}", count, DEVICES[name])
+    import torch  # what measures needs it
+
+    from clipcid_cli.runtime.probes import measure_device
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _Gpus(f"{count}x{name}", count, measure_device(device, precision))
+
+
+def _describe(spec: str) -> Clip:
+    config = find_config(parse_model(spec))
+    if config is None:
+        raise ClipcidError(
+            f"The operations of {spec} are not known before it is downloaded.",
+            "Plan with its architecture, such as ViT-L-14.",
+        )
+    return describe_clip(config)
+
+
+def _width_of(spec: str) -> int:
+    config = find_config(parse_model(spec))
+    return 768 if config is None else int(config["embed_dim"])
+
+
+def _default_clusters(images: int) -> int:
+    return max(1, min(_MOST_CLUSTERS, images // _IMAGES_OF_CLUSTER))
+
+
+def _look_up(settings: GpuPlanSettings) -> _Known:
+    """Read from the work directory how many images were embedded, how many `balance` kept, and their width."""
+    work = WorkDirectory(settings.work)
+    with suppress(ClipcidError):  # nothing is there, or several things: the flags say what is planned
+        embedded = read_sidecar(sidecar_path(work.find_embeddings(), "embed"), EmbedSidecar)
+        balanced = read_sidecar(sidecar_path(work.balance, "balance"), BalanceSidecar)
+        if embedded is not None:
+            kept = None if balanced is None else int(balanced.result["kept"])
+            return _Known(int(embedded.counts["images"]), kept, embedded.model.embed_dim)
+    return _Known(None, None, None)
+
+
+def _count_images(settings: GpuPlanSettings, known: int | None) -> int:
+    """Return the number of images: as given, as the work directory says, or of the data that is named."""
+    count = settings.images or known
+    if count is not None:
+        return count
+    if isinstance(settings, TrainingDataSettings) and settings.data is not None:
+        return max(1, open_named(settings, settings.data, WorkDirectory(settings.work).indexes).estimate_samples())
+    raise ClipcidError(
+        "The work directory does not say how many images there are to plan for.",
+        "Add --images N.",
+    )
