@@ -86,15 +86,15 @@ def _make_steps(trainer: Trainer) -> _Steps:
     prepared, trained = list[float](), list[float]()
     began = time.monotonic()
     for dealt in trainer.batches.deal(range(_STEPS)):
-        made = time_trial(partial(trainer.batches.make, dealt), warm_up=0)
-        batch = trainer.batches.finish(dealt, made.result)
+        preparation = time_trial(partial(trainer.batches.make, dealt), warm_up=0)
+        batch = trainer.batches.finish(dealt, preparation.result)
         step = time_trial(partial(trainer.step, batch), context.device, warm_up=0)
-        prepared.append(made.seconds)
+        prepared.append(preparation.seconds)
         trained.append(step.seconds)
         if context.broadcast(time.monotonic() - began > _ENOUGH_SECONDS):
             break
     trainer.read(trainer.make_step.send())  # which refuses steps that diverged
-    sizes = [_count_bytes(part) for part in made.result]
+    sizes = [_count_bytes(part) for part in preparation.result]
     memory = context.on_all(
         lambda: estimate_host_memory(max(sizes), sum(sizes), trainer.plan.workers, num_parts=len(sizes))
     )

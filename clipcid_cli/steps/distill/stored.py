@@ -154,17 +154,17 @@ def validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
     """Refuse embeddings whose keys or captions are of another form than the data's."""
     if embeddings.sidecar is None:
         return
-    made = embeddings.sidecar.made
-    keys = made.keys
-    if embeddings.has_texts and made.caption_key != dataset.caption_keys:
-        wanted = " ".join(f"--caption-key {key}" for key in made.caption_key)
+    recorded = embeddings.sidecar.made
+    keys = recorded.keys
+    if embeddings.has_texts and recorded.caption_key != dataset.caption_keys:
+        wanted = " ".join(f"--caption-key {key}" for key in recorded.caption_key)
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} were made with {wanted or 'no --caption-key'}, the data is read with "
             f"{' '.join(dataset.caption_keys) or 'none'}: captions differ.",
             f"Give {wanted}." if wanted else "Omit --caption-key.",
         )
-    if embeddings.has_texts and made.caption_lines != dataset.caption_lines:
-        flag = "--caption-lines" if made.caption_lines else "--no-caption-lines"
+    if embeddings.has_texts and recorded.caption_lines != dataset.caption_lines:
+        flag = "--caption-lines" if recorded.caption_lines else "--no-caption-lines"
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} were made with {flag}, the data is read without it: captions differ.",
             f"Add {flag}.",

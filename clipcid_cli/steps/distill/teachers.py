@@ -169,9 +169,9 @@ class StoredTeacher(Teacher):
             return _ANY
         from clipcid_cli.steps.embed.encoder import Views
 
-        made = self.embeddings.sidecar.made
-        drawn = Augmentation(made.crop_scale, made.color_jitter, made.gray_probability)
-        return Views(self.num_views, made.view_kind, drawn, made.seed).strongest
+        recorded = self.embeddings.sidecar.made
+        drawn = Augmentation(recorded.crop_scale, recorded.color_jitter, recorded.gray_probability)
+        return Views(self.num_views, recorded.view_kind, drawn, recorded.seed).strongest
 
     def fingerprints(self) -> list[FileRecord]:
         kinds = _kinds_shown(self.num_views, self.first_captions)
