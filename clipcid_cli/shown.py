@@ -112,3 +112,10 @@ def _redact_command(command: str) -> str:
 
 def _redact_value(part: re.Match[str]) -> str:
     return part[0] if _VARIABLE.fullmatch(part["value"]) else part["name"] + REDACTED
+
+
+def metric_title(name: str) -> str:
+    """Write a metric's name as people read it: ``mean per class``, ``image R@5``, ``mAP 11-point``."""
+    short = name.removeprefix("lp_").replace("mean_per_class_recall", "mean per class")
+    short = short.replace("mean_average_precision", "mAP").replace("11_point", "11-point")
+    return short.replace("_retrieval_recall@", " R@").replace("_", " ")

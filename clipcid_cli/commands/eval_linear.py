@@ -12,7 +12,9 @@ from clipcid_cli.commands.summary import count, format_percent, print_facts, pri
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.evaluate.result import Draws, LinearResult, Preview
+    from clipcid_cli.steps.evaluate.draws import Draws
+    from clipcid_cli.steps.evaluate.probe_result import LinearResult
+    from clipcid_cli.steps.evaluate.result import Preview
 
 _BARS = "▁▂▃▄▅▆▇█"
 _DIGITS = 2

@@ -12,15 +12,17 @@ from clipcid_cli.commands.summary import count, format_percent, print_facts, pri
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.evaluate.result import ComparisonResult, Difference, Draws, ZeroshotResult
+    from clipcid_cli.steps.evaluate.comparison import ComparisonResult, Difference
+    from clipcid_cli.steps.evaluate.draws import Draws
+    from clipcid_cli.steps.evaluate.result import ZeroshotResult
     from clipcid_cli.steps.evaluate.zeroshot import Answer
 
 
 def show(answer: Answer, console: Console) -> None:
     """Print one line for each model on each data set, and where the files are; of a comparison its verdicts."""
-    from clipcid_cli.steps.evaluate.result import ComparisonResult, Preview, Previews, ZeroshotResults
+    from clipcid_cli.steps.evaluate.result import Preview, Previews, ZeroshotResult, ZeroshotResults
 
-    if isinstance(answer, ComparisonResult):
+    if not isinstance(answer, ZeroshotResult | ZeroshotResults | Preview | Previews):
         _show_comparison(answer, console)
         return
     results = answer.results if isinstance(answer, ZeroshotResults | Previews) else [answer]

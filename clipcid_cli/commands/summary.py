@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from clipcid_cli.shown import plain
+from clipcid_cli.shown import metric_title, plain
 
 _GAP = 2
 _INDENT = 4  # of the rest of a row, below its first columns
@@ -177,9 +177,8 @@ def format_percent(value: float | None, digits: int = 1) -> str:
 
 
 def shorten_metric(name: str) -> str:
-    """Write a metric's name as the heading of a column."""
-    short = name.removeprefix("lp_").replace("mean_per_class_recall", "per class").replace("_retrieval_recall@", " R@")
-    return short.replace("mean_average_precision", "mAP").replace("_11_point", " 11-point")
+    """Write a metric's name as the heading of a column of a terminal."""
+    return metric_title(name).removeprefix("mean ")
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:

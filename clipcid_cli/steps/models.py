@@ -117,6 +117,14 @@ def choose_embeddings(work: Path, name: ModelName) -> Path:
     return folder if recorded.weights_hash == own else folder.with_name(f"{folder.name}-{own.rpartition(':')[2][:8]}")
 
 
+def find_embedded_model(work: WorkDirectory) -> str | None:
+    """Return the model of the work directory's embeddings, when there are those of one model."""
+    with suppress(ClipcidError):
+        sidecar = read_sidecar(sidecar_path(work.find_embeddings(), "embed"), EmbedSidecar)
+        return None if sidecar is None else sidecar.model.spec
+    return None
+
+
 def validate_teacher(what: str, recorded: ModelRecord, teacher: ModelName, fix: str) -> None:
     """Refuse what another model than the teacher made."""
     difference = find_mismatch(recorded, teacher)

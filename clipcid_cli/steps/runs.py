@@ -38,6 +38,7 @@ from clipcid_cli.formats.results.metrics import (
 from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder, read_lines
 from clipcid_cli.formats.sidecar import Sidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.shown import metric_title
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.settings.runs import RunsSettings
 
@@ -419,7 +420,7 @@ def _page(contents: Contents, groups: Sequence[Sequence[_Run]]) -> dict[str, Any
         ],
         "figures": list(_draw_curves(contents.runs, groups)),
         "link": lambda path: quote(path),
-        "title": _title,
+        "title": metric_title,
     }
 
 
@@ -443,12 +444,6 @@ def _range(shares: Sequence[float]) -> str:
     return " … ".join([*ends][:: max(1, len(ends) - 1)])
 
 
-def _title(name: str) -> str:
-    """Write a metric's name as the heading of a column."""
-    short = name.removeprefix("lp_").replace("mean_per_class_recall", "mean per class")
-    return short.replace("_retrieval_recall@", " R@").replace("_", " ")
-
-
 def _draw_curves(rows: Sequence[RunRow], groups: Sequence[Sequence[_Run]]) -> Iterator[tuple[str, Markup]]:
     """Draw the metrics of all runs over the steps, those of one group in one colour, with a heading each."""
     drawn = {name: f"{title}, held out" for name, title in _HELD_OUT.items()}
@@ -456,7 +451,7 @@ def _draw_curves(rows: Sequence[RunRow], groups: Sequence[Sequence[_Run]]) -> It
     for data in dict.fromkeys(name.rpartition("/")[0] for name in logged):
         metric = next((metric for metric in _NAMED if f"{data}/{metric}" in logged), None)
         if metric is not None and not data.startswith("ema"):  # of weight averages
-            drawn[f"{data}/{metric}"] = f"{_title(metric)} on {data}"
+            drawn[f"{data}/{metric}"] = f"{metric_title(metric)} on {data}"
     for name, title in list(drawn.items())[:_MOST_FIGURES]:
         ended = [place for place, row in enumerate(rows) if name in row.metrics]
         best = sorted(ended, key=lambda place: -rows[place].metrics[name].mean)[:_MOST_DRAWN]

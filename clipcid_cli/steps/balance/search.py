@@ -22,7 +22,7 @@ from clipcid_cli.algorithms.near.cutoff import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import IntArray, ReadRows
 from clipcid_cli.algorithms.near.plan import Plan
-from clipcid_cli.algorithms.near.search import near_pairs_of
+from clipcid_cli.algorithms.near.search import search_jobs
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 from clipcid_cli.errors import ClipcidError
@@ -76,8 +76,10 @@ def run_chunks(run: BalanceRun, search: Search) -> Edges:
     place = search.place(run)
     saved = context.on_rank0(lambda: _survey(place))
     done = set(chain.from_iterable(saved.values()))
-    if done:
+    if 0 < len(done) < num_chunks:
         reporting.note(f"Resuming the search: {len(done):,} of {num_chunks:,} parts are done.")
+    elif done:
+        reporting.note("All comparisons were made before.")
     left = [chunk for chunk in range(num_chunks) if chunk not in done]
     if left:
         _search(run, search, left, place, _merge(run, search, place, saved) if saved else None)
@@ -119,9 +121,7 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path, known
     since = list[int]()
     with reporting.progress(search.label, total, "pairs") as progress:
         for chunk in mine:
-            jobs = plan.jobs(chunk)
-            blocks = ((load(i), load(j)) for i, j in jobs)
-            for job, pieces in zip(jobs, near_pairs_of(blocks, search.cutoff, sink.wants), strict=True):
+            for job, pieces in search_jobs(plan.jobs(chunk), load, search.cutoff, sink.wants):
                 for edges in pieces:
                     sink.add(edges)
                 progress.advance(plan.pairs_of(job))

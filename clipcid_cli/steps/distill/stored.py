@@ -18,8 +18,8 @@ from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.samples import MatchCounts, index_of
+from clipcid_cli.steps.embed.request import ensure_embeddings
 from clipcid_cli.steps.embed.result import EmbedCost
-from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.embeddings import advise_keys, compare_keys, open_teachers
 from clipcid_cli.steps.models import choose_embeddings, embed_with, find_mismatch, validate_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings

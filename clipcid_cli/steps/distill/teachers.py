@@ -167,7 +167,7 @@ class StoredTeacher(Teacher):
             return chosen
         if self.embeddings.sidecar is None:
             return _ANY
-        from clipcid_cli.steps.embed.encoder import Views
+        from clipcid_cli.steps.embed.augmented import Views
 
         recorded = self.embeddings.sidecar.made
         drawn = Augmentation(recorded.crop_scale, recorded.color_jitter, recorded.gray_probability)

@@ -32,7 +32,8 @@ from clipcid_cli.formats.results.metrics import (
 )
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.evaluate.result import ComparedLines, ComparisonResult, Difference, Draws
+from clipcid_cli.steps.evaluate.comparison import ComparedLines, ComparisonResult, Difference
+from clipcid_cli.steps.evaluate.draws import Draws
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 # Metrics files that an error names.
@@ -232,7 +233,7 @@ def _judge_by_margin(judged: Difference, margin: float, names: list[str]) -> Non
 
 def _summarise(values: list[float]) -> float | Draws:
     """Return the only value; of several seeds the values with their mean and standard deviation."""
-    return values[0] if len(values) == 1 else Draws.of(values)
+    return values[0] if len(values) == 1 else Draws.from_values(values)
 
 
 def _tell_apart(records: list[Metrics], files: list[str]) -> list[str]:

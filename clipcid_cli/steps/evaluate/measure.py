@@ -46,6 +46,7 @@ class TaskResult:
     columns: Callable[[], dict[str, Any]]  # makes the columns of the predictions file but for the keys
     texts: int  # number of prompts or captions used
     chance: dict[str, float]  # what a guess scores, of the metrics where that is known
+    predicted: Array | None = None  # the class of each image, int64 [N], where each has one
     majority: float | None = None  # share of the images in the largest class, where each has one
     per_class: list[ClassScore] = dataclasses.field(default_factory=list)
     examples: list[Example] = dataclasses.field(default_factory=list)
@@ -101,6 +102,7 @@ def _measure_classification(rows: TaskRows, weights: torch.Tensor) -> TaskResult
         columns=columns,
         texts=num_classes * len(task.templates),
         chance=guess_classes(num_classes),
+        predicted=predicted,
         majority=largest_class(labels),
         per_class=per_class,
         examples=_choose_examples(rows, labels, predicted, per_class),

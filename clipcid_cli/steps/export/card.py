@@ -19,7 +19,7 @@ from clipcid_cli.formats.sidecar import AnySidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ModelInfo
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName
-from clipcid_cli.steps.export.check import Classes
+from clipcid_cli.steps.export.inputs import Classes
 from clipcid_cli.steps.settings.export import ExportSettings
 
 _UNKNOWN = "unknown"

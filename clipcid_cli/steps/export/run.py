@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 import msgspec
 import torch
 
-from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import write_json, write_text
-from clipcid_cli.formats.fingerprint import FileRecord, hash_json, record, validate_unchanged
-from clipcid_cli.formats.models.export_folder import CARD, PARITY, WEB, list_written, sync_files, validate_export_folder
+from clipcid_cli.formats.fingerprint import FileRecord, hash_json, record
+from clipcid_cli.formats.models.export_folder import CARD, PARITY, WEB, list_written, sync_files
 from clipcid_cli.formats.models.export_sidecar import ExportSidecar, Parity
-from clipcid_cli.formats.models.web_folder import validate_packages, write_engine
-from clipcid_cli.formats.output import OutputSpec, is_claimed, open_output
-from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
-from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
-from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.formats.models.web_folder import write_engine
+from clipcid_cli.formats.output import OutputSpec, open_output
 from clipcid_cli.runtime import interruption
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.load import load_model
-from clipcid_cli.runtime.models.names import ModelName, parse_model
+from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.export.card import export_name, render_card
-from clipcid_cli.steps.export.check import SEARCH, Checker, find_classes, find_data, read_inputs, validate_measurable
-from clipcid_cli.steps.export.forms import PACKAGES, WRITERS, validate_forms
+from clipcid_cli.steps.export.card import render_card
+from clipcid_cli.steps.export.check import Checker
+from clipcid_cli.steps.export.forms import WRITERS, validate_forms
+from clipcid_cli.steps.export.inputs import find_classes, find_data, read_inputs, validate_measurable
+from clipcid_cli.steps.export.limits import SEARCH, validate_parity
+from clipcid_cli.steps.export.plan import plan_export
 from clipcid_cli.steps.export.search import Gallery, encode_gallery, find_gallery, write_gallery
-from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.settings.export import ExportSettings
 from clipcid_cli.steps.settings.shared import output_settings
 
@@ -50,7 +47,7 @@ def run(settings: ExportSettings) -> ExportResult:
 
 
 def _run(settings: ExportSettings) -> ExportResult:
-    source, folder = _plan(settings)
+    source, folder = plan_export(settings)
     classes, dataset, gallery = find_classes(settings), find_data(settings), find_gallery(settings)
     if settings.dry_run:
         searched = "" if gallery is None else f", with a page that searches {len(gallery.samples):,} images"
@@ -65,57 +62,6 @@ def _run(settings: ExportSettings) -> ExportResult:
     sidecar = _export(source, folder, Checker(model, inputs, settings), gallery, seconds)
     files = {str(Path(name).with_suffix("")): str(folder / name) for name in sidecar.written}
     return ExportResult(source.spec, files, sidecar.parity, sidecar.seconds)
-
-
-def _plan(settings: ExportSettings) -> tuple[ModelName, Path]:
-    """Find the model and the folder of its export, and refuse what is known to fail before the model is loaded."""
-    source = choose_model(settings.model, settings.work)
-    if settings.ema:
-        source = _find_average(source)
-    folder = settings.out or WorkDirectory(settings.work).export(export_name(source))
-    for form in settings.forms:
-        missing = [name for name in PACKAGES[form] if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ClipcidError(
-                f"--format {form} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
-                "Install them, in the checkout of clipcid: pip install '.[export]'",
-            )
-    if source.path is not None and folder.resolve() == source.path.resolve():
-        raise ClipcidError(
-            f"Model {source.spec} is the folder {folder}, so its export would overwrite it.",
-            "Give another folder with --out.",
-        )
-    if "web" in settings.format:
-        validate_packages(settings.npm_packages)
-    validate_export_folder(folder, overwrite=settings.overwrite)
-    return source, folder
-
-
-def _find_average(student: ModelName) -> ModelName:
-    """Find the model with averaged weights of a student's run."""
-    fix = "Train with clipcid distill --ema DECAY, such as 0.999, or omit --ema."
-    if student.path is None or not is_claimed(student.path.resolve().parent, "distill"):
-        raise ClipcidError(
-            f"--ema: {student.spec} is no student of clipcid distill, so there is no average of it.", fix
-        )
-    run = RunFolder(student.path.resolve().parent)
-    path = sidecar_path(run.path, "distill")
-    sidecar = read_sidecar(path, DistillSidecar)
-    if sidecar is None:
-        raise ClipcidError(f"--ema: the run in {run.path} is unfinished.", "Run its command again, which finishes it.")
-    if sidecar.made.ema is None:
-        raise ClipcidError(f"--ema: the run in {run.path} kept no average of the weights.", fix)
-    validate_unchanged(
-        run.path,
-        sidecar.outputs,
-        path,
-        f"Use the model as it is now, by its path: {run.student_ema}; or train it again: its command, with --overwrite.",
-    )
-    average = run.student_ema
-    if average.is_relative_to(Path.cwd()):
-        average = average.relative_to(Path.cwd())
-    reporting.note(f"Average of the weights: {average}, decay {sidecar.made.ema}.")
-    return parse_model(str(average))
 
 
 def _export(
@@ -149,7 +95,7 @@ def _export(
         if output.finished is not None and all((folder / name).exists() for name in output.finished.written):
             # Limits do not change the content, so an existing export is checked against those of this run.
             for form, recorded in output.finished.parity.items():
-                checker.validate(form, recorded)
+                validate_parity(form, recorded, info.spec, settings)
             reporting.note(f"{folder} already holds this export.")
             return output.finished
         output.start()

@@ -24,8 +24,10 @@ from clipcid_cli.runtime.models.exported import OnnxSession
 from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.encode import Decoded, Decoder
-from clipcid_cli.steps.export.check import SEARCH, Checker, choose_samples, open_data
-from clipcid_cli.steps.export.forms import describe_for_page, page_encoders, smallest_kind
+from clipcid_cli.steps.export.check import Checker
+from clipcid_cli.steps.export.inputs import choose_samples, open_data
+from clipcid_cli.steps.export.limits import SEARCH, validate_parity
+from clipcid_cli.steps.export.web import describe_for_page, page_encoders, smallest_kind
 from clipcid_cli.steps.settings.export import ExportSettings
 
 _THUMBNAIL_SIDE = 192  # pixels
@@ -142,5 +144,5 @@ def _compare(checker: Checker, rows: torch.Tensor, text_encoder: Path, size: int
         zeroshot=None,
         engine=session.engine,
     )
-    checker.validate(SEARCH, parity)
+    validate_parity(SEARCH, parity, checker.model.info.spec, checker.settings)
     return parity

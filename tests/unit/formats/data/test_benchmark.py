@@ -23,7 +23,7 @@ from clipcid_cli.formats.data.benchmark import (
     read_templates,
 )
 from clipcid_cli.runtime.models.prompts import builtin_class_names, builtin_templates
-from clipcid_cli.steps.evaluate.tasks import find_copy
+from clipcid_cli.steps.evaluate.task_plan import find_copy
 
 
 @pytest.mark.parametrize(("inner", "name", "data"), [("", "food", "food/test"), ("train", "food/train", "food/train")])

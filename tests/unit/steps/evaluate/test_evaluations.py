@@ -29,8 +29,11 @@ from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
 from clipcid_cli.steps.evaluate.compare import compare_results
-from clipcid_cli.steps.evaluate.linear import ProbeFits, ProbePlan
-from clipcid_cli.steps.evaluate.result import ComparisonResult, LinearResult, ZeroshotResult
+from clipcid_cli.steps.evaluate.comparison import ComparisonResult
+from clipcid_cli.steps.evaluate.probe_fits import ProbeFits
+from clipcid_cli.steps.evaluate.probe_plan import ProbePlan
+from clipcid_cli.steps.evaluate.probe_result import LinearResult
+from clipcid_cli.steps.evaluate.result import ZeroshotResult
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from balance_data import heard
@@ -25,14 +26,9 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, ModelInfo
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.export.card import render_card
-from clipcid_cli.steps.export.check import (
-    Checker,
-    CheckInputs,
-    Classes,
-    find_data,
-    read_inputs,
-    validate_measurable,
-)
+from clipcid_cli.steps.export.check import Checker
+from clipcid_cli.steps.export.inputs import CheckInputs, Classes, find_data, read_inputs, validate_measurable
+from clipcid_cli.steps.export.limits import validate_parity
 from clipcid_cli.steps.export.run import ExportResult, run
 from clipcid_cli.steps.settings.export import ExportSettings
 
@@ -63,27 +59,26 @@ def collect(
 
 def test_a_loss_over_the_limit_is_an_error_that_says_by_how_much(model: ClipModel, drawings: Path) -> None:
     inputs = collect(model, drawings)
-    checker = Checker(model, inputs, ExportSettings(max_accuracy_drop=0.05))
-    candidates, top = inputs.candidates, checker.expected.nearest
-    assert candidates is not None
+    settings = ExportSettings(max_accuracy_drop=0.05)
+    checker = Checker(model, inputs, settings)
+    top = checker.expected.predicted
     assert top is not None
-    right = top == candidates.labels
+    right = top == inputs.labels
     assert right.any()
-    worse = torch.where(right, (top + 1) % 3, top)
-    share = float(right.double().mean())
+    worse = np.where(right, (top + 1) % 3, top)
+    share = float(right.mean())
     said = (
         rf"onnx-int8: acc1 falls from {share:.4f} to 0.0000 on 36 images, by {100 * share:.2f} points \(allowed 5.00\)"
     )
-    found = checker.compare_predictions(worse, gated=True)
-    assert found is not None
+    found = checker.compare_answers(worse, gated=True)
     assert found.drop == pytest.approx(share)
     assert found.agreement == pytest.approx(1 - share)
     with pytest.raises(ClipcidError, match=said):
-        checker.validate("onnx-int8", make_parity("int8", zeroshot=found))
+        validate_parity("onnx-int8", make_parity("int8", zeroshot=found), "m", settings)
     # fp32 forms are judged by their rows alone, and a gain is no loss.
-    for nearest, gated in ((worse, False), (candidates.labels, True)):
-        zeroshot = checker.compare_predictions(nearest, gated=gated)
-        checker.validate("onnx", make_parity("fp32", zeroshot=zeroshot))
+    for nearest, gated in ((worse, False), (inputs.labels, True)):
+        zeroshot = checker.compare_answers(nearest, gated=gated)
+        validate_parity("onnx", make_parity("fp32", zeroshot=zeroshot), "m", settings)
 
 
 def make_parity(kind: str, zeroshot: PredictionParity | None = None, **found: Any) -> Parity:
@@ -91,16 +86,17 @@ def make_parity(kind: str, zeroshot: PredictionParity | None = None, **found: An
 
 
 def test_rows_that_are_no_numbers_pass_no_limit(model: ClipModel, drawings: Path) -> None:
-    checker = Checker(model, collect(model, drawings), ExportSettings(max_difference=1.0, max_accuracy_drop=1.0))
+    settings = ExportSettings(max_difference=1.0, max_accuracy_drop=1.0)
+    checker = Checker(model, collect(model, drawings), settings)
     weights = drawings / "a_cat" / "0.png"  # any file, for its size
     for kind in ("fp32", "fp16", "int8"):
         nan = dataclasses.replace(checker.original, texts=lambda tokens: torch.full((len(tokens), 32), torch.nan))
         with pytest.raises(ClipcidError, match=r"the text encoder differs .* Nothing was written"):
             checker.check("onnx", kind, nan, [weights])
         with pytest.raises(ClipcidError, match=r"a cosine of image and class differs .* Nothing was written"):
-            checker.validate("classifier", make_parity(kind, max_cosine_difference=torch.nan))
+            validate_parity("classifier", make_parity(kind, max_cosine_difference=torch.nan), "m", settings)
         with pytest.raises(ClipcidError, match=r"search: a cosine of image and text differs .* Nothing was written"):
-            checker.validate("search", make_parity(kind, max_cosine_difference=torch.nan))
+            validate_parity("search", make_parity(kind, max_cosine_difference=torch.nan), "m", settings)
 
 
 def test_patches_over_the_limit_are_refused(model: ClipModel, drawings: Path) -> None:

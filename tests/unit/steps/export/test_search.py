@@ -16,7 +16,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.export.check import Checker, read_inputs
+from clipcid_cli.steps.export.check import Checker
+from clipcid_cli.steps.export.inputs import read_inputs
 from clipcid_cli.steps.export.search import Gallery, encode_gallery, find_gallery
 from clipcid_cli.steps.settings.export import ExportSettings
 

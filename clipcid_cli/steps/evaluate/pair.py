@@ -1,0 +1,124 @@
+"""One model on one data set: encode, measure, write metrics, predictions and sidecar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from clipcid_cli.formats.fingerprint import FileRecord, record
+from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.results.evaluations import ZeroshotSidecar
+from clipcid_cli.formats.results.metrics import (
+    RETRIEVAL,
+    predictions_path,
+    read_metrics,
+    skipped_path,
+    write_metrics,
+    write_predictions,
+)
+from clipcid_cli.formats.skipped import make_table, write_skipped
+from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.data_index import note_captions
+from clipcid_cli.steps.evaluate.measure import measure
+from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_skips
+from clipcid_cli.steps.evaluate.result import ZeroshotResult
+from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
+from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+
+
+def evaluate_pair(
+    model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord], path: Path, settings: EvalZeroshotSettings
+) -> ZeroshotResult:
+    """Measure a model on a data set, unless its metrics file is there; on every process.
+
+    Args:
+        data: Fingerprints of the data set.
+        path: The metrics file.
+    """
+    # They change the intervals only.
+    draws = {"bootstrap": settings.bootstrap, "seed": settings.seed}
+    with model.claim(path, ZeroshotSidecar, task.describe() | draws, data, draws) as output:
+
+        def find_result() -> ZeroshotResult | None:
+            if output.finished is None or not path.is_file():
+                return None
+            if settings.predictions and not predictions_path(path).is_file():
+                reporting.note(f"{path} has no predictions; measuring {model.name.spec} on {task.name} again.")
+                return None
+            reporting.note(f"{path} already holds {model.name.spec} on {task.name}.")
+            return _make_result(output.finished, task, path, reused=True)
+
+        result = model.context.on_rank0(find_result)
+        if result is not None:
+            return result
+        rows = model.encode(task)
+        return model.context.on_rank0(lambda: _write(rows, model, output, path, settings))
+
+
+def _write(
+    rows: TaskRows,
+    model: EvaluatedModel,
+    output: Output[ZeroshotSidecar],
+    path: Path,
+    settings: EvalZeroshotSettings,
+) -> ZeroshotResult:
+    """Measure a model by its rows, and write the files of the pair."""
+    task = rows.task
+    warn_of_skips(task.name, rows.skips)
+    if task.kind == RETRIEVAL:
+        note_captions(task.dataset, rows.skips)
+    seconds = dict(rows.seconds)
+    with timed(seconds, "compare"):
+        measured = measure(rows, model.context.device)
+        intervals = measured.draws.intervals(settings.bootstrap, settings.seed)
+    output.start()
+    written = [output.root / path.name]
+    write_metrics(written[0], model.make_metrics(task.name, task.task, measured.draws.values()))
+    # Predictions of the same model and data do not depend on the draws: those that are there are kept up to date.
+    earlier = predictions_path(path)
+    if settings.predictions or (earlier.is_file() and (output.finished or output.earlier) is not None):
+        columns = {"key": rows.keys, **measured.columns()}
+        written.append(output.work / earlier.name)
+        write_predictions(written[1], task.kind, model.model.info.slug, task.name, len(task.class_names), columns)
+    skipped = skipped_path(path)
+    if write_skipped(output.work / skipped.name, [make_table(rows.skips.listed)]):
+        written.append(output.work / skipped.name)
+    images = len(rows.encoded.samples)
+    sidecar = output.commit(
+        counts={"images": images, "texts": measured.texts, "skipped": rows.skips.counts},
+        seconds=seconds,
+        outputs=[record(file, output.work) for file in written],
+        images_per_second=images / seconds["encode"],
+        prompts=task.prompt_lines,
+        customary=task.customary,
+        intervals=intervals,
+        chance=measured.chance,
+        majority=measured.majority,
+        per_class=measured.per_class,
+        examples=measured.examples,
+    )
+    return _make_result(sidecar, task, path, reused=False)
+
+
+def _make_result(sidecar: ZeroshotSidecar, task: ZeroshotTask, path: Path, *, reused: bool) -> ZeroshotResult:
+    files = {"metrics": str(path)}
+    if predictions_path(path).is_file():
+        files["predictions"] = str(predictions_path(path))
+    if skipped_path(path).is_file():
+        files["skipped"] = str(skipped_path(path))
+    return ZeroshotResult(
+        **msgspec.structs.asdict(read_metrics(path)),
+        prompts=task.prompt_lines,
+        customary=sidecar.customary,
+        intervals=sidecar.intervals,
+        chance=sidecar.chance,
+        majority=sidecar.majority,
+        images=sidecar.counts["images"],
+        skipped=sidecar.counts["skipped"],
+        images_per_second=round(sidecar.images_per_second, 1),
+        seconds=sidecar.seconds,
+        files=files,
+        reused=reused,
+    )

@@ -1,0 +1,154 @@
+"""What `eval-linear` will do: the model, the splits with their classes, and the metric that chooses the strength."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import os
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli.algorithms.metrics.classification import MULTI_LABEL_METRICS, SINGLE_LABEL_METRICS
+from clipcid_cli.algorithms.probe import PROMISED_DECREASE, TOLERANCE, regularisation_grid
+from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.data.benchmark import (
+    BenchmarkFolder,
+    customary_metric,
+    find_benchmark_folder,
+    name_data,
+    read_class_names,
+)
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.samples import Sample, read_vector_length
+from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, metrics_stem
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.steps.data_index import open_named
+from clipcid_cli.steps.evaluate.task_plan import find_copy
+from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
+from clipcid_cli.steps.models import choose_model
+from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
+
+TASK = "linear_probe"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbePlan:
+    """A linear probe."""
+
+    name: ModelName
+    dataset: str
+    classes: tuple[str, ...]  # in the order of the training split's labels
+    metric: str  # by which the regularisation strength is chosen
+    # ``train`` and ``test``; without ``val`` the strength is chosen on a part of the training split.
+    splits: dict[str, ZeroshotTask]
+    path: Path  # the metrics file
+    settings: EvalLinearSettings
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return the settings by which a finished probe is recognised."""
+        settings = self.settings
+        return {
+            "dataset": self.dataset,
+            "classes": list(self.classes),
+            "val_fraction": None if "val" in self.splits else settings.val_fraction,
+            "seed": settings.seed,
+            "metric": self.metric,
+            "shots": list(settings.shot_counts),
+            "shot_repeats": settings.shot_repeats if settings.shot_counts else None,
+            "knn": list(settings.neighbour_counts),
+            "grid": regularisation_grid(),
+            "tolerance": TOLERANCE,
+            "promised_decrease": PROMISED_DECREASE,
+            "keys": settings.keys,
+            "columns": dataclasses.asdict(self.splits["train"].dataset.columns),
+        }
+
+
+def make_plan(settings: EvalLinearSettings) -> ProbePlan:
+    """Find the model, open all splits and match their classes: class folders by name, numbered classes by number."""
+    model = choose_model(settings.model, settings.work, positional_of="eval-linear")
+    known = find_copy(settings.data, settings.data_root) if settings.data is not None else None
+    folder = os.path.expanduser(str(settings.data)).rstrip("/") if known is None else str(known[1])
+    given = {"train": settings.train or f"{folder}/train", "test": settings.test or f"{folder}/test"}
+    for split, data in given.items():
+        is_named = getattr(settings, split) is not None or "://" in data or "{" in data
+        if not (is_named or os.path.exists(data) or glob.glob(data)):
+            raise ClipcidError(
+                f"There is no data at {data}.",
+                f"Give --{split}, or a DATA folder that holds train/ and test/; the first positional argument is the model.",
+            )
+    # Both splits have the name of their data set.
+    name = name_data(given["test"]).partition("/")[0] if known is None else known[0].name
+    if settings.val is not None:
+        given["val"] = settings.val
+    opened = {split: open_named(settings, data) for split, data in given.items()}
+    train = opened["train"]
+    described = find_benchmark_folder(given["train"], "train")
+    several = described.dataset_type == MULTI_LABEL
+    if not several:
+        first = next(sample for shard in train.shards for sample in shard.stream())
+        several = first.label is None and (first.labels is not None or first.multi_hot is not None)
+    classes = _class_names(described, opened)
+    kind = MULTI_LABEL if several else CLASSIFICATION
+    splits = {
+        split: ZeroshotTask(f"{name} {split}", kind, dataset, classes, label_of=_labels_of(train, dataset))
+        for split, dataset in opened.items()
+    }
+    metric = choose_metric(settings.metric, name, several=several)
+    path = WorkDirectory(settings.work).eval / f"{metrics_stem(name, model.slug, TASK)}.json"
+    return ProbePlan(model, name, classes, metric, splits, path, settings)
+
+
+def _labels_of(train: Dataset, other: Dataset) -> tuple[int, ...] | None:
+    """Return the training split's label of each class of another split; None where both number them alike."""
+    if other.classes is None or train.classes in (None, other.classes):
+        return None
+    unknown = sorted(set(other.classes) - set(train.classes))
+    if unknown:
+        raise ClipcidError(
+            f"{other.spec} has {len(unknown)} classes that {train.spec} lacks: {', '.join(unknown[:5])}"
+            f"{', …' if len(unknown) > 5 else ''}.",
+            "Give the class folders of both splits the same names.",
+        )
+    return tuple(train.classes.index(name) for name in other.classes)
+
+
+def choose_metric(requested: str, name: str, *, several: bool) -> str:
+    """Return the metric by which C is chosen: the requested one, or the customary one of such a data set."""
+    possible = MULTI_LABEL_METRICS if several else SINGLE_LABEL_METRICS
+    if requested == "auto":
+        return customary_metric(name, possible)
+    if requested not in possible:
+        raise UsageError(
+            f"--metric {requested} does not fit {name}, where an image has {'several classes' if several else 'one class'}.",
+            f"Choose {' or '.join(metric for metric in possible if metric in METRICS)}.",
+        )
+    return requested
+
+
+def _class_names(described: BenchmarkFolder, splits: dict[str, Dataset]) -> tuple[str, ...]:
+    """Return the class names: the training split's folders, the lines of a file, or else numbers up to the largest used."""
+    train = splits["train"]
+    if train.classes is not None:
+        return train.classes
+    if described.class_names is not None:
+        return read_class_names(described.class_names)
+    samples = (sample for dataset in splits.values() for shard in dataset.shards for sample in shard.stream())
+    count = max(map(_min_classes, samples), default=0)
+    if not count:
+        raise ClipcidError(
+            f"{train.spec}: no sample has a class.",
+            "A linear probe needs a .cls next to each image (or a .npy with a 1 for each of its classes), a `label` column "
+            "or one folder per class.",
+        )
+    return tuple(map(str, range(count)))
+
+
+def _min_classes(sample: Sample) -> int:
+    """Return the smallest number of classes that one sample allows."""
+    if sample.multi_hot is not None:
+        return read_vector_length(sample)
+    numbers = (sample.label,) if sample.label is not None else sample.labels or ()
+    return max(numbers, default=-1) + 1

@@ -1,0 +1,103 @@
+"""The forms that are folders of weights, open_clip's and Hugging Face's: written, loaded again, and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.models.export_folder import HF_WEIGHTS, OPEN_CLIP_WEIGHTS
+from clipcid_cli.formats.models.export_sidecar import Parity
+from clipcid_cli.formats.models.hf_folder import write_hf_folder
+from clipcid_cli.formats.models.open_clip_folder import square_side, write_model_folder
+from clipcid_cli.runtime.libraries import quiet_libraries
+from clipcid_cli.runtime.models.exported import HfClip, hf_towers
+from clipcid_cli.runtime.models.load import load_model
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.steps.export.check import Checker, open_towers
+from clipcid_cli.steps.export.tokens import TOKENIZER_TEXTS, compare_tokens
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# torchvision, with which transformers resizes, rounds its filter more coarsely than Pillow: at hard edges differences of 2
+# of 255 levels were seen. A wrong filter or crop makes tens.
+_MAX_LEVELS = 4.0
+
+
+def write_open_clip(checker: Checker, folder: Path) -> dict[str, Parity]:
+    """Write a folder that open_clip loads as ``local-dir:``, load it again, and compare."""
+    model = checker.model
+    write_model_folder(
+        folder,
+        model.info.config,
+        model.info.preprocess,
+        _stored_tensors(checker),
+        source=parse_model(model.info.spec).folder,
+        tokenizer=model.tokenizer.whole,
+    )
+    written = load_model(parse_model(str(folder)), model.device)
+    same_tokens = torch.equal(written.tokenizer(TOKENIZER_TEXTS), model.tokenizer(TOKENIZER_TEXTS))
+    if not same_tokens or written.info.preprocess != model.info.preprocess:
+        raise ClipcidError(
+            f"open-clip: the written folder gives other {'pixels' if same_tokens else 'tokens'} than {model.info.spec}.",
+            "Export from a folder that has the model's own preprocessing and tokenizer files.",
+        )
+    precision = checker.settings.stored_precision
+    return {"open-clip": checker.check("open-clip", precision, open_towers(written), [folder / OPEN_CLIP_WEIGHTS])}
+
+
+def write_hf(checker: Checker, folder: Path) -> dict[str, Parity]:
+    """Write a folder that transformers loads as ``CLIPModel`` and ``CLIPProcessor``, load it, and compare.
+
+    Compared are rows of the same pixels and tokens, and the pixels and tokens that the folder's own processor makes.
+    """
+    model = checker.model
+    tensors = _stored_tensors(checker)
+    with quiet_libraries():
+        write_hf_folder(folder, model.info.config, model.info.preprocess, tensors, model.tokenizer.whole)
+    written = HfClip(folder)
+    towers = hf_towers(written, checker.original, model)
+    parity = checker.check("hf", checker.settings.stored_precision, towers, [folder / HF_WEIGHTS])
+    parity.engine = written.engine
+    parity.processor = _validate_processor(written, checker)
+    parity.tokenizer = compare_tokens("hf", written.prepare_texts, checker)
+    return {"hf": parity}
+
+
+def _stored_tensors(checker: Checker) -> dict[str, torch.Tensor]:
+    """Return the state dict in the number format of the folder."""
+    dtype = _DTYPES[checker.settings.stored_precision]
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in checker.model.module.state_dict().items()
+    }
+
+
+def _validate_processor(written: HfClip, checker: Checker) -> dict[str, int | float]:
+    """Compare pixels with open_clip's. transformers crops some images one pixel aside: these are counted and left out."""
+    inputs, preprocess = checker.inputs, checker.model.info.preprocess
+    std = torch.tensor(preprocess["std"]).view(3, 1, 1)
+    side = square_side(preprocess["size"])
+    assert side is not None, "or it would have been refused"
+    largest = 0.0
+    shifted = 0
+    for image, pixels in zip(inputs.read_images(), inputs.pixels, strict=True):
+        shorter, longer = sorted(image.size)
+        # Of a longer side's margin of 3 modulo 4, transformers rounds half down, torchvision up.
+        if preprocess["resize_mode"] == "shortest" and (side * longer // shorter - side) % 4 == 3:
+            shifted += 1
+            continue
+        difference = written.prepare_image(image) - checker.model.normalize(pixels[None])
+        largest = max(largest, float((difference.abs() * std * 255).max()))
+    if largest > _MAX_LEVELS:
+        raise ClipcidError(
+            f"hf: the image processor's pixels differ from open_clip's by up to {largest:.1f} of 255 levels (allowed "
+            f"{_MAX_LEVELS:.0f}).",
+            "Report this with the model's preprocess_cfg; --format open-clip and onnx are not affected.",
+        )
+    return {
+        "images": len(inputs.samples),
+        "max_difference_levels": round(largest, 4),
+        "cropped_one_pixel_aside": shifted,
+    }

@@ -1,0 +1,269 @@
+"""What an export and the original are compared on: images, texts, and where there are any their classes or captions."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import math
+import shlex
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from clipcid_cli.algorithms.metrics.intervals import Array
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.benchmark import (
+    CLASS_NAMES,
+    DEFAULT_TEMPLATES,
+    MissingSplitError,
+    fill_template,
+    find_benchmark_folder,
+    match_class_names,
+    plain_name,
+    read_class_names,
+    read_templates,
+)
+from clipcid_cli.formats.data.dataset import Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.samples import ByteRange, Sample
+from clipcid_cli.formats.embeddings.sidecar import recorded_data
+from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.results.metrics import CLASSIFICATION
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.decode import read_image
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.encode import Decoder
+from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
+from clipcid_cli.steps.settings.export import ExportSettings
+
+# Images, and texts, whose rows are compared at each batch size.
+COMPARED_ROWS = 16
+_FEW_IMAGES, _MANY_IMAGES = 64, 1000
+
+# The fraction of images that find their own text: among the classes, or among the captions of all images.
+ACCURACY, RECALL = "acc1", "text_retrieval_recall@1"
+
+SENTENCES = (
+    "a photo of a cat.",
+    "A painting of two ships in a storm",
+    "red",
+    "the letter Ü, and 3.14159",
+    "graffiti on a wall that says: don't look up!",
+    "an aerial view of a harbour at low tide, with small boats lying on their sides in the mud",
+    "日本の秋",
+    "smiling face with heart-shaped eyes 😍",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """Class names in order of their labels, their prompt templates, and the files both were read from."""
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    files: tuple[Path, ...] = ()
+
+    @classmethod
+    def read(cls, names: Path, templates: Path | None) -> Classes:
+        """Read them from text files, without templates with the default one."""
+        if templates is None:
+            return cls(read_class_names(names), files=(names,))
+        return cls(read_class_names(names), read_templates(templates), (names, templates))
+
+    def prompts(self) -> list[list[str]]:
+        """Return the prompts of each class, C × T."""
+        return [[fill_template(template, name) for template in self.templates] for name in self.names]
+
+
+def find_classes(settings: ExportSettings) -> Classes | None:
+    """Read the classes of ``--classnames``; None without it."""
+    names, templates = settings.classnames, settings.templates
+    if names is not None and names.is_dir():
+        folder = find_benchmark_folder(str(names))
+        if folder.class_names is None:
+            raise ClipcidError(
+                f"{names} has no {CLASS_NAMES}.",
+                "Give a text file with one class name per line. Of a folder per class it is written by: "
+                f"ls {shlex.quote(str(names))} > {CLASS_NAMES}",
+            )
+        names, templates = folder.class_names, templates or folder.templates
+    return None if names is None else Classes.read(names, templates)
+
+
+def find_data(settings: ExportSettings) -> Dataset | None:
+    """Open ``--data``, else the work directory's data; None where there is none."""
+    if settings.data is not None:
+        return open_data(settings.data, settings)
+    try:
+        return open_described(recorded_data(WorkDirectory(settings.work).find_embeddings()), **settings.trust)
+    except ClipcidError:
+        # The data may have been moved since it was embedded, or the model comes from elsewhere; patterns will do.
+        return None
+
+
+def open_data(spec: str, settings: ExportSettings) -> Dataset:
+    """Open data that the user has named, also a CLIP_benchmark folder."""
+    try:
+        return open_dataset(find_benchmark_folder(spec).data, **settings.trust)
+    except MissingSplitError as error:
+        # `export` has no --split.
+        raise ClipcidError(error.message, "Give the folder of one of them.") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckInputs:
+    """What both models are compared on."""
+
+    samples: list[Sample]
+    pixels: torch.Tensor  # of the samples after the model's resize and crop, uint8 [N, H, W, 3]
+    texts: list[str]  # whose rows are compared, COMPARED_ROWS
+    tokens: torch.Tensor  # of the texts, int64 [COMPARED_ROWS, L]
+    classes: Classes | None  # those of --classnames, which a classifier is made of
+    # Which class each image has, where it has one; else each caption is a class. None where there are no captions either.
+    task: ZeroshotTask | None
+    measure: str  # what the accuracy of `task` is called: `ACCURACY`, or of captions `RECALL`
+    source: str  # where they come from, in words
+    skips: Skips
+
+    @property
+    def compared_pixels(self) -> torch.Tensor:
+        """Images whose rows are compared, uint8 [COMPARED_ROWS, H, W, 3]; fewer images are repeated."""
+        return self.pixels[torch.arange(COMPARED_ROWS) % len(self.pixels)]
+
+    @property
+    def prompts(self) -> list[list[str]]:
+        """Texts of each class, or each caption, C × T; none where there is no task."""
+        return [] if self.task is None else [self.task.prompts(name) for name in self.task.class_names]
+
+    @cached_property
+    def labels(self) -> Array:
+        """Which of the classes or captions each image has, int64 [N]; there is a task."""
+        assert self.task is not None
+        return self.task.labels(self.samples).numpy()
+
+    def read_images(self) -> Iterator[Image.Image]:
+        """Decode the images again, whole."""
+        for sample in self.samples:
+            image = read_image(sample.image)
+            assert isinstance(image, Image.Image), "it was readable a moment ago"
+            yield image
+
+    def fingerprint(self) -> FileRecord:
+        """Identify these inputs, so that a later run knows whether it compares on the same ones."""
+        digest = hashlib.blake2b(self.pixels.numpy().tobytes(), digest_size=16)
+        digest.update(repr(self.texts).encode())
+        if self.task is not None:
+            digest.update(repr((self.measure, self.prompts, self.labels.tolist())).encode())
+        return FileRecord(f"{self.source}#compared", len(self.pixels), f"blake2b:{digest.hexdigest()}")
+
+
+def read_inputs(
+    model: ClipModel,
+    dataset: Dataset | None,
+    classes: Classes | None,
+    settings: ExportSettings,
+) -> CheckInputs:
+    """Read and decode what is compared: from the data, else drawn patterns and shipped sentences.
+
+    Labels number the classes of ``--classnames``, else those of the data, where it has any.
+    """
+    limit = settings.check_images or (_MANY_IMAGES if settings.data is not None or settings.quantize else _FEW_IMAGES)
+    decoder, skips = Decoder.from_model(model, captions=False), Skips()
+    listed = [] if dataset is None else choose_samples(dataset, limit)
+    decoded = decoder(listed)
+    for place, reason in decoded.failures.items():
+        skips.add(reason, listed[place].key)
+    readable = [place for place in range(len(listed)) if place not in decoded.failures]
+    if settings.data is not None:
+        # Without --data it is what was embedded, which was held to this limit then.
+        skips.check(len(listed), settings.max_bad_fraction, settings.data)
+        if not readable:
+            raise ClipcidError(f"--data {settings.data} holds no readable image.", "Give other data with --data.")
+    if dataset is not None and skips.total:
+        reporting.warn(f"Images of {dataset.spec} skipped: {skips.total:,}\n{skips.describe()}")
+    source = "drawn patterns and shipped sentences"
+    task = None
+    measure = ACCURACY
+    if dataset is not None and readable:
+        source = dataset.spec
+        samples = [listed[place] for place in readable]
+        samples, task, measure = _find_task(samples, dataset, classes or _own_classes(dataset, settings.data))
+    else:
+        samples = [_draw_pattern(seed) for seed in range(COMPARED_ROWS)]
+        readable = list(range(COMPARED_ROWS))
+        decoded = decoder(samples)
+    assert decoded.pixels is not None
+    pixels = decoded.pixels[readable]
+    reporting.note(f"Comparing on {len(pixels):,} images: {source}.")
+    captions = [sample.captions[0] for sample in samples[: COMPARED_ROWS // 2] if sample.captions]
+    texts = list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), COMPARED_ROWS))
+    return CheckInputs(samples, pixels, texts, model.tokenizer(texts), classes, task, measure, source, skips)
+
+
+def choose_samples(dataset: Dataset, limit: int) -> list[Sample]:
+    """Return the first samples, or, of labelled data, evenly spaced ones, since it is often sorted by class."""
+    samples = (sample.without_image_data() for shard in dataset.shards for sample in shard.stream())
+    chosen = list(itertools.islice(samples, limit))
+    if not chosen or chosen[0].label is None:
+        return chosen
+    chosen += samples
+    taken = min(limit, len(chosen))
+    return [chosen[place * len(chosen) // taken] for place in range(taken)]
+
+
+def _draw_pattern(seed: int) -> Sample:
+    """Draw a smooth random picture: a few colours enlarged, so that neighbouring pixels are alike as in a photograph."""
+    generator = torch.Generator().manual_seed(seed)
+    colours = torch.randint(0, 256, (6, 6, 3), generator=generator, dtype=torch.uint8)
+    file = io.BytesIO()
+    Image.fromarray(colours.numpy()).resize((256, 192), Image.Resampling.BICUBIC).save(file, "PNG")
+    return Sample(f"pattern {seed}", ByteRange("", data=file.getvalue()))
+
+
+def _own_classes(dataset: Dataset, spec: str | None) -> Classes | None:
+    folder = find_benchmark_folder(spec) if spec is not None else None
+    if folder is not None and folder.class_names is not None:
+        return Classes.read(folder.class_names, folder.templates)
+    return Classes(tuple(map(plain_name, dataset.classes))) if dataset.classes is not None else None
+
+
+def _find_task(
+    samples: list[Sample], dataset: Dataset, classes: Classes | None
+) -> tuple[list[Sample], ZeroshotTask | None, str]:
+    """Find what the images are classified by, and what its accuracy is called: their classes, else their captions."""
+    if classes is not None and all(sample.label is not None for sample in samples):
+        label_of = None if dataset.classes is None else match_class_names(classes.names, dataset.classes).labels
+        task = ZeroshotTask(dataset.spec, CLASSIFICATION, dataset, classes.names, classes.templates, label_of=label_of)
+        return samples, task, ACCURACY
+    if not all(sample.captions for sample in samples):
+        return samples, None, ACCURACY
+    captions = [sample.captions[0] for sample in samples]
+    places = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
+    labelled = [
+        dataclasses.replace(sample, label=places[caption]) for sample, caption in zip(samples, captions, strict=True)
+    ]
+    return labelled, ZeroshotTask(dataset.spec, CLASSIFICATION, dataset, tuple(places), ("{c}",)), RECALL
+
+
+def validate_measurable(inputs: CheckInputs, settings: ExportSettings) -> None:
+    """Refuse 8 bits where their loss cannot be measured, and warn where too few images measure it."""
+    count, max_drop = len(inputs.pixels), settings.max_accuracy_drop
+    if settings.quantize and inputs.task is not None and 0 < max_drop < 1 / count:
+        reporting.warn(
+            f"What quantization loses is measured on {count:,} images, so one image is {100 / count:.2f} points, more than "
+            f"the {100 * max_drop:.2f} allowed. Compare on at least {math.ceil(1 / max_drop):,} images, better on many more "
+            "(--data, --check-images)."
+        )
+    if "int8" in settings.quantize and inputs.task is None:
+        raise ClipcidError(
+            "--quantize int8 needs images with classes or captions, to measure its loss of accuracy; "
+            f"there are neither captions nor names of classes in {inputs.source}.",
+            "Name some with --data: a CLIP_benchmark folder, a folder of images per class, or shards with captions; or give "
+            "the names of the classes with --classnames: a file with one class name per line.",
+        )
