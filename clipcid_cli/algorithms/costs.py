@@ -149,9 +149,18 @@ class Clip:
         """Bytes of a checkpoint."""
         return _BYTES_OF_CHECKPOINT * self.parameters
 
-    def kept_bytes(self, *, mixed: bool = True) -> int:
-        """Return the bytes of a pair that wait for the backward pass on a device."""
-        return (self.image.kept + self.text.kept) * _bytes_of_number(mixed=mixed)
+    def kept_bytes(self, *, mixed: bool = True, recomputed: bool = False) -> int:
+        """Return the bytes of a pair that wait for the backward pass on a device.
+
+        Args:
+            recomputed: Whether layers are computed again in the backward pass: then what waits is the input of each layer,
+                and all of one.
+        """
+        numbers = self.image.kept + self.text.kept
+        if recomputed:
+            layers = max(2, min(self.image.layers, self.text.layers))
+            numbers = numbers // _KEPT + numbers // (layers - 1)
+        return numbers * _bytes_of_number(mixed=mixed)
 
     @property
     def update_bytes(self) -> int:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.embed import show as show_embedded
 from clipcid_cli.commands.summary import count, format_phases, format_skipped, print_facts
-from clipcid_cli.steps.balance.result import Audit, BalanceCost, BalanceResult
+from clipcid_cli.steps.balance.result import Audit, BalanceResult
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.balance import BalanceSettings
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.balance.cost import BalanceCost
 
 
 def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> None:
     """Print how much is kept, at which cut-off, and where the files are; the cost of a dry run is in its notes."""
-    if isinstance(result, BalanceCost):
-        return
     if isinstance(result, EmbedCost):
         show_embedded(result, console)
+    if not isinstance(result, BalanceResult):
         return
     threshold = result.threshold
     other = result.other_linkage
@@ -29,15 +33,19 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
     }
     is_filtered = any(part is not None for part in (result.against, result.caption_window, cap))
     repeats = "dropped repeats" if is_filtered else "dropped images"
-    facts["not covered"] = (
-        f"{result.uncovered_ratio:.1%} of the {repeats} are farther from their kept image than the cut-off"
-    )
+    if threshold is not None:
+        facts["not covered"] = (
+            f"{result.uncovered_ratio:.1%} of the {repeats} are farther from their kept image than the cut-off"
+        )
     if is_filtered:
         facts["dropped"] = _format_dropped(result)
     if other is not None:
         before = "" if cap is None else " before clusters are capped"
+        of = f"of {count(result.images, 'image')} "
+        if result.searched < result.images:
+            of = f"of the {result.searched:,} left "
         facts[f"with {other.linkage}"] = (
-            f"{other.kept:,} ({other.kept / result.searched:.1%}) would be kept at this cut-off{before}, "
+            f"{other.kept:,} {of}({other.kept / result.searched:.1%}) would be kept at this cut-off{before}, "
             f"and {other.uncovered_ratio:.1%} of the {repeats} would not be covered"
         )
     elif threshold is not None:

@@ -53,7 +53,7 @@ def _format_need(check: Check, model: str) -> str:
 
 def _format(value: float, unit: str) -> str:
     if unit == "s":
-        return f"{_shorten(1e3 * value)} ms"
+        return f"{_shorten(value)} s" if value >= 1 else f"{_shorten(1e3 * value)} ms"
     if unit in ("B", "B/s"):
         return format_bytes(int(value)) + unit.removeprefix("B")
     if unit == "FLOP/s":

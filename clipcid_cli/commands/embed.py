@@ -23,7 +23,7 @@ def show(result: Embedded, console: Console) -> None:
         facts = {
             "images": f"about {result.images:,} in {count(result.shards, 'shard')}",
             "disk": f"{format_bytes(result.bytes)}, {result.bytes_per_image:,} bytes per image",
-            "time": f"about {format_seconds(result.seconds['encode'])}, if the data is read as fast",
+            "time": f"about {format_seconds(result.seconds['encode'])}, at the pace of the first batches",
             "memory": format_host_memory(result.host_memory_bytes, result.shared_memory_bytes),
         }
         if result.bytes > result.free_bytes:

@@ -181,6 +181,6 @@ def shorten_metric(name: str) -> str:
     return metric_title(name).removeprefix("mean ")
 
 
-def count(number: int, noun: str, plural: str | None = None) -> str:
+def count(amount: int, noun: str, plural: str | None = None) -> str:
     """Write a number with its noun: ``1 image``, ``1,126 images``."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+    return f"{amount:,} {noun if amount == 1 else plural or noun + 's'}"

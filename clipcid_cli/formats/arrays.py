@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.formats.files import atomic_file, create, read_regular, write_error
+from clipcid_cli.formats.journal import Journal
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,6 +80,11 @@ def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
         raise
     except Exception:  # NumPy and zipfile raise what they like for a damaged archive
         return None
+
+
+def array_journal(folder: Path) -> Journal[dict[str, Any]]:
+    """Return the journal of parts that are arrays and numbers by name."""
+    return Journal(folder, ".npz", save_arrays, load_arrays)
 
 
 def _hash(arrays: dict[str, Any]) -> str:

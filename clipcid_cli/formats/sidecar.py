@@ -70,25 +70,6 @@ class DataSpec(msgspec.Struct, omit_defaults=True):
     list_encoding: str | None = None
 
 
-class ModelRecord(msgspec.Struct, kw_only=True):
-    """The model that made embeddings: the fields of `ModelInfo`, and the scale and bias of its cosines."""
-
-    spec: str
-    weights_hash: str
-    slug: str = ""
-    architecture: str | None = None
-    tag: str | None = None
-    preprocess: dict[str, Any] = {}
-    context_length: int = 0
-    embed_dim: int = 0
-    image_size: tuple[int, int] = (0, 0)
-    parameters: int = 0
-    tokenizer: str = ""
-    config: dict[str, Any]
-    logit_scale: float | None = None
-    logit_bias: float | None = None
-
-
 def sidecar_path(folder: Path, step: str) -> Path:
     """Return the path of the sidecar of a step's output."""
     return folder / f"{step}.json"
@@ -118,11 +99,14 @@ def read_sidecar(path: Path, kind: type[AnySidecar], fix: str | None = None) -> 
         return msgspec.convert(content, kind)
 
 
-def run_again(step: str, sidecar: Sidecar | None, **flags: Any) -> str:
-    """Return the fix that makes an output anew: the flags to add to its command, which is shown as it was typed."""
-    fix = f"Run {step} again with {flag_words(**flags, overwrite=True)}"
+def run_again(step: str, sidecar: Sidecar | None, or_else: str = "", **flags: Any) -> str:
+    """Return the fix that makes an output anew: the flags to add to its command, which is shown as it was typed.
+
+    `or_else` is another remedy, a line.
+    """
+    again = f"Run {step} again with {flag_words(**flags, overwrite=True)}."
     command = [] if sidecar is None else sidecar.command
-    return "\n".join(filter(None, [f"{fix}.", made_by("The output that is there was", command)]))
+    return "\n".join(filter(None, [again, or_else, made_by("The output that is there was", command)]))
 
 
 def write_sidecar(path: Path, sidecar: Sidecar) -> None:

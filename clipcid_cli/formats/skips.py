@@ -27,7 +27,7 @@ REASONS = {
 CAPTION_CHANGES = {
     "not_utf8": "not UTF-8",
     "cut": "too long, cut",
-    "several_lines": "of several lines, each taken as one caption (--caption-lines takes each line as one)",
+    "several_lines": "of several lines, each taken as one caption (--caption-lines: each line of a .txt)",
 }
 
 NAMED = 5

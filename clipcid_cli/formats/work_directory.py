@@ -110,8 +110,7 @@ class WorkDirectory:
             fix = f"Or use the list as it is now: {flag_words(keep_list=path)}"
             if not path.exists():
                 fix = "Or take all images: --keep-list none"
-            again = run_again("balance", sidecar)
-            validate_unchanged(self.balance, sidecar.outputs, record, f"{again}\n{fix}")
+            validate_unchanged(self.balance, sidecar.outputs, record, run_again("balance", sidecar, fix))
             return path
         if path.exists() or unfinished(self.balance, "balance") is not None:
             raise ClipcidError(

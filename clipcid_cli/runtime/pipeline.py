@@ -272,6 +272,41 @@ def thread_map(function: Callable[[Item], Result], items: Iterable[Item], thread
         torch.set_num_threads(cores)
 
 
+class Background:
+    """A thread that does one thing while the caller goes on; leaving the block waits for it.
+
+    What goes wrong in it is raised by the next call. So at most two things are held: the one in work, and the caller's next.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="background")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def start(self, work: Callable[[], None]) -> float:
+        """Start some work once the work before is done; return the seconds that the caller waited for that."""
+        waited = self.wait()
+        self._pending = self._pool.submit(work)
+        return waited
+
+    def wait(self) -> float:
+        """Wait until the work is done; return the seconds that the caller waited."""
+        began = time.perf_counter()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+        return time.perf_counter() - began
+
+
 def read_ahead(items: Iterable[Item], count: int) -> Generator[Item]:
     """Take up to `count` items ahead in a thread, so that waiting for a network overlaps with what the caller does."""
     stream = iter(items)

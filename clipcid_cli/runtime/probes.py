@@ -30,6 +30,7 @@ _LARGE = 100_000_000  # parameters of a model for which the format of training i
 _SECONDS = 0.4
 _COPIED_BYTES = 2**26
 _REPEATS = 5
+_LONGEST_EXCHANGE = 5.0  # seconds
 
 _BLOCK = 4 * 2**20
 _FIRST_BYTES = 4096
@@ -84,11 +85,19 @@ def measure_copies(device: torch.device) -> float:
     return _COPIED_BYTES / _best(lambda: pinned.to(device, non_blocking=True), device)
 
 
-def measure_exchange(device: torch.device, num_bytes: int = _COPIED_BYTES) -> float:
+def measure_exchange(device: torch.device) -> float:
     """Return the bytes a second of float32 gradients that all processes of the run sum over one another."""
+    few = _time_exchange(device, _COPIED_BYTES // 16, repeats=1)
+    slowest = torch.tensor(few, device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)  # so that all processes go on alike
+    if 16 * _REPEATS * float(slowest) > _LONGEST_EXCHANGE:
+        return _COPIED_BYTES / 16 / few
+    return _COPIED_BYTES / _time_exchange(device, _COPIED_BYTES, repeats=_REPEATS)
+
+
+def _time_exchange(device: torch.device, num_bytes: int, repeats: int) -> float:
     gradients = torch.zeros(num_bytes // 4, device=device)
-    seconds = time_trial(lambda: dist.all_reduce(gradients), device, repeats=_REPEATS).seconds
-    return num_bytes / seconds
+    return time_trial(lambda: dist.all_reduce(gradients), device, repeats=repeats).seconds
 
 
 def measure_first_bytes(files: Sequence[str]) -> float:

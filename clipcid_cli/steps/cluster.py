@@ -32,12 +32,12 @@ from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claim
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
     PROGRESS,
+    ClusterParts,
     ClusterSidecar,
     join_parts,
     map_tops,
     part_arrays,
     part_bounds,
-    part_path,
     read_label_parts,
     top_paths,
 )
@@ -214,8 +214,8 @@ class ClusterRows:
         return pa.chunked_array(pieces, pa.large_string())
 
     def fingerprint(self) -> list[FileRecord]:
-        found = self.embeddings.fingerprints([Kind.TEXTS])
-        return found if self.keep_list is None else [*found, record(self.keep_list)]
+        files = self.embeddings.fingerprints([Kind.TEXTS])
+        return files if self.keep_list is None else [*files, record(self.keep_list)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,21 +351,22 @@ def _train(plan: ClusterPlan, context: DistContext, progress: Path) -> LloydStat
     settings, trained, num_rows = plan.settings, plan.trained, len(plan.rows)
 
     def begin() -> LloydState:
-        found = load_arrays(progress)
-        if found is None:
+        saved = load_arrays(progress)
+        if saved is None:
             return LloydState(first_centroids(trained, plan.num_clusters, settings.seed))
-        iterations = int(found["iterations"])
+        iterations = int(saved["iterations"])
         reporting.note(f"Resuming after {iterations} iterations.")
-        return LloydState(torch.from_numpy(found["centroids"]), iterations, bool(found["converged"]))
+        return LloydState(torch.from_numpy(saved["centroids"]), iterations, bool(saved["converged"]))
 
     state = context.on_rank0(begin)
-    used = "all images" if len(trained) == num_rows else f"{len(trained):,} of {num_rows:,} images (--train-rows)"
-    reporting.note(f"Centroids are computed from {used}.")
+    used = f"{len(trained):,}" if len(trained) < num_rows else "all"
+    given = " (--train-rows)" if len(trained) < num_rows else ""
+    reporting.note(f"Centroids are computed from {used} of the {num_rows:,} images{given}.")
     states = run_lloyd(
         trained,
         state,
         iterations=settings.iterations,
-        dtype=choose_coarse_dtype(settings.precision, context.device).dtype,
+        dtype=choose_coarse_dtype("auto", context.device).dtype,
         device=context.device,
         processes=Processes(
             context.rank_range,
@@ -389,7 +390,8 @@ def _assign(plan: ClusterPlan, context: DistContext, centroids_KD: torch.Tensor,
     """Write the parts of the table that are not there yet, or damaged, dealt to the processes."""
     bounds = part_bounds(len(plan.rows))
     mine = range(context.rank, len(bounds), context.size)
-    left = [part for part in mine if load_arrays(part_path(folder, part)) is None]
+    parts = ClusterParts(folder)
+    left = [part for part in mine if parts.read(part) is None]
     centroids_KD = centroids_KD.to(context.device)
     size = _ROWS_AT_ONCE[context.device.type]
     blocks = (
@@ -401,8 +403,8 @@ def _assign(plan: ClusterPlan, context: DistContext, centroids_KD: torch.Tensor,
         tops = {}
         for tower, read in plan.rows.towers.items():
             rows_BD = torch.from_numpy(read(np.arange(start, stop))).to(context.device)
-            found_Bm, cosine_Bm = top(rows_BD, centroids_KD, plan.num_nearest)
-            tops[tower] = found_Bm.cpu().numpy(), cosine_Bm.cpu().numpy()
+            number_Bm, cosine_Bm = top(rows_BD, centroids_KD, plan.num_nearest)
+            tops[tower] = number_Bm.cpu().numpy(), cosine_Bm.cpu().numpy()
         return part, part_arrays(tops)
 
     own, open_ = (sum(bounds[part][1] - bounds[part][0] for part in parts) for parts in (mine, left))
@@ -413,7 +415,7 @@ def _assign(plan: ClusterPlan, context: DistContext, centroids_KD: torch.Tensor,
         for part, blocks_of_part in itertools.groupby(nearest, key=itemgetter(0)):
             pieces = [arrays for _, arrays in blocks_of_part]
             arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-            save_arrays(part_path(folder, part), arrays)
+            parts.append(part, arrays)
             progress.advance(bounds[part][1] - bounds[part][0])
     context.barrier()
 
@@ -483,7 +485,7 @@ def _estimate_cost(plan: ClusterPlan, context: DistContext) -> ClusterCost:
     """Count the operations of all iterations, and the memory of a process."""
     settings, rows, num_clusters = plan.settings, plan.rows, plan.num_clusters
     num_trained, width = len(plan.trained), plan.rows.width
-    scan = choose_coarse_dtype(settings.precision, context.device).dtype
+    scan = choose_coarse_dtype("auto", context.device).dtype
     integer_bytes = integer_dtype(context.device, scan, width).itemsize
     kept = min(memory_for_rows(context.device), integer_bytes * width * num_trained // context.size)
     memory = num_clusters * width * (4 + 8 + integer_bytes) + kept

@@ -170,7 +170,7 @@ def index_alone(dataset: Dataset, workers: int | None) -> Dataset:
 
 
 def open_part(dataset: Dataset, shard_index: int) -> Part:
-    """Return the samples of one shard from the index, into which it is listed where it is not there."""
+    """Return the samples of one shard from the index; a shard that is not in it yet is listed first."""
     if dataset.index is not None:
         return dataset.index.part(shard_index)
     folder = dataset.index_folder

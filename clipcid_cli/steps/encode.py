@@ -61,28 +61,36 @@ def list_batches(
         stream: Yields the samples of a shard, and counts those it leaves out.
         reject: Says why a sample cannot be used, if so.
     """
+    batches = _list_batches(dataset, shards, stream, batch_size, reject)
+    return read_ahead(batches, _READ_AHEAD) if any(shard.is_streamed for shard in dataset.shards) else batches
 
-    def list_shard(number: int) -> Iterator[Batch]:
+
+def _list_batches(
+    dataset: Dataset,
+    shards: Iterable[int],
+    stream: Callable[[int, Skips], Iterator[Sample]],
+    batch_size: int,
+    reject: Callable[[Sample], str | None],
+) -> Iterator[Batch]:
+    for shard_index in shards:
+        shard = dataset.shards[shard_index]
         skipped = Skips()
         rejected = Skips()
         samples = list[Sample]()
         read = 0
-        for sample in stream(number, skipped):
+        for sample in stream(shard_index, skipped):
             read += 1
             reason = reject(sample)
             if reason is not None:
-                rejected.add(reason, dataset.shards[number].describe(sample.key))
+                rejected.add(reason, shard.describe(sample.key))
                 continue
             if len(samples) == batch_size:
-                yield Batch(number, samples)
+                yield Batch(shard_index, samples)
                 samples = []
             samples.append(sample)
         read += skipped.total
         skipped.merge(rejected)
-        yield Batch(number, samples, read, dataset.shards[number].locate(skipped))
-
-    batches = (batch for number in shards for batch in list_shard(number))
-    return read_ahead(batches, _READ_AHEAD) if any(shard.is_streamed for shard in dataset.shards) else batches
+        yield Batch(shard_index, samples, read, shard.locate(skipped))
 
 
 @dataclasses.dataclass

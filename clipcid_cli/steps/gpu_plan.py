@@ -23,7 +23,7 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
 from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import TrainingDataSettings
-from clipcid_cli.steps.training_time import step_seconds
+from clipcid_cli.steps.training_time import encode_seconds, step_seconds
 
 # Bytes of an image file of 256 pixels with its caption, and images a core decodes a second (docs/scale.md).
 _IMAGE_BYTES = 25_000
@@ -103,25 +103,24 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     batch = settings.batch_size or BATCH_OF_DEVICE * gpus.total
     steps = settings.steps or math.ceil((settings.epochs or _EPOCHS) * trained / batch)
     own = math.ceil(batch / gpus.total)
-    candidates = 0
-    if "cluster" in settings.losses():
-        clusters = _default_clusters(images)
-        candidates = min(clusters, max(settings.min_candidates, round(settings.candidate_ratio * clusters)))
+    candidates = _count_candidates(settings, images)
     taken = step_seconds(clip, gpus.device, own, batch, candidates)
-    seconds = steps * taken
-    row_bytes = 0
-    if not (settings.has_no_teacher or settings.online_teacher):
-        width = known.width or _width_of(next(iter(settings.teacher), DEFAULT_MODEL))
-        row_bytes = 2 * 2 * width  # of the image and the caption
-    kept_bytes = clip.kept_bytes(mixed=gpus.device.is_mixed)
+    operations = batch * clip.training_operations + gpus.total * clip.optimizer_operations
+    # Beside the step: layers that are computed again, and a teacher that encodes the same samples.
+    again = [clip] if settings.grad_checkpointing else []
+    again += [_describe(name) for name in settings.teacher] if settings.online_teacher else []
+    for model in again:
+        taken += encode_seconds(own * model.operations, own * model.encoding_bytes(), gpus.device)
+        operations += batch * model.operations
+    kept_bytes = clip.kept_bytes(mixed=gpus.device.is_mixed, recomputed=settings.grad_checkpointing)
     free = _SHARE_OF_MEMORY * gpus.device.memory - clip.state_bytes
     plan = _finish(
         "distill",
         gpus,
         images,
-        seconds,
-        operations=steps * (batch * clip.training_operations + gpus.total * clip.optimizer_operations),
-        bytes_read=steps * batch * float(_IMAGE_BYTES + row_bytes),
+        steps * taken,
+        operations=float(steps) * operations,
+        bytes_read=float(steps) * batch * (_IMAGE_BYTES + _count_row_bytes(settings, known.width)),
         disk_bytes=3.0 * clip.checkpoint_bytes,
         memory_bytes=clip.state_bytes + own / settings.accum_freq * kept_bytes,
         price=settings.price,
@@ -133,17 +132,31 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     return plan
 
 
+def _count_candidates(settings: DistillSettings, images: int) -> int:
+    """Return how many centroids the cluster loss compares a sample with, of the default number of clusters."""
+    if "cluster" not in settings.losses():
+        return 0
+    clusters = _default_clusters(images)
+    return min(clusters, max(settings.min_candidates, round(settings.candidate_ratio * clusters)))
+
+
+def _count_row_bytes(settings: DistillSettings, width: int | None) -> int:
+    """Return the bytes of a teacher's stored rows of an image and its caption."""
+    if settings.has_no_teacher or settings.online_teacher:
+        return 0
+    return 2 * 2 * (width or _width_of(next(iter(settings.teacher), DEFAULT_MODEL)))
+
+
 def plan_embed(settings: EmbedSettings) -> GpuPlan:
     """Compute what embedding takes."""
     gpus = _choose_gpus(settings.gpus, settings.precision)
-    clip = _describe(settings.model)
+    clip = _describe(settings.model or DEFAULT_MODEL)
     images = _count_images(settings, _look_up(settings).images)
     shown, texts = 1 + settings.views, (1 + settings.text_variants) * settings.text
     operations = shown * clip.image.operations + texts * clip.text.operations
     number_bytes = 2 if gpus.device.is_mixed else 4
     moved = number_bytes * (shown * clip.image.moved + texts * clip.text.moved)
-    reached = gpus.device.reached()
-    seconds = images * (operations / reached.product + moved / reached.bandwidth) / gpus.total
+    seconds = images * encode_seconds(operations, moved, gpus.device) / gpus.total
     row_bytes = 2 * clip.embed_dim * (shown + texts) + 136 * settings.views
     batch = settings.batch_size or _ENCODED_AT_ONCE
     layer = 2 * clip.image.kept // max(1, clip.image.layers - 1)  # what one layer holds of an image

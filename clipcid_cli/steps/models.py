@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
-from clipcid_cli.formats.sidecar import ModelRecord, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.records import ModelRecord
 from clipcid_cli.runtime.models.names import (
     CONFIG_NAME,
     ModelName,
@@ -114,7 +117,33 @@ def choose_embeddings(work: Path, name: ModelName) -> Path:
     if recorded is None or Path(recorded.spec).resolve() == name.path.resolve():
         return folder
     own = hash_weights(weights)
-    return folder if recorded.weights_hash == own else folder.with_name(f"{folder.name}-{own.rpartition(':')[2][:8]}")
+    return folder if recorded.weights_hash == own else folder.with_name(f"{folder.name}-{_shorten(own)}")
+
+
+def find_embedded_model(work: WorkDirectory) -> str | None:
+    """Return the model of the work directory's embeddings, when there are those of one model."""
+    with suppress(ClipcidError):
+        sidecar = read_sidecar(sidecar_path(work.find_embeddings(), "embed"), EmbedSidecar)
+        return None if sidecar is None else sidecar.model.spec
+    return None
+
+
+def tell_apart(names: Sequence[ModelName]) -> list[ModelName]:
+    """Let the name of a model folder end with the hash of its weights, where one before it has the same name."""
+    first = dict[str, ModelName]()
+    told_apart = list[ModelName]()
+    for name in names:
+        other = first.setdefault(name.slug, name)
+        weights = None if name.path is None else find_weights(name.path)
+        if other.path is not None and name.path is not None and other.path.resolve() != name.path.resolve() and weights:
+            name = dataclasses.replace(name, suffix=f"-{_shorten(hash_weights(weights))}")
+            reporting.note(f"{name.spec} is called {name.slug}, since {other.spec} has the same name.")
+        told_apart.append(name)
+    return told_apart
+
+
+def _shorten(weights_hash: str) -> str:
+    return weights_hash.rpartition(":")[2][:8]
 
 
 def validate_teacher(what: str, recorded: ModelRecord, teacher: ModelName, fix: str) -> None:

@@ -10,7 +10,8 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +61,13 @@ def choose_workers(asked: int | None, device: torch.device) -> int:
     return default_workers(device)
 
 
+class _Look(NamedTuple):
+    """What was seen of one shard."""
+
+    samples: int  # that were looked at
+    bad: Skips  # which of them cannot be decoded
+
+
 def validate_samples(dataset: Dataset, context: DistContext, settings: ReadingSettings, *, dry_run: bool) -> None:
     """Look at a few samples of every shard, or of as many as there is time for, and report images that cannot be decoded.
 
@@ -72,8 +80,8 @@ def validate_samples(dataset: Dataset, context: DistContext, settings: ReadingSe
         reporting.warn(f"{dataset.truncation}; its samples before the end are used.")
     mine = choose_order(dataset, settings.seed, dry_run=dry_run)[context.rank :: context.size]
 
-    def look(few: int) -> list[tuple[int, Skips]]:
-        looks = list[tuple[int, Skips]]()
+    def look(few: int) -> list[_Look]:
+        looks = list[_Look]()
         end = time.perf_counter() + _SECONDS
         with ThreadPoolExecutor(_THREADS) as pool:
             for first in range(0, len(mine), _THREADS):
@@ -83,23 +91,25 @@ def validate_samples(dataset: Dataset, context: DistContext, settings: ReadingSe
         return looks
 
     for few in (_SAMPLES_OF_A_SHARD, _SAMPLES_OF_BAD_DATA):
-        looks = [look_result for part in context.gather(context.on_all(partial(look, few))) for look_result in part]
-        samples = sum(count for count, _ in looks)
+        looks = list(chain.from_iterable(context.gather(context.on_all(partial(look, few)))))
+        samples = sum(shard.samples for shard in looks)
         bad = Skips()
-        for _, skips in looks:
-            bad.merge(skips)
+        for shard in looks:
+            bad.merge(shard.bad)
         if bad.total < samples or not samples:
             break
     total = len(dataset.shards)
-    looked = f"{dataset.spec}: checked {len(looks):,} of {total:,} shard{'s' * (total > 1)}, {samples:,} "
-    looked += "sample" if samples == 1 else "samples"
+    shards = "shard" if total == 1 else "shards"
+    noun = "sample" if samples == 1 else "samples"
+    looked = f"{dataset.spec}: checked {len(looks):,} of {total:,} {shards}, {samples:,} {noun}"
     if len(looks) < total:
         looked += " (evenly spread)"
     if bad.total and bad.total == samples and settings.max_bad_fraction < _MOST:
         raise ClipcidError(f"{looked}: none can be used.\n{bad.describe()}", _advise(dataset, bad))
     if bad.total:
         # A run names what it leaves out at its end.
-        reporting.warn(f"{looked}: {bad.total:,} cannot be decoded." + f"\n{bad.describe()}" * dry_run)
+        warning = f"{looked}: {bad.total:,} cannot be decoded."
+        reporting.warn(f"{warning}\n{bad.describe()}" if dry_run else warning)
     elif dry_run:
         reporting.note(f"{looked}: all can be decoded.")
 
@@ -120,7 +130,7 @@ def _advise(dataset: Dataset, bad: Skips) -> str:
 
 
 def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:
-    """Return the numbers of the shards to look at; those of any first part of it lie evenly in the data.
+    """Choose the shards to look at, in an order of which any beginning lies evenly in the data.
 
     Of shards that are streamed a dry run looks at a few, a run at none; the output of a command is never looked at.
     """
@@ -138,7 +148,7 @@ def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:
     return others + streamed[: _STREAMED_SHARDS if dry_run else 0]
 
 
-def _look(dataset: Dataset, few: int, shard_index: int, *, urls: bool) -> tuple[int, Skips]:
+def _look(dataset: Dataset, few: int, shard_index: int, *, urls: bool) -> _Look:
     """Read and decode a few samples of a shard, from the index spread over it, else the first; count all, and bad ones.
 
     Images of a list behind URLs are looked at where `urls` says so.
@@ -158,4 +168,4 @@ def _look(dataset: Dataset, few: int, shard_index: int, *, urls: bool) -> tuple[
         decoded = read_image(sample.image)
         if isinstance(decoded, SkippedImage):
             bad.add(decoded.reason, shard.describe(sample.key))
-    return len(samples), bad
+    return _Look(len(samples), bad)

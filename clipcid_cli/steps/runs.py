@@ -259,7 +259,7 @@ def run(settings: RunsSettings) -> Contents:
     if not work.path.is_dir():
         raise ClipcidError(f"There is no work directory {work.path}.", "Name one with --work, or run a step first.")
     reader = _Reader(work)
-    made = list(reader.made())
+    outputs = list(reader.made())
     described = [
         (runs, row)
         for runs in _group(reader.runs())
@@ -267,9 +267,9 @@ def run(settings: RunsSettings) -> Contents:
     ]
     groups, rows = [runs for runs, _ in described], [row for _, row in described]
     evaluations = _describe_evaluations(reader, groups)
-    contents = Contents(str(work.path), made, rows, evaluations, reader.unreadable, {})
-    for each in contents.unreadable:
-        reporting.warn(f"{each.path} is left out: {each.why}")
+    contents = Contents(str(work.path), outputs, rows, evaluations, reader.unreadable, {})
+    for file in contents.unreadable:
+        reporting.warn(f"{file.path} is left out: {file.why}")
     if not settings.dry_run:
         page = render_report("runs.html", **_page(contents, groups))
         write_text(work.index_page, page, shared=True)  # two commands may write it at once

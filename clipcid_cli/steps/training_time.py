@@ -21,6 +21,12 @@ def step_seconds(
     return products / device.product + moved / device.bandwidth + losses / device.exact
 
 
+def encode_seconds(operations: float, bytes_moved: float, device: Device) -> float:
+    """Return the seconds of a forward pass."""
+    device = device.reached()
+    return operations / device.product + bytes_moved / device.bandwidth
+
+
 def samples_per_second(clip: Clip, device: Device) -> float:
     """Return how many samples a second one device trains on, in steps of the usual size."""
     return BATCH_OF_DEVICE / step_seconds(clip, device)

@@ -213,7 +213,7 @@ def measure_memory(scratch: Path, num_rows: int, width: int, num_clusters: int, 
     print(
         f"N = {num_rows:,}, D = {width}, K = {num_clusters:,}, {answer['iterations']} iterations: peak RssAnon "
         f"{peak / 2**20:.2f} GiB, {estimate['memory_bytes'] / 2**30:.2f} estimated by --dry-run; seconds "
-        f"{answer['seconds']}, {estimate['seconds']} estimated"
+        f"{answer['seconds']}"
     )
 
 

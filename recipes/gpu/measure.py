@@ -3,9 +3,10 @@
     python recipes/gpu/measure.py balance --scratch DIR --figures FILE            on the first GPU
     python recipes/gpu/measure.py balance --scratch DIR --figures FILE --cpu      in small, to see that it runs
 
-Parts: product, balance, cluster, embed, distill, loss, evaluate. `distill` and `evaluate` use the images, models and
-embeddings of `embed`, and make those that are missing. Each figure has its own unit; `ratio` is the figure beside the
-peer's, or its share of the rate of plain matrix products, measured by `product` in the same run.
+Parts: product, balance, cluster, embed, distill, distill-large, distill-b16, distill-compile, distill-all, loss, evaluate.
+Those of `distill` and `evaluate` use the images, models and embeddings of `embed`, and make those that are missing. Each
+figure has its own unit; `ratio` is the figure beside the peer's, or its share of the rate of plain matrix products,
+measured by `product` in the same run.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from balance import make_rows, write_rows
 
 PARTS = ("product", "balance", "cluster", "embed", "distill", "loss", "evaluate")
+# Further forms of `distill`: larger batches, a student of four times as many patches, compiled towers, all GPUs.
+TRAININGS = ("distill-large", "distill-b16", "distill-compile", "distill-all")
 WORDS = ("a", "photo", "of", "the", "red", "small", "old", "wooden", "boat", "river", "dogs", "trees", "night")
 CLASSES = 40
 # Images that are drawn; shards hold them again and again, under other keys.
@@ -48,7 +51,8 @@ class Sizes:
         cluster_rows: Rows of `cluster`, and its number of clusters.
         images: Images that are embedded, of `side` pixels.
         models: Models that are embedded with; the last one teaches.
-        student: Trained for `steps` steps of `batch` samples.
+        student: Trained for `steps` steps of `batch` samples, of `large_batch` in `distill-large`.
+        larger: A student of smaller patches, trained with `larger_batch` samples.
         centroids: Number of centroids of the loss alone.
     """
 
@@ -61,11 +65,42 @@ class Sizes:
     student: str
     steps: int
     batch: int
+    large_batch: int
+    larger: str
+    larger_batch: int
     centroids: int
 
 
-GPU = Sizes(16_384, 600_000, (500_000, 8_192), 16_384, 256, ("ViT-B-32", "ViT-L-14"), "ViT-B-32", 60, 1_024, 1_000_000)
-CPU = Sizes(512, 8_192, (20_000, 256), 256, 64, ("ViT-S-32-alt",), "ViT-S-32-alt", 6, 64, 20_000)
+GPU = Sizes(
+    product=16_384,
+    search_rows=600_000,
+    cluster_rows=(500_000, 8_192),
+    images=16_384,
+    side=256,
+    models=("ViT-B-32", "ViT-L-14"),
+    student="ViT-B-32",
+    steps=60,
+    batch=1_024,
+    large_batch=2_048,
+    larger="ViT-B-16",
+    larger_batch=512,
+    centroids=1_000_000,
+)
+CPU = Sizes(
+    product=512,
+    search_rows=8_192,
+    cluster_rows=(20_000, 256),
+    images=256,
+    side=64,
+    models=("ViT-S-32-alt",),
+    student="ViT-S-32-alt",
+    steps=6,
+    batch=64,
+    large_batch=128,
+    larger="ViT-S-16-alt",
+    larger_batch=16,
+    centroids=20_000,
+)
 
 
 class Bench:
@@ -89,9 +124,11 @@ class Bench:
         with self.figures.open("a") as file:
             file.write(json.dumps(figure) + "\n")
 
-    def clipcid(self, *words: object) -> dict[str, Any]:
-        """Run a command in the scratch folder; return its JSON."""
-        command = ["clipcid", *map(str, words), "--device", self.device.type, "--work", "work", "--json", "--quiet"]
+    def clipcid(self, *words: object, processes: int = 1) -> dict[str, Any]:
+        """Run a command in the scratch folder, in several processes by torchrun; return its JSON."""
+        several = ["torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "clipcid_cli"]
+        command = ["clipcid"] if processes == 1 else several
+        command += [*map(str, words), "--device", self.device.type, "--work", "work", "--json", "--quiet"]
         done = subprocess.run(command, cwd=self.scratch, stdout=subprocess.PIPE, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} ended with {done.returncode}: {done.stdout.decode()}")
@@ -226,26 +263,67 @@ def write_shards(bench: Bench) -> None:
 
 def distill(bench: Bench) -> None:
     """Training from the last model's embeddings, preset cid."""
+    sizes = bench.sizes
+    line = train(bench, "distill", sizes.student, sizes.batch)
+    (bench.scratch / "step.json").write_text(json.dumps(line["seconds"]))
+    bench.report("distill", "share of the time spent waiting for data", line["data_wait_share"], "")
+
+
+def distill_large(bench: Bench) -> None:
+    """The same with larger batches."""
+    train(bench, "distill-large", bench.sizes.student, bench.sizes.large_batch)
+
+
+def distill_b16(bench: Bench) -> None:
+    """The same with a student of smaller patches."""
+    train(bench, "distill-b16", bench.sizes.larger, bench.sizes.larger_batch)
+
+
+def distill_compile(bench: Bench) -> None:
+    """The same with compiled towers."""
+    train(bench, "distill-compile", bench.sizes.student, bench.sizes.batch, "--torchcompile")
+
+
+def distill_all(bench: Bench) -> None:
+    """The same on all GPUs of this host, as many samples on each; on a CPU in two processes."""
+    processes = torch.cuda.device_count() if bench.device.type == "cuda" else 2
+    if processes == 1:
+        print("This host has one GPU.")
+        return
+    train(bench, "distill-all", bench.sizes.student, processes * bench.sizes.batch, processes=processes)
+
+
+def train(bench: Bench, part: str, student: str, batch: int, *flags: str, processes: int = 1) -> dict[str, float]:
+    """Train for some steps and report the speed, beside the one that is computed from this device's measured rates.
+
+    Returns:
+        The last line of the log, with the `seconds` of a step.
+    """
     from peer import count_flops, write_random_model
 
     sizes, teacher = bench.sizes, bench.sizes.models[-1]
     write_shards(bench)
     write_random_model(teacher, bench.scratch / teacher)
-    bench.clipcid("embed", "shards", "--model", teacher)  # at once where the part `embed` has
+    bench.clipcid("embed", "shards", "--model", teacher)  # at once where an earlier part has
     options = ("--embeddings", f"work/embeddings/{teacher}", "--keep-list", "none")
     bench.clipcid("cluster", *options, "--num-clusters", sizes.images // 16, "--iterations", 5, "--overwrite")
-    schedule = ("--preset", "cid", "--steps", sizes.steps, "--batch-size", sizes.batch, "--eval-every", sizes.steps)
-    bench.clipcid("distill", "--student", sizes.student, *options, *schedule, "--name", "bench", "--overwrite")
-    lines = (bench.scratch / "work" / "distill" / "bench" / "train.jsonl").read_text().splitlines()
+    schedule = ("--preset", "cid", "--steps", sizes.steps, "--batch-size", batch, "--eval-every", sizes.steps)
+    run = ("distill", "--student", student, *options, *schedule, *flags, "--name", part)
+    plan = bench.clipcid(*run, "--dry-run", "--gpus", f"{processes}xthis")
+    bench.clipcid(*run, "--overwrite", processes=processes)
+    lines = (bench.scratch / "work" / "distill" / part / "train.jsonl").read_text().splitlines()
     first, last = json.loads(lines[sizes.steps // 3]), json.loads(lines[-1])
     # Both are means since the start: the first third warms up.
     seconds = last["step"] / last["samples_per_second"] - first["step"] / first["samples_per_second"]
     speed = (last["step"] - first["step"]) / seconds
-    bench.report("distill", f"{sizes.student} from {teacher}, steps of {sizes.batch:,}", speed, "samples/s")
-    rate = 3 * count_flops(sizes.student) * speed
-    bench.report_rate("distill", f"{sizes.student}: operations", rate, bench.rates("bfloat16", "float32"))
-    (bench.scratch / "step.json").write_text(json.dumps(sizes.batch / speed))
-    bench.report("distill", "share of the time spent waiting for data", last["data_wait_share"], "")
+    what = f"{student} from {teacher}, steps of {batch:,}{''.join(f', {flag}' for flag in flags)}"
+    what += f", {processes} processes" * (processes > 1)
+    computed = plan["images_per_second"]
+    bench.report(part, what, speed, "samples/s", f"computed, {computed:,.0f}", speed / computed)
+    rate = 3 * count_flops(student) * speed / processes
+    bench.report_rate(part, f"{student}: operations of a process", rate, bench.rates("bfloat16", "float32"))
+    seconds_of_step: dict[str, float] = {"seconds": batch / speed}
+    return last | seconds_of_step
 
 
 def loss(bench: Bench) -> None:
@@ -305,12 +383,12 @@ def evaluate(bench: Bench) -> None:
 def main() -> None:
     """Measure one part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("part", choices=(*PARTS, *TRAININGS))
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--figures", type=Path, required=True, help="file that the figures are added to")
     parser.add_argument("--cpu", action="store_true", help="small sizes, on the CPU")
     arguments = parser.parse_args()
-    globals()[arguments.part](Bench(arguments.scratch, arguments.figures, arguments.cpu))
+    globals()[arguments.part.replace("-", "_")](Bench(arguments.scratch, arguments.figures, arguments.cpu))
 
 
 if __name__ == "__main__":

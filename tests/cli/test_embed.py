@@ -258,7 +258,8 @@ def test_lines_of_a_text_are_captions_where_asked_for(clipcid: Clipcid, tiny_mod
         folder = tmp_path / f"{data}-lines" / "embeddings" / "tiny"
         assert np.load(folder / "captions_emb" / "captions_emb_0000.npy").shape[0] == 4
         assert "caption_lines: true there" in clipcid(*call, code=1).stderr
-    clipcid("embed", "--model", tiny_model, "--work", "data-lines", "--caption-lines")  # the data as recorded
+    again = clipcid("embed", "--work", "data-lines", "--caption-lines").said  # data and model as recorded
+    assert f"Model: {tiny_model}, that of the embeddings in data-lines." in again
 
 
 def test_dry_run_writes_nothing(clipcid: Clipcid, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:

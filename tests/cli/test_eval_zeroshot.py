@@ -12,7 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import Clipcid, embed_with_open_clip, make_caption, make_image, write_benchmark, write_tiny_model
+from conftest import (
+    Clipcid,
+    embed_with_open_clip,
+    make_caption,
+    make_image,
+    shard_members,
+    write_benchmark,
+    write_tar,
+    write_tiny_model,
+)
 
 from clipcid_cli.runtime.randomness import key_fractions
 
@@ -218,13 +227,16 @@ def test_several_seeds_are_compared(clipcid: Clipcid, classification: Path, retr
 
 
 def test_held_out_samples_by_default(clipcid: Clipcid, tiny_model: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    student = ("--teacher", "none", "--student", tiny_model / "open_clip_config.json")
-    common = ("distill", tiny_shards, *student, "--steps", 2, "--batch-size", 4)
+    student = ("--teacher", "none", "--student", tiny_model / "open_clip_config.json", "--max-bad-fraction", 0.1)
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    write_tar(shards / "00002.tar", [("lost.txt", b"a caption without an image"), *shard_members(24, 1)])
+    common = ("distill", shards, *student, "--steps", 2, "--batch-size", 4)
     trained = clipcid(*common, "--val-fraction", 0.3, "--name", "alone", "--json").json
     run = clipcid("eval-zeroshot", "--json")
     assert "newest student" in run.stderr
     assert "held out" in run.stderr
-    assert 2 <= run.json["images"] < 24
+    assert 2 <= run.json["images"] < 25
+    assert run.json["skipped"] == {}, "of the others, which were not held out, nothing is said"
     # The run itself measured its student on the same samples.
     for direction in ("image", "text"):
         measured = run.json["metrics"][f"{direction}_retrieval_recall@5"]
@@ -239,7 +251,7 @@ def test_held_out_samples_by_default(clipcid: Clipcid, tiny_model: Path, tiny_sh
     assert named.json["images"] == run.json["images"]
     both = clipcid("eval-zeroshot", newer, alone, "--json").json["results"]
     assert [each["images"] for each in both] == [run.json["images"]] * 2
-    clipcid(common[0], f"{tiny_shards}/00000.tar", *common[2:], "--val-fraction", 0.5, "--name", "part")
+    clipcid(common[0], f"{shards}/00000.tar", *common[2:], "--val-fraction", 0.5, "--name", "part")
     others = clipcid("eval-zeroshot", alone, "--model", "clipcid-work/distill/part/student", code=1)
     assert "trained on different data" in others.said
     folder = clipcid("eval-zeroshot", "clipcid-work/distill/alone", code=1)

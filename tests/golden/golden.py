@@ -35,7 +35,8 @@ QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
 
 SHARDS = "data/pairs/{00000..00001}.tar"
 FLAGS = ("--device", "cpu", "--precision", "fp32", "--workers", 0, "--json")
-EXPORT_FLAGS = ("--precision", "fp32", "--json")  # it runs on the CPU, and has no workers
+# Of commands that decode no images, or run on the CPU alone.
+FEWER_FLAGS = {"export": ("--precision", "fp32", "--json"), "cluster": ("--device", "cpu", "--json")}
 
 Arrays = dict[str, np.ndarray]
 
@@ -51,7 +52,7 @@ def make_place(folder: Path) -> Path:
 
 def ask(place: Path, *arguments: object, **options: Any) -> Any:
     """Run a command line in the place and return its JSON object; `options` are those of `run_clipcid`."""
-    flags = EXPORT_FLAGS if arguments[0] == "export" else FLAGS
+    flags = FEWER_FLAGS.get(str(arguments[0]), FLAGS)
     return run_clipcid(*arguments, *flags, cwd=place, **options).json
 
 

@@ -15,16 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 from sidecars import make_sidecar
 
-from clipcid_cli.formats.arrays import map_strings, save_arrays
+from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.files import write_json, write_npy
 from clipcid_cli.formats.results.clusters import (
+    ClusterParts,
     ClusterSidecar,
     TopClusters,
     join_parts,
     open_clusters,
     part_arrays,
     part_bounds,
-    part_path,
 )
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
 
@@ -125,10 +125,9 @@ def test_clusters_hold_more_rows_than_32_bits_count_neighbours(folder: Path) -> 
         for part, (start, stop) in enumerate(bounds):
             tops = make_tops(np.arange(start, stop))
             arrays = part_arrays({"image": (tops.clusters.astype(np.int64), tops.similarities.astype(np.float64))})
-            save_arrays(part_path(folder, part), arrays)
+            ClusterParts(folder).append(part, arrays)
         join_parts(folder, bounds, lambda start, stop: pa.chunked_array([make_keys(start, stop)]))
-        for part in range(len(bounds)):
-            part_path(folder, part).unlink()
+        shutil.rmtree(folder / ".parts")
     write_npy(folder / "centroids.npy", np.eye(NUM_CLUSTERS, 8, dtype=np.float32))
     write_json(folder / "cluster.json", make_sidecar(ClusterSidecar, temperatures={"image": 0.02}))
 

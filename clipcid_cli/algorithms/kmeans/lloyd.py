@@ -98,7 +98,7 @@ def run_lloyd(
 
 
 class _RankRows:
-    """A process's share of the rows: their clusters, and the sums of those."""
+    """The share of the rows that a process has: the cluster of each row, and the sums of the rows of each cluster."""
 
     def __init__(
         self, rows: RowReader, num_clusters: int, dtype: torch.dtype, device: torch.device, processes: Processes

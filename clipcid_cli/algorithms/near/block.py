@@ -109,7 +109,7 @@ def make_block(rows: IntArray, stored: torch.Tensor, scan_dtype: torch.dtype) ->
     step = 1.0
     width = stored.shape[1]
     if scan_dtype == torch.int8:
-        parts = tuple(rotate(part) for part in parts)
+        parts = tuple(map(rotate, parts))
         step = choose_step(max(float(part.abs().max()) for part in parts))
     copies = list[torch.Tensor]()
     apart = list[torch.Tensor]()
@@ -134,7 +134,7 @@ def multiply(a_MD: torch.Tensor, b_ND: torch.Tensor, buffer: torch.Tensor | None
 
 
 def score_dtype(scan_dtype: torch.dtype) -> torch.dtype:
-    """Return the format of the scores: that of the copies, and int32 for int8, in which they are exact."""
+    """Return the number format of scores: for copies in int8 it is int32, in which they are exact."""
     return torch.int32 if scan_dtype == torch.int8 else scan_dtype
 
 
@@ -262,5 +262,7 @@ def _rotation(width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, flo
 
 def _factors(width: int) -> tuple[int, int]:
     """Return a ≤ b with a·b = D, as near each other as can be."""
-    left = next(size for size in range(math.isqrt(width), 0, -1) if width % size == 0)
+    left = math.isqrt(width)
+    while width % left:
+        left -= 1
     return left, width // left

@@ -106,7 +106,7 @@ def hash_arrays(*arrays: npt.NDArray[Any]) -> str:
 
 
 def triangle(rows: IntArray, in_memory: int, num_first: int | None = None) -> Plan:
-    """Compare all pairs of rows, each once, or those that have one of the first rows; `in_memory` rows fit into memory."""
+    """Compare all pairs of rows, each once, or all pairs with one of the first rows; `in_memory` rows fit into memory."""
     panel_rows = min(_MAX_PANEL, -(-(len(rows) // _MIN_PANELS + 1) // _MIN_PANEL) * _MIN_PANEL)
     starts, stops, ahead = _cut([len(rows) if num_first is None else num_first, len(rows)], panel_rows)
     first = np.arange(len(starts))

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -59,12 +58,19 @@ class Crowding:
     is_crowded: bool = False
 
 
-def near_pairs_of(blocks: Iterable[tuple[Block, Block]], cutoff: float, wants: Wants) -> Iterator[Iterator[Edges]]:
-    """Search as :func:`near_pairs` many pairs of blocks; on a GPU each is queued before the one before it is read."""
+def search_jobs(
+    jobs: Iterable[tuple[int, int]], load: Callable[[int], Block], cutoff: float, wants: Wants
+) -> Iterator[tuple[tuple[int, int], Iterator[Edges]]]:
+    """Search as :func:`near_pairs` the panels of each job; on a GPU each is queued before the one before it is read."""
     crowding = Crowding()
-    pairs = (near_pairs(a, b, cutoff, wants, crowding) for a, b in blocks)
-    for one, _ in pairwise(chain(pairs, [iter(())])):
-        yield one
+    queued: tuple[tuple[int, int], Iterator[Edges]] | None = None
+    for job in jobs:
+        pairs = near_pairs(load(job[0]), load(job[1]), cutoff, wants, crowding)
+        if queued is not None:
+            yield queued
+        queued = job, pairs
+    if queued is not None:
+        yield queued
 
 
 def near_pairs(
@@ -134,7 +140,7 @@ def _find_candidates(score_MN: torch.Tensor, lowest: torch.Tensor) -> Iterator[t
 def _decide(
     a: Block, b: Block, candidates: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], cutoff: float, wants: Wants
 ) -> Iterator[Edges]:
-    """Yield those of the candidates, positions in both blocks and scores, that are wanted and within the distance."""
+    """Yield the wanted candidates within the distance, from their positions in both blocks and their scores."""
     i_P, j_P, score_P = (torch.cat(parts) for parts in zip(*candidates, strict=True))
     highest_P = score_P.double() * (a.step * b.step) + rounded_error(a, b)
     squared_P = a.squared[i_P] + b.squared[j_P] - 2.0 * highest_P
@@ -153,7 +159,7 @@ def _decide(
 
 
 def queue(a: Block, b: Block, cutoff: float, wants: Wants, crowding: Crowding) -> Iterator[Edges]:
-    """As :func:`near_pairs` does on a GPU: queue all that is to be computed, and return what waits for it and reads it."""
+    """Queue the comparison of two blocks on a GPU; the iterator that is returned waits for the pairs, and yields them."""
     device = a.scan.device
     most = _MANY_QUEUED if crowding.is_crowded else _FEW_QUEUED
     # Rows of zeros make whole stretches of the scores. Their scores are 0, and so are those of each pair's second place:

@@ -156,7 +156,7 @@ class ForestSink:
         return self._forest
 
     def drain(self) -> Edges:
-        """Return the edges added since the last call, but for those that a merge has ruled out; nothing is merged for it."""
+        """Return the edges added since the last call, without those that a merge has ruled out; it merges nothing."""
         fresh = Edges.concatenate([self._forest[self._is_fresh], *self._added])
         self._is_fresh = np.zeros_like(self._is_fresh)
         self._drained.append(Edges.concatenate(self._added))

@@ -1,4 +1,4 @@
-"""What searches collect of the pairs they find, beside their forest: the nearest ones, or all.
+"""What a search collects of the pairs it finds, where it makes no forest of them: the nearest ones, or all.
 
 A sink is asked which pairs are worth computing and given those found, in any order and some of them twice. Now and then it
 is drained: of the pairs added since, it returns those that may still matter. What all drains returned comes to the same
@@ -57,28 +57,28 @@ class NearestOf:
         return Edges(np.minimum(row, other), np.maximum(row, other), self._distance[places])
 
     def _place(self, rows: IntArray) -> IntArray:
-        """Return the place of each row among those of the sink; their number for others."""
+        """Return the place of each row among the rows of the sink; of a row that it has not, their number."""
         place = np.searchsorted(self._rows, rows)
         return np.where(self._rows[np.minimum(place, len(self._rows) - 1)] == rows, place, len(self._rows))
 
 
 class PairsWithin:
-    """All pairs within components, given that of each row; where more than so many are found, no more are wanted."""
+    """All pairs of rows of one component, given the component of each row; beyond a number of pairs no more are wanted."""
 
     def __init__(self, labels: IntArray, most: int) -> None:
         self._labels = labels
         self._most = most
         self._pairs = list[Edges]()
-        self._number = 0
+        self._num_pairs = 0
 
     def wants(self, a: IntArray, b: IntArray, at_least: FloatArray) -> BoolArray:
         """Tell which pairs are of one component."""
-        return np.asarray((self._labels[a] == self._labels[b]) & (self._number <= self._most))
+        return np.asarray((self._labels[a] == self._labels[b]) & (self._num_pairs <= self._most))
 
     def add(self, edges: Edges) -> None:
         # Copied: those of another process are mapped from files that are removed.
         self._pairs.append(Edges(edges.a.copy(), edges.b.copy(), edges.weight.copy()))
-        self._number += len(edges)
+        self._num_pairs += len(edges)
 
     def drain(self) -> Edges:
         """Return the pairs added since the last call, and forget them."""

@@ -9,6 +9,7 @@ WEB_SCHEMES = frozenset({"http", "https"})
 
 _PIPE = "pipe:"
 _FILES = (".tar", ".parquet", ".csv", ".tsv")
+_REMOTE = re.compile(r"[A-Za-z][\w+.-]*://|pipe:")
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]*)://")
 _FILE = re.compile("(?:file://)+", re.IGNORECASE)
 CHAIN = "::"
@@ -52,7 +53,7 @@ def is_pipe(spec: str) -> bool:
 
 def is_remote(spec: str) -> bool:
     """Tell whether this is read as a stream: a URL or a command."""
-    return is_url(spec) or is_pipe(spec)
+    return _REMOTE.match(spec) is not None
 
 
 def without_query(spec: str) -> str:

@@ -270,7 +270,7 @@ class ClassMatch(NamedTuple):
 
 
 def match_class_names(names: Sequence[str], folders: Sequence[str]) -> ClassMatch:
-    """Find the class name, of those in order of their labels, of each folder; the folders' names are sorted."""
+    """Find the class name of each folder: `names` are in the order of their labels, `folders` sorted."""
     # Names come first: the class names themselves may be digits, in any order.
     by_name = {plain_name(name).casefold(): label for label, name in enumerate(names)}
     labels = [by_name.get(plain_name(folder).casefold()) for folder in folders]
@@ -297,5 +297,5 @@ def read_folder_numbers(folders: Sequence[str], num_classes: int) -> tuple[int, 
 
 
 def plain_name(name: str) -> str:
-    """Return a class's name for prompts: that of its folder, with spaces for underscores."""
+    """Return a class's name for prompts: the name of its folder, with spaces for underscores."""
     return name.replace("_", " ").strip()

@@ -15,7 +15,7 @@ from clipcid_cli.formats.data.cells import Origin
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, natural_key
 from clipcid_cli.formats.data.shard import Opened, ReadOptions
 from clipcid_cli.formats.data.shard_files import FORMS, SHARD_SUFFIXES, refuse_compressed
-from clipcid_cli.formats.data.slices import Images, Listing, cut
+from clipcid_cli.formats.data.slices import Images, ListedImages, cut
 
 
 def open_folder(folder: str, options: ReadOptions) -> Opened:
@@ -52,7 +52,7 @@ class FolderImages(Images):
     def origin(self) -> Origin:
         return Origin(self.source)
 
-    def list_images(self) -> Listing:
+    def list_images(self) -> ListedImages:
         return _list_folder(self.source)
 
     def resolve(self, path: str) -> str:
@@ -69,7 +69,7 @@ class FolderImages(Images):
                 yield os.fsdecode(row["key"]), [os.fsdecode(row[name]) for name in ("path", "text") if row[name]]
 
 
-def _list_folder(root: str) -> Listing:
+def _list_folder(root: str) -> ListedImages:
     """List a folder of images, in natural order of their paths: captions are in ``.txt`` files next to them.
 
     Where every image is in a folder of its class, the classes are sorted as torchvision's ImageFolder sorts them, so that
@@ -100,7 +100,7 @@ def _list_folder(root: str) -> Listing:
                 row |= {"text": os.fsencode(text), "text_size": stat.st_size, "text_time": stat.st_mtime_ns}
             yield row
 
-    return Listing(rows(), class_names)
+    return ListedImages(rows(), class_names)
 
 
 def _walk(root: str) -> Iterator[tuple[str, os.stat_result]]:

@@ -155,7 +155,7 @@ class SampleRef:
 
 @dataclasses.dataclass(frozen=True)
 class DataIndex:
-    """The finished index of a data set; picklable, and small beside the data."""
+    """The finished index of a data set; picklable."""
 
     folder: Path
     shards: tuple[Shard, ...]
@@ -174,22 +174,22 @@ class DataIndex:
         in_file = shard if shard.file else None
         return Part(path, digest, in_file, self.copy(shard_index), shard.max_sample_bytes, shard.origin)
 
-    def skips(self, number: int) -> Skips:
+    def skips(self, shard_index: int) -> Skips:
         """Return what was left out of a shard, with the list of it."""
-        counted = self.records[number].skips
-        return dataclasses.replace(counted, listed=[*self.part(number).skipped]) if counted.total else counted
+        counted = self.records[shard_index].skips
+        return dataclasses.replace(counted, listed=[*self.part(shard_index).skipped]) if counted.total else counted
 
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
         """Copy shards to the cache in the background, in order; see `ShardCache.fetch_ahead`."""
         if self.cache is not None:
             self.cache.fetch_ahead(filter(None, map(self.copy, numbers)))
 
-    def copy(self, number: int) -> ShardCopy | None:
-        """Return the copy of a shard, whether it is there or not; None of one that is read where it is."""
-        shard = self.shards[number]
+    def copy(self, shard_index: int) -> ShardCopy | None:
+        """Return the local copy of a shard, fetched or not; None of a shard that is read where it is."""
+        shard = self.shards[shard_index]
         if self.cache is None or not shard.is_streamed:
             return None
-        record = self.records[number]
+        record = self.records[shard_index]
         # With its secrets, to be fetched; and an index may be someone else's: what is fetched is what the data names.
         described = msgspec.structs.replace(record.fingerprint, path=shard.source)
         return self.cache.copy(described, record.digest, shard.image_column)
@@ -263,7 +263,7 @@ def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[Indexe
 
 
 def open_index(folder: Path, shards: Sequence[Shard]) -> DataIndex | None:
-    """Open a finished index; None where there is none, or a shard has changed since. No shard is opened for it."""
+    """Open a finished index, without opening a shard; None where the index is missing or a shard has changed since."""
     try:
         rows = pq.read_table(_table_path(folder, shards))["shard"].to_pylist()
         records = tuple(map(_from_json, rows))
@@ -330,7 +330,7 @@ def _load(path: Path) -> tuple[IndexedShard, pa.Table, list[tuple[str, str, str]
 
 @lru_cache(maxsize=_PARTS_KEPT)
 def _read_part(path: str, digest: str) -> tuple[pa.Table, list[tuple[str, str, str]]]:
-    """Read a part, or give the one held; an edited part has another digest, as has that of another version of the shard."""
+    """Read a part, or return the one held in memory; a part that was edited or is of another version has another digest."""
     try:
         record, table, skipped = _load(Path(path))
         if record.digest != digest:

@@ -21,7 +21,7 @@ from clipcid_cli.formats.data.cells import Origin, origin_of_list
 from clipcid_cli.formats.data.opening import local_file
 from clipcid_cli.formats.data.samples import ListFormat, cut_cell, read_cell
 from clipcid_cli.formats.data.shard import Opened, ReadOptions
-from clipcid_cli.formats.data.slices import VIRTUAL_SHARD, Images, Listing, cut
+from clipcid_cli.formats.data.slices import VIRTUAL_SHARD, Images, ListedImages, cut
 from clipcid_cli.formats.files import describe, open_regular
 from clipcid_cli.formats.parquet import validate_expansion
 
@@ -53,8 +53,8 @@ class ListImages(Images):
     def caption_columns(self) -> tuple[str, ...]:
         return self.options.caption_keys or (self.options.columns.caption,)
 
-    def list_images(self) -> Listing:
-        return Listing(_list_rows(self.origin, self.options))
+    def list_images(self) -> ListedImages:
+        return ListedImages(_list_rows(self.origin, self.options))
 
     def column_names(self) -> list[str]:
         """Return the names of the columns."""

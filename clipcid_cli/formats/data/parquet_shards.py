@@ -65,7 +65,7 @@ class ImageTable:
 
     @property
     def others(self) -> list[str]:
-        """The columns beside the images."""
+        """The columns that are read, but for the images."""
         return [name for name in (*self.captions, self.key, self.label) if name is not None]
 
 
@@ -201,7 +201,9 @@ def _read_parquet(
     row_index = -1
     with open_parquet(path) as file:
         _validate_columns(path, table, file.schema_arrow.names)
-        columns = table.others + [_STATUS] * (_STATUS in file.schema_arrow.names)
+        columns = list(table.others)
+        if _STATUS in file.schema_arrow.names:
+            columns.append(_STATUS)
         for group in range(file.num_row_groups):
             # Before the images: a stream goes back for each column.
             others = list(_read_others(file, group, columns)) if columns else repeat({})

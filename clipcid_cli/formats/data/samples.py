@@ -67,7 +67,7 @@ class Columns:
     key: str = "key"  # without such a column, the path as written
 
     def required(self, caption_keys: Sequence[str]) -> list[str]:
-        """Name the columns beside the images that must exist: those of captions, and those that were renamed."""
+        """Name the columns that must exist: columns of captions, and columns that the user renamed."""
         renamed = ((self.caption, Columns.caption), (self.key, Columns.key))
         return [*caption_keys, *(name for name, default in renamed if name != default)]
 
@@ -248,11 +248,14 @@ def clean_captions(value: Any, skips: Skips) -> tuple[str, ...]:
     """Return the captions in a value of a field or cell: a text or several; of anything else none."""
     texts: Iterable[Any] = [value] if isinstance(value, str | bytes) else value if isinstance(value, Sequence) else ()
     cleaned = (_clean(text, skips) for text in texts if isinstance(text, str | bytes))
-    return _limit(tuple(islice(filter(None, cleaned), _MOST_CAPTIONS + 1)), skips)
+    captions = tuple(islice(filter(None, cleaned), _MOST_CAPTIONS + 1))
+    if count := sum("\n" in caption for caption in captions):
+        skips.change("several_lines", count)
+    return _limit(captions, skips)
 
 
 def _limit(captions: Sequence[str], skips: Skips) -> tuple[str, ...]:
-    """Return captions that are neither too many nor too long for a model; those that were are counted."""
+    """Return captions, neither too many nor too long for a model; captions that are left out or cut are counted."""
     if len(captions) <= _MOST_CAPTIONS and max(map(len, captions), default=0) <= LONGEST_CAPTION:
         return tuple(captions)
     skips.change("cut", max(1, sum(len(caption) > LONGEST_CAPTION for caption in captions)))
@@ -289,7 +292,7 @@ def read_cell(cell: Any) -> str:
 
 
 def gather_captions(keys: Sequence[str], by_key: Sequence[Sequence[str]], skips: Skips) -> tuple[str, ...]:
-    """Return all captions of a sample, those of each key in turn; keys that have none are counted."""
+    """Return all captions of a sample, key by key; keys without a caption are counted."""
     for key, captions in zip(keys, by_key, strict=True):
         if not captions:
             skips.miss(key)

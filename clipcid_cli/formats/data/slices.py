@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from clipcid_cli.formats.data.cells import Origin
-from clipcid_cli.formats.data.samples import ByteRange, Sample, gather_captions, split_captions
+from clipcid_cli.formats.data.samples import ByteRange, Sample, clean_captions, gather_captions, split_captions
 from clipcid_cli.formats.data.shard import ReadOptions, Shard
 from clipcid_cli.formats.files import read_regular
 from clipcid_cli.formats.fingerprint import FileRecord
@@ -44,14 +44,16 @@ _SCHEMA = pa.schema(
 )
 
 
-class Listing(NamedTuple):
+class ListedImages(NamedTuple):
     """The images of a folder or list, in order."""
 
     rows: Iterable[dict[str, Any]]  # see `_SCHEMA`
     class_names: tuple[str, ...] | None = None
 
 
-class _Listed(NamedTuple):
+class _Sliced(NamedTuple):
+    """What is held of the images of a folder or list."""
+
     slices: list[pa.RecordBatch]
     class_names: tuple[str, ...] | None
     several: bool  # whether an image may have several classes
@@ -70,7 +72,7 @@ class Images(ABC):
         """Where the images are named."""
 
     @abstractmethod
-    def list_images(self) -> Listing:
+    def list_images(self) -> ListedImages:
         """List the images."""
 
     @abstractmethod
@@ -91,7 +93,7 @@ class Images(ABC):
         return ()
 
     @cached_property
-    def _listed(self) -> _Listed:
+    def _listed(self) -> _Sliced:
         listing = self.list_images()
         rows = iter(listing.rows)
         slices = list[pa.RecordBatch]()
@@ -103,7 +105,7 @@ class Images(ABC):
                 row["repeated"] = row["key"] in seen
                 seen.add(row["key"])
             slices.append(pa.RecordBatch.from_pylist(pending, _SCHEMA))
-        return _Listed(slices, listing.class_names, several)
+        return _Sliced(slices, listing.class_names, several)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -135,7 +137,8 @@ class Images(ABC):
         """Return the sample of a row; its caption is read where it is a file of its own."""
         captions: tuple[str, ...] = ()
         if row["captions"] is not None:
-            captions = gather_captions(self.caption_columns, row["captions"], skips)
+            cells = [clean_captions(cell, skips) for cell in row["captions"]]
+            captions = gather_captions(self.caption_columns, cells, skips)
         if row["text"]:
             captions = self._read_text(os.fsdecode(row["text"]), skips)
         classes = row["classes"]
@@ -167,8 +170,8 @@ class Slice(Shard):
 
     def read(self, skips: Skips) -> Iterator[Sample]:
         """Yield the samples of a slice; count rows without a path or a key, and those whose key an earlier one has."""
-        for row in self.images.rows(self.index):
-            name = os.fsdecode(self.images.key_of(row))
+        for row_number, row in enumerate(self.images.rows(self.index), self.index * VIRTUAL_SHARD + 1):
+            name = os.fsdecode(self.images.key_of(row)) or f"row {row_number}"
             if not row["path"]:
                 skips.add("no_image", name)
             elif not row["key"]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_pipe, is_remote
-from clipcid_cli.formats.data.opening import open_shard
+from clipcid_cli.formats.data.opening import naming_shard, open_source
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES
 from clipcid_cli.formats.files import atomic_file, open_regular
 
@@ -54,10 +54,6 @@ class Member(NamedTuple):
         return self.offset + -(-self.size // _BLOCK) * _BLOCK
 
 
-def _text(field: bytes) -> bytes:
-    return field.split(b"\0", 1)[0]
-
-
 class CutTarError(ClipcidError):
     """A tar on the disk ends too early; the samples before its end can be read."""
 
@@ -88,12 +84,12 @@ class _Header(tarfile.TarInfo):
         if block[156:157] == tarfile.REGTYPE and _OCTAL.fullmatch(size) and _OCTAL.fullmatch(checksum):
             blank = len(checksum) * ord(" ")  # what the checksum's own field counts as
             total = sum(block.translate(None, b"\0"))  # zeros, most of a header, take two thirds of the time
-            if total - sum(checksum) + blank == int(_text(checksum), 8):
+            if total - sum(checksum) + blank == int(checksum.split(b"\0", 1)[0], 8):
                 # tarfile would read owner, mode and dates too, and take 17 µs a member in place of 8.
-                name = _text(block[:100]).decode(encoding, errors)
-                prefix = _text(block[345:500]).decode(encoding, errors)
+                name = block[:100].split(b"\0", 1)[0].decode(encoding, errors)
+                prefix = block[345:500].split(b"\0", 1)[0].decode(encoding, errors)
                 header = cls(f"{prefix}/{name}" if prefix else name)
-                header.size = int(_text(size), 8)
+                header.size = int(size.split(b"\0", 1)[0], 8)
                 return header
         header = read(block, encoding, errors)
         if not _SIZE.fullmatch(size):
@@ -139,7 +135,7 @@ def read_members(path: str | Path, max_bytes: int = MAX_SAMPLE_BYTES, *, allow_c
     path = str(path)
     name = ""
     remote = is_remote(path)
-    with open_shard(path) as file:
+    with naming_shard(path), open_source(path) as file:
         end = None if remote else os.fstat(file.fileno()).st_size
         try:
             options: Any = {"tarinfo": _Header, "encoding": "utf-8", "errors": "surrogateescape"}
@@ -188,7 +184,7 @@ def validate_tar(path: Path) -> None:
 
     A CutTarError where it ends too early.
     """
-    with open_shard(str(path)) as file:
+    with naming_shard(str(path)), open_source(str(path)) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(_BLOCK)
         file.seek(max(0, size - 2 * _BLOCK))

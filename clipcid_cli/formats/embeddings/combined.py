@@ -19,7 +19,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import METADATA, EmbeddingFile, Float16, Kind, Numbers, Rows, unit_rows
 from clipcid_cli.formats.fingerprint import FileRecord, Memo
 from clipcid_cli.formats.join import join
-from clipcid_cli.formats.sidecar import ModelRecord
+from clipcid_cli.records import ModelRecord
 
 _OF_TEXTS = frozenset({Kind.TEXTS, Kind.FURTHER, Kind.VARIANTS})
 # What decides the variants of captions, in the settings of `embed`.

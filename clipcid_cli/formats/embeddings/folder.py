@@ -26,7 +26,8 @@ from clipcid_cli.formats.fingerprint import (
 )
 from clipcid_cli.formats.join import Listing, Values
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
-from clipcid_cli.formats.sidecar import ModelRecord, run_again, sidecar_path
+from clipcid_cli.formats.sidecar import run_again, sidecar_path
+from clipcid_cli.records import ModelRecord
 
 # Names generated at once for rows without keys: Python's strings take several times the memory of Arrow's.
 _NAMES_AT_ONCE = 65_536
@@ -241,7 +242,7 @@ class Embeddings:
         return files if self.image_map is None else [*files, self.image_map.record]
 
     def _validate_unchanged(self) -> None:
-        validate_replaceable(self.folder, self._records, self._memo, f"{self.embed_again()}\n{COPY}")
+        validate_replaceable(self.folder, self._records, self._memo, run_again("embed", self.sidecar, COPY))
 
     def _files_of(self, part: str) -> list[ArrayFile | Path]:
         if part == METADATA:
@@ -312,7 +313,7 @@ def open_embeddings(
 
         return open_foreign(folder, keys, array, work, key_column)
     memo = Memo(memo_table(folder))
-    fix = f"{run_again('embed', sidecar)}\n{COPY}"
+    fix = run_again("embed", sidecar, COPY)
     validate_unchanged(folder, sidecar.outputs, sidecar_path(folder, "embed"), fix, memo)
     records, rows = open_recorded(folder, memo, fix)
     metadata = (folder / record.files[METADATA].path for record in records)

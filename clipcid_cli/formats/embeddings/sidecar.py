@@ -10,7 +10,8 @@ import msgspec
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import reading
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.sidecar import DataSpec, ModelRecord, Sidecar, read_sidecar, run_again, sidecar_path
+from clipcid_cli.formats.sidecar import DataSpec, Sidecar, read_sidecar, run_again, sidecar_path
+from clipcid_cli.records import ModelRecord
 
 
 class EmbedMade(msgspec.Struct):
@@ -64,7 +65,7 @@ COPY = "Or copy the rows to another folder, without embed.json, and name that on
 
 def read_embed_sidecar(folder: Path) -> EmbedSidecar | None:
     """Read the sidecar of a folder of embeddings; None when there is none."""
-    return read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar, f"{run_again('embed', None)}\n{COPY}")
+    return read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar, run_again("embed", None, COPY))
 
 
 def recorded_data(folder: Path) -> DataSpec:

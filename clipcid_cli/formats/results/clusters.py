@@ -22,12 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import load_arrays
+from clipcid_cli.formats.arrays import array_journal
 from clipcid_cli.formats.files import atomic_file, reading
 from clipcid_cli.formats.fingerprint import FileRecord, validate_unchanged
 from clipcid_cli.formats.parquet import count_rows, read_columns
-from clipcid_cli.formats.sidecar import ModelRecord, Sidecar, read_sidecar, run_again, sidecar_path
+from clipcid_cli.formats.sidecar import Sidecar, read_sidecar, run_again, sidecar_path
 from clipcid_cli.formats.work_directory import CLUSTERS
+from clipcid_cli.records import ModelRecord
 
 CENTROIDS = "centroids.npy"
 PROGRESS = ".progress.npz"
@@ -155,9 +156,19 @@ def part_bounds(num_rows: int) -> list[tuple[int, int]]:
     return [(first, min(num_rows, first + size)) for first in range(0, num_rows, size)]
 
 
-def part_path(folder: Path, part: int) -> Path:
-    """Return the path of a part, until all are joined."""
-    return folder / f".{CLUSTERS}.part-{part:03d}"
+class ClusterParts:
+    """The parts that are done in a folder, by number, until all are joined."""
+
+    def __init__(self, folder: Path) -> None:
+        self._journal = array_journal(folder / ".parts")
+
+    def append(self, part: int, arrays: dict[str, npt.NDArray[Any]]) -> None:
+        """Save what `part_arrays` names."""
+        self._journal.append(f"{part:03d}", arrays)
+
+    def read(self, part: int) -> dict[str, npt.NDArray[Any]] | None:
+        """Return a part; None where it is not done."""
+        return self._journal.read(f"{part:03d}")
 
 
 def part_arrays(tops: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]) -> dict[str, npt.NDArray[Any]]:
@@ -172,13 +183,16 @@ def part_arrays(tops: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.floa
 def join_parts(folder: Path, bounds: list[tuple[int, int]], keys: Callable[[int, int], pa.ChunkedArray]) -> None:
     """Join the parts into ``clusters.parquet``, one row group each, and the arrays; `keys` reads the keys of bounds."""
     files: dict[str, IO[bytes]] = {}
+    parts = ClusterParts(folder)
     with ExitStack() as stack:
         table = stack.enter_context(atomic_file(folder / CLUSTERS))
         writer = stack.enter_context(pq.ParquetWriter(table, _SCHEMA, compression="zstd"))
         for index, (first, last) in enumerate(bounds):
-            part = load_arrays(path := part_path(folder, index))
+            part = parts.read(index)
             if part is None:
-                raise ClipcidError(f"{path} cannot be read.", "Run the same command again.")
+                raise ClipcidError(
+                    f"Part {index} of {folder / CLUSTERS} cannot be read.", "Run the same command again."
+                )
             columns = [keys(first, last), part["top_clusters"][:, 0], part.pop("similarity")]
             writer.write_table(pa.table(columns, schema=_SCHEMA))
             for name, rows in part.items():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 from functools import cached_property, lru_cache
 from typing import Any, cast
 
+import msgspec
 import torch
 
+from clipcid_cli.records import ModelRecord
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward, is_plain_attention
 from clipcid_cli.runtime.models.tokenizers import BoundedTokenizer
 from clipcid_cli.runtime.precision import Precision
@@ -37,42 +37,11 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tenso
     return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
-def hash_preprocess(preprocess: dict[str, Any], *, fast_decode: bool) -> str:
-    """Hash everything that determines the pixels a model sees."""
-    text = json.dumps(
-        {"preprocess": preprocess, "fast_decode": fast_decode, "alpha": "white", "exif": "ignored"}, sort_keys=True
-    )
-    return "blake2b:" + hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelInfo:
-    """Description of a model, as sidecars record it."""
-
-    spec: str  # the name it was loaded by, including the tag of its weights
-    slug: str  # the name for files and folders
-    architecture: str | None  # open_clip's name; None for a folder or file, as is the tag
-    tag: str | None
-    weights_hash: str  # `blake2b:…` of the weights file's bytes; `fresh:SEED` for random weights
-    preprocess: dict[str, Any]  # open_clip's PreprocessCfg
-    context_length: int
-    embed_dim: int
-    image_size: tuple[int, int]
-    parameters: int
-    tokenizer: str  # its class and, where it has one, its Hugging Face name
-    config: dict[str, Any]  # open_clip's `model_cfg`, from which the architecture can be built
-
-    @property
-    def preprocess_hash(self) -> str:
-        """Hash of everything that determines the pixels a model sees, without --fast-decode."""
-        return hash_preprocess(self.preprocess, fast_decode=False)
-
-
 @dataclasses.dataclass(frozen=True)
 class ClipModel:
     """A CLIP model on its device, in evaluation mode, with float32 weights."""
 
-    info: ModelInfo
+    info: ModelRecord
     module: torch.nn.Module
     tokenizer: BoundedTokenizer
     device: torch.device
@@ -97,7 +66,7 @@ class ClipModel:
             log_scale.fill_(math.log(SIGMOID_SCALE))
         self.module.logit_bias = torch.nn.Parameter(torch.full_like(log_scale, SIGMOID_BIAS))
         starts = {"init_logit_scale": math.log(SIGMOID_SCALE), "init_logit_bias": SIGMOID_BIAS}
-        info = dataclasses.replace(self.info, parameters=self.info.parameters + 1, config=self.info.config | starts)
+        info = msgspec.structs.replace(self.info, parameters=self.info.parameters + 1, config=self.info.config | starts)
         return dataclasses.replace(self, info=info)
 
     def cast_products(self, precision: Precision) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import tempfile
@@ -9,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import torch
 
 from clipcid_cli.errors import ClipcidError, in_one_line
+from clipcid_cli.records import ModelRecord
 from clipcid_cli.runtime.libraries import quiet_libraries
-from clipcid_cli.runtime.models.clip_model import ClipModel, ModelInfo
+from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.guarded_open_clip import open_clip
 from clipcid_cli.runtime.models.hub import reaching_hub
 from clipcid_cli.runtime.models.names import (
@@ -55,7 +58,7 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
     preprocess = json.loads(json.dumps(dict(cast(Any, module).visual.preprocess_cfg)))
     size = preprocess["size"]
     tokenizer_name = config["text_cfg"].get("hf_tokenizer_name")
-    info = ModelInfo(
+    info = ModelRecord(
         spec=name.spec,
         slug=name.slug,
         architecture=name.architecture,
@@ -71,7 +74,8 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
     )
     model = ClipModel(info, module, tokenizer, torch.device(device))
     _validate_towers(model)
-    return model
+    info = msgspec.structs.replace(info, logit_scale=model.logit_scale, logit_bias=model.logit_bias)
+    return dataclasses.replace(model, info=info)
 
 
 def _find_config(name: ModelName) -> dict[str, Any]:

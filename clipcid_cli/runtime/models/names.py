@@ -154,6 +154,7 @@ class ModelName:
     architecture: str | None = None  # of kinds `architecture` and `tag`
     tag: str | None = None
     path: Path | None = None  # the folder or file of kinds `folder` and `config`
+    suffix: str = ""  # ends the `slug`, where another model of the same command has the same one
 
     @property
     def has_weights(self) -> bool:
@@ -173,7 +174,7 @@ class ModelName:
             text = f"{path.parent.name}-{path.name}" if is_student else path.name.removesuffix(".json")
         else:
             text = self.spec.removeprefix("hf-hub:")
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "model"
+        return (re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "model") + self.suffix
 
 
 def parse_model(spec: str) -> ModelName:
@@ -344,6 +345,6 @@ def _config_folder() -> Path:
 
 
 def hash_weights(path: Path) -> str:
-    """Hash a weights file, as `ModelInfo.weights_hash` records it."""
+    """Hash a weights file, as `ModelRecord.weights_hash` records it."""
     with path.open("rb") as file:
         return "blake2b:" + hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

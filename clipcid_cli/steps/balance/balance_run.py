@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.steps.balance.groups import Groups, Share, work_on_groups
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
@@ -55,10 +52,6 @@ class BalanceRun(BalancePlan):
     def rows_in_memory(self) -> int:
         """How many rows plans can rely on to fit into the memory for panels."""
         return _PLANNED_BYTES[self.context.device.type] // (self.embeddings.width * _BYTES_AN_ENTRY)
-
-    def work_on_groups(self, groups: Groups, work: Callable[[Share], Arrays]) -> list[Arrays]:
-        """Let every process work on its share of groups of rows; return the results of all on the first one."""
-        return work_on_groups(self.shared, self.rows.images, self.rows.numbers, groups, work)
 
     def phases(self) -> dict[str, float]:
         """Return the time by phase until now: what is neither searched nor audited is written."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 
 from clipcid_cli.algorithms.near.block import bytes_an_entry
@@ -17,7 +18,6 @@ from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES
 from clipcid_cli.steps.balance.plan import BalanceInputs, check_inputs
-from clipcid_cli.steps.balance.result import BalanceCost, CaptionCost, MemoryCost, ReferenceCost, SearchCost
 from clipcid_cli.steps.balance.samples import validate_data_there
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.reporting import Progress, format_duration
@@ -37,6 +37,57 @@ _BYTES_OF_LISTS = 24
 _BYTES_OF_REFERENCE = 12
 _BYTES_OF_NUMBER = 4
 _BYTES_OF_PLACES = 16
+
+
+class SearchCost(msgspec.Struct):
+    """What a search would take."""
+
+    pairs: int
+    flop: int
+
+
+class ReferenceCost(msgspec.Struct):
+    """What a reference would take, and first its embedding where it has none."""
+
+    name: str
+    rows: int
+    to_embed: bool
+    embed_seconds: float
+    pairs: int
+
+
+class CaptionCost(msgspec.Struct):
+    """What a caption window would leave: how many images were sampled, and the share inside."""
+
+    sampled: int
+    inside: float
+
+
+class MemoryCost(msgspec.Struct):
+    """Bytes of mapped files, and of a process without them."""
+
+    mapped: int
+    resident: int
+
+
+class BalanceCost(msgspec.Struct, kw_only=True):
+    """What a new search would take; pairs and flop are those of ``neighbors``."""
+
+    images: int
+    # Fewer than all images where a caption window drops some; the most they may be where it drops all that were
+    # sampled.
+    searched: int
+    width: int
+    neighbors: str
+    pairs: int
+    flop: int
+    exact: SearchCost
+    partitioned: SearchCost
+    against: list[ReferenceCost] | None
+    caption_window: CaptionCost | None
+    clustered_images: int | None
+    memory: MemoryCost
+    disk: int  # bytes
 
 
 def estimate_cost(settings: BalanceSettings, inputs: BalanceInputs, context: DistContext) -> BalanceCost:

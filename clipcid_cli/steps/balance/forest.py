@@ -13,37 +13,36 @@ from functools import partial
 import numpy as np
 
 from clipcid_cli.algorithms.near.cutoff import FARTHEST, CutoffEstimator
-from clipcid_cli.algorithms.near.edges import Edges, merge_edges
-from clipcid_cli.algorithms.near.exact import BoolArray, ReadRows, row_type
+from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import BoolArray, ReadRows
 from clipcid_cli.algorithms.near.plan import Plan, hash_arrays, triangle
 from clipcid_cli.algorithms.sets.forest import ForestSink
-from clipcid_cli.formats.arrays import Arrays
-from clipcid_cli.formats.fingerprint import find_lost
-from clipcid_cli.formats.output import OutputSpec
-from clipcid_cli.formats.results.forest import (
-    ROW_FILES,
-    ForestSidecar,
-    RowFile,
-    StoredForest,
-    find_earlier,
-    forest_spec,
-    read_forest,
-    read_row_files,
-    row_files_path,
-    write_forest,
-)
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.search import Search, find_nearest, run_chunks
+from clipcid_cli.steps.balance.stored_forest import Forest, read_earlier, read_stored, write_stored
 
 
 @dataclasses.dataclass(frozen=True)
-class Forest:
-    """The ascending edges of a forest that is complete up to a distance; after a search in partitions it may lack some."""
+class _Reach:
+    """How far a forest must reach: to a distance, or where that is None until it has a number of edges."""
 
-    edges: Edges
-    cutoff: float
+    run: BalanceRun
+    cutoff: float | None
+    num_edges: int  # at most N − 1
+
+    def is_met(self, forest: Forest) -> bool:
+        if len(forest.edges) == self.run.rows.num_searched - 1:
+            return True
+        if self.cutoff is None:
+            return len(forest.edges) >= self.num_edges
+        return forest.cutoff >= float(np.float32(self.cutoff))
+
+    def say_it_is_short(self, forest: Forest) -> None:
+        has = f" and has {len(forest.edges):,} of the {self.num_edges:,} edges needed" if self.cutoff is None else ""
+        again = "all pairs are compared" if self.run.settings.neighbors == "exact" else "it is searched again"
+        reporting.note(f"The existing forest ends at distance {forest.cutoff:.4f}{has}: {again}.")
 
 
 def find_forest(run: BalanceRun, *, cutoff: float | None = None, num_edges: int = 0) -> tuple[Forest, bool]:
@@ -58,54 +57,47 @@ def find_forest(run: BalanceRun, *, cutoff: float | None = None, num_edges: int 
     Returns:
         The forest, and whether the stored one reached far enough.
     """
+    reach = _Reach(run, cutoff, num_edges)
     with timed(run.seconds, "search"):
-        return _find(run, cutoff, num_edges)
+        stored = read_stored(run)
+        if stored is not None and reach.is_met(stored):
+            return stored, True
+        started = time.perf_counter()
+        if len(run.rows.unique) > 1:
+            reporting.note(f"Near pairs are searched in {run.scan.name} ({run.scan.reason}) and verified in fp64.")
+        earlier = read_earlier(run) if stored is None else None
+        # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
+        forest = _start(reach, stored or Forest(run.rows.copies, 0.0), earlier)
+        estimator = CutoffEstimator(
+            len(run.rows.unique), partial(find_nearest, run, count=1), run.settings.linkage == "star"
+        )
+        while not reach.is_met(forest):
+            if forest.cutoff:
+                reach.say_it_is_short(forest)
+            forest = _search_all(run, forest.edges, _choose_cutoff(reach, forest, estimator))
+        if earlier is None or forest.cutoff >= earlier[0].cutoff:  # the earlier one stays: it may be extended later
+            seconds = time.perf_counter() - started
+            run.context.on_rank0(lambda: write_stored(run, forest, seconds))
+        return forest, False
 
 
-def _find(run: BalanceRun, cutoff: float | None, num_edges: int) -> tuple[Forest, bool]:
-    started = time.perf_counter()
-    rows = run.rows
-    settings = run.settings
-    note = reporting.note
+def _start(reach: _Reach, forest: Forest, earlier: tuple[Forest, BoolArray] | None) -> Forest:
+    """Extend an earlier forest of fewer files where there is one that reaches far enough; else begin with the one given."""
+    if earlier is None:
+        return forest
+    if reach.cutoff is not None and earlier[0].cutoff < np.float32(reach.cutoff):
+        reach.say_it_is_short(earlier[0])
+        return forest
+    return forest if reach.is_met(forest) else _search_new(reach.run, *earlier)
 
-    def is_enough(forest: Forest) -> bool:
-        if len(forest.edges) == rows.num_searched - 1:
-            return True
-        return len(forest.edges) >= num_edges if cutoff is None else forest.cutoff >= float(np.float32(cutoff))
 
-    def say_it_is_short(forest: Forest) -> None:
-        has = "" if cutoff is not None else f" and has {len(forest.edges):,} of the {num_edges:,} edges needed"
-        again = "all pairs are compared" if settings.neighbors == "exact" else "it is searched again"
-        note(f"The existing forest ends at distance {forest.cutoff:.4f}{has}: {again}.")
-
-    stored = _read(run)
-    if stored is not None and is_enough(stored):
-        return stored, True
-    # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
-    forest = stored or Forest(rows.copies, 0.0)
-    if len(rows.unique) > 1:
-        note(f"Near pairs are searched in {run.scan.name} ({run.scan.reason}) and verified in fp64.")
-    earlier = None if stored is not None else _read_earlier(run)
-    if earlier is not None and cutoff is not None and earlier[0].cutoff < np.float32(cutoff):
-        say_it_is_short(earlier[0])
-    elif earlier is not None and not is_enough(forest):
-        forest = _search_new(run, *earlier)
-    for_stars = settings.linkage == "star"
-    estimator = CutoffEstimator(len(rows.unique), partial(find_nearest, run, count=1), for_stars)
-    while not is_enough(forest):
-        if forest.cutoff:
-            say_it_is_short(forest)
-        # The sample holds unique rows, so edges of copies are not counted.
-        if cutoff is None:
-            num_copies = len(rows.copies)
-            reach = estimator.choose(forest.cutoff, len(forest.edges) - num_copies, num_edges - num_copies)
-        else:
-            reach = float(np.float32(cutoff))
-        forest = _search_all(run, forest.edges, reach)
-    if earlier is None or forest.cutoff >= earlier[0].cutoff:  # the earlier one stays where it may be extended later
-        seconds = time.perf_counter() - started
-        run.context.on_rank0(lambda: _write(run, forest, seconds))
-    return forest, False
+def _choose_cutoff(reach: _Reach, forest: Forest, estimator: CutoffEstimator) -> float:
+    """Choose how far to search, after a search that gave too small a forest or none."""
+    if reach.cutoff is not None:
+        return float(np.float32(reach.cutoff))
+    # The sample holds unique rows, so edges of copies are not counted.
+    num_copies = len(reach.run.rows.copies)
+    return estimator.choose(forest.cutoff, len(forest.edges) - num_copies, reach.num_edges - num_copies)
 
 
 def _search_new(run: BalanceRun, earlier: Forest, is_new: BoolArray) -> Forest:
@@ -139,76 +131,3 @@ def _search(run: BalanceRun, plan: Plan, read: ReadRows, known: Edges, reach: fl
 
     search = Search("search", plan, read, reach, lambda: ForestSink(len(run.rows), known), beside)
     return Forest(run_chunks(run, search), reach)
-
-
-def _spec(run: BalanceRun) -> OutputSpec[ForestSidecar]:
-    """Ask for the forest of these rows."""
-    inputs = [*run.output.spec.inputs, *run.rows.describe_choice()]
-    return forest_spec(run.folder, inputs, run.settings.forest_kind, overwrite=run.settings.overwrite)
-
-
-def _read(run: BalanceRun) -> Forest | None:
-    """Read the forest, if one of these rows is stored; the same on every process."""
-
-    def read() -> Arrays:
-        stored = read_forest(_spec(run))
-        return () if stored is None else (stored.a, stored.b, stored.distance, np.array([stored.cutoff]))
-
-    stored = run.shared.publish(read)
-    return Forest(Edges(*stored[:3]), float(stored[3][0])) if stored else None
-
-
-def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
-    """Read the exact forest of fewer files where all of them are still there, in order; the same on every process.
-
-    Returns:
-        The forest, with the edges of all copies, in the numbers of all rows; and which rows it is not of, bool [N].
-    """
-    if run.settings.forest_kind != "exact":
-        return None
-
-    def read() -> Arrays:
-        spec = _spec(run)
-        sidecar = find_earlier(spec)
-        if sidecar is None or not sidecar.cutoff:
-            return ()
-        fix = "Add --overwrite to search the forest again."
-        paths = (run.work / ROW_FILES, row_files_path(run.folder, "exact"))
-        files, earlier = ([file for file in read_row_files(path, fix) if file.rows is not None] for path in paths)
-        is_new = _find_new(run, files, earlier)
-        lost = find_lost(earlier, files)
-        stored = read_forest(dataclasses.replace(spec, inputs=sidecar.inputs))
-        if lost or stored is None or stored.num_rows != np.count_nonzero(~is_new):
-            reporting.note(
-                "The existing forest cannot be extended, since its files are not all there, unchanged and in the "
-                f"same order{lost and f' ({lost})'}: all pairs are compared."
-            )
-            return ()
-        rows = np.flatnonzero(~is_new).astype(row_type(len(is_new)))
-        edges, _ = merge_edges(Edges(rows[stored.a], rows[stored.b], stored.distance), run.rows.copies)
-        return edges.a, edges.b, edges.weight, np.array([stored.cutoff]), is_new
-
-    arrays = run.shared.publish(read)
-    return (Forest(Edges(*arrays[:3]), float(arrays[3][0])), arrays[4]) if arrays else None
-
-
-def _find_new(run: BalanceRun, files: list[RowFile], earlier: list[RowFile]) -> BoolArray:
-    """Return which rows are of none of the earlier files, bool [N]."""
-    numbers = run.rows.numbers
-    is_new = np.ones(len(numbers), np.bool_)
-    left = iter(earlier)
-    end = 0
-    known = next(left, None)
-    for file in files:
-        start, end = end, end + (file.rows or 0)
-        if known is not None and file.content == known.content:
-            is_new[slice(*np.searchsorted(numbers, np.array([start, end], numbers.dtype)))] = False
-            known = next(left, None)
-    return is_new
-
-
-def _write(run: BalanceRun, forest: Forest, seconds: float) -> None:
-    """Write a forest that took so long to search."""
-    edges = forest.edges
-    stored = StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, len(run.rows))
-    write_forest(_spec(run), stored, run.work / ROW_FILES, {"search": seconds})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -101,33 +102,37 @@ def work_on_groups(
     Returns:
         The results in the order of the groups, on the first process; nothing on the others.
     """
-    context = shared.context
-    own = groups.share(context)
+    own = groups.share(shared.context)
     bounds = groups.bounds[own.start : own.stop + 1]
     first, end = int(bounds[0]), int(bounds[-1])
     starts = bounds[:-1] - first
     labels = np.repeat(starts, np.diff(bounds))
-    with readable(shared, images, numbers, groups.rows) as read:
-        share = Share(groups.rows[first:end], starts, labels, lambda some: read(first + some))
-        return shared.collect(lambda: work(share))
+    with readable(shared, images, numbers, groups.rows, first) as read:
+        return shared.collect(partial(work, Share(groups.rows[first:end], starts, labels, read)))
 
 
 @contextmanager
-def readable(shared: SharedArrays, images: Rows, numbers: IntArray, rows: IntArray) -> Iterator[ReadRows]:
+def readable(
+    shared: SharedArrays, images: Rows, numbers: IntArray, rows: IntArray, first: int = 0
+) -> Iterator[ReadRows]:
     """Make rows that lie anywhere readable in their order, until all processes have read them.
 
     Args:
         numbers: As of `work_on_groups`.
         rows: The rows, in the order in which they will be read, integers [M]; the same on every process.
+        first: The first one that this process will read.
 
     Yields:
-        Reads those at some places in `rows`.
+        Reads those at some places behind the first one.
     """
     if images.stay_mapped or not len(rows):
-        yield lambda places: images.take(numbers[rows[places]])
+        own_rows = rows[first:]
+        yield lambda places: images.take(numbers[own_rows[places]])
         return
     with temporary_copies(shared):
-        yield _copy(shared, images, numbers, rows)
+        copies, place = _copy(shared, images, numbers, rows)
+        own_place = place[first:]
+        yield lambda places: copies.take(own_place[places].astype(np.int64))
 
 
 @contextmanager
@@ -153,8 +158,12 @@ def copy_rows(shared: SharedArrays, num_rows: int, width: int, parts: Iterator[t
         copy.flush()
 
 
-def _copy(shared: SharedArrays, images: Rows, numbers: IntArray, rows: IntArray) -> ReadRows:
-    """Copy rows, each process those of its part of the files, in the order in which all are to be read."""
+def _copy(shared: SharedArrays, images: Rows, numbers: IntArray, rows: IntArray) -> tuple[Rows, IntArray]:
+    """Copy rows in the order in which they are to be read, each process the rows in its part of the files.
+
+    Returns:
+        The copies of all processes, and where among them each of the rows is, integers [M].
+    """
     context = shared.context
 
     def locate() -> Arrays:
@@ -177,4 +186,4 @@ def _copy(shared: SharedArrays, images: Rows, numbers: IntArray, rows: IntArray)
 
     context.on_all(lambda: copy_rows(shared, len(own), images.shape[1], parts()))
     copies = context.on_all(lambda: open_copies(shared.work, sizes.tolist(), images.shape[1]))
-    return lambda places: copies.take(place[places].astype(np.int64))
+    return copies, place

@@ -13,7 +13,7 @@ from clipcid_cli.algorithms.sets.star import star_curve
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.groups import Groups, Share
+from clipcid_cli.steps.balance.groups import Groups, Share, work_on_groups
 from clipcid_cli.steps.balance.pairs import NotComputed, find_pairs
 from clipcid_cli.steps.balance.result import OtherLinkageResult
 from clipcid_cli.steps.balance.rows import BalanceRows
@@ -64,7 +64,8 @@ def _compare_single(run: BalanceRun, forest: Edges, threshold: float) -> OtherLi
     def measure(share: Share) -> Arrays:
         return (distances_to(share.read, central_rows(share.read, share.labels)),)
 
-    parts = run.work_on_groups(Groups.publish(run.shared, find_sets), measure)
+    groups = Groups.publish(run.shared, find_sets)
+    parts = work_on_groups(run.shared, rows.images, rows.numbers, groups, measure)
 
     def compare() -> OtherLinkage:
         distances = np.concatenate([distance for (distance,) in parts])

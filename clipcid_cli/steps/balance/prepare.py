@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.sidecar import read_embed_sidecar
 from clipcid_cli.formats.files import validate_writable
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
@@ -16,6 +14,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.plan import BalanceInputs, CapClusters
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embeddings import open_given
+from clipcid_cli.steps.models import find_embedded_model
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
 
@@ -65,7 +64,7 @@ def _choose(settings: BalanceSettings) -> _Choice:
     if folder is None and settings.data is None and settings.model is None:
         folder = work.find_embeddings()
     elif folder is None:
-        model = settings.model or _model_of(work) or configured().get("model", DEFAULT_MODEL)
+        model = settings.model or find_embedded_model(work) or configured().get("model", DEFAULT_MODEL)
     if settings.against:
         from clipcid_cli.steps.balance.filters.against import validate_references
 
@@ -75,19 +74,9 @@ def _choose(settings: BalanceSettings) -> _Choice:
     return _Choice(folder, model, clusters)
 
 
-def _model_of(work: WorkDirectory) -> str | None:
-    """Return the model of the work directory's embeddings, when there are those of one model."""
-    try:
-        sidecar = read_embed_sidecar(work.find_embeddings())
-    except ClipcidError:
-        return None
-    return None if sidecar is None else sidecar.model.spec
-
-
 def _embed(settings: BalanceSettings, model: str | None, context: DistContext) -> Path | EmbedCost:
-    from clipcid_cli.steps.embed.run import (
-        ensure_embeddings,  # and with it the models, which existing embeddings need none of
-    )
+    # And with it the models, which existing embeddings need none of.
+    from clipcid_cli.steps.embed.request import ensure_embeddings
 
     assert model is not None, "one is chosen where no folder is"
     return ensure_embeddings(settings, context, data=settings.data, model=model)

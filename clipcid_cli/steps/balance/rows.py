@@ -133,6 +133,6 @@ def _look_at_rows(context: DistContext, images: Rows) -> Arrays:
 
 
 def _find_copies(alike: Share) -> Arrays:
-    """Find, among rows of equal hashes, those that equal an earlier one: the first of their kind, and they."""
+    """Find the rows that equal an earlier one, among rows of equal hashes: the earlier ones, and the copies."""
     _, edges = collapse_duplicates(alike.read, np.arange(len(alike.rows)), alike.labels.astype(np.uint64))
     return alike.rows[edges.a], alike.rows[edges.b]

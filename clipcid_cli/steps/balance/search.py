@@ -22,11 +22,11 @@ from clipcid_cli.algorithms.near.cutoff import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import IntArray, ReadRows
 from clipcid_cli.algorithms.near.plan import Plan
-from clipcid_cli.algorithms.near.search import near_pairs_of
+from clipcid_cli.algorithms.near.search import search_jobs
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import Arrays, load_arrays, save_arrays
+from clipcid_cli.formats.arrays import Arrays, array_journal
 from clipcid_cli.runtime.distributed import memory_for_rows
 from clipcid_cli.runtime.timing import SavePace
 from clipcid_cli.steps import reporting
@@ -76,8 +76,10 @@ def run_chunks(run: BalanceRun, search: Search) -> Edges:
     place = search.place(run)
     saved = context.on_rank0(lambda: _survey(place))
     done = set(chain.from_iterable(saved.values()))
-    if done:
+    if 0 < len(done) < num_chunks:
         reporting.note(f"Resuming the search: {len(done):,} of {num_chunks:,} parts are done.")
+    elif done:
+        reporting.note("All comparisons were made before.")
     left = [chunk for chunk in range(num_chunks) if chunk not in done]
     if left:
         _search(run, search, left, place, _merge(run, search, place, saved) if saved else None)
@@ -115,13 +117,12 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path, known
     mine = np.concatenate(stretches).tolist()
     # Adding up the pairs of hundreds of millions of jobs would take minutes; most compare nearly equal numbers.
     total = plan.num_pairs * len(mine) // plan.num_chunks
+    journal = array_journal(place)
     pace = SavePace(expected=0.0)
     since = list[int]()
     with reporting.progress(search.label, total, "pairs") as progress:
         for chunk in mine:
-            jobs = plan.jobs(chunk)
-            blocks = ((load(i), load(j)) for i, j in jobs)
-            for job, pieces in zip(jobs, near_pairs_of(blocks, search.cutoff, sink.wants), strict=True):
+            for job, pieces in search_jobs(plan.jobs(chunk), load, search.cutoff, sink.wants):
                 for edges in pieces:
                     sink.add(edges)
                 progress.advance(plan.pairs_of(job))
@@ -130,7 +131,7 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path, known
                 with pace.saving():
                     edges = sink.drain()
                     arrays = {"chunks": since, "a": edges.a, "b": edges.b, "weight": edges.weight}
-                    save_arrays(place / f"{since[0]}.npz", arrays)
+                    journal.append(str(since[0]), arrays)
                 since = []
 
 
@@ -141,10 +142,10 @@ def _survey(place: Path) -> dict[str, list[int]]:
     """
     readable = dict[str, list[int]]()
     done = set[int]()
-    for path in sorted(place.glob("*.npz")):
-        saved = load_arrays(path)
-        if saved is not None and done.isdisjoint(chunks := saved["chunks"].tolist()):
-            readable[path.name] = chunks
+    for name, saved in array_journal(place).parts():
+        chunks = saved["chunks"].tolist()
+        if done.isdisjoint(chunks):
+            readable[name] = chunks
             done.update(chunks)
     return readable
 
@@ -152,13 +153,14 @@ def _survey(place: Path) -> dict[str, list[int]]:
 def _merge(run: BalanceRun, search: Search, place: Path, names: Iterable[str]) -> Edges:
     """Return what files hold together; the same on every process."""
     context = run.context
+    journal = array_journal(place)
     sink = search.new_sink()
 
     def load() -> None:
         for name in list(names)[context.rank :: context.size]:
-            saved = load_arrays(place / name)
+            saved = journal.read(name)
             if saved is None:
-                raise ClipcidError(f"{place / name} can no longer be read.", "Run the same command again.")
+                raise ClipcidError(f"{journal.path(name)} can no longer be read.", "Run the same command again.")
             sink.add(Edges(saved["a"], saved["b"], saved["weight"]))
 
     def result() -> Arrays:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray
+from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
     best_rows,
@@ -26,7 +27,7 @@ from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.results.forest import SetTable
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.forest import find_forest
-from clipcid_cli.steps.balance.groups import Groups, Share, find_places
+from clipcid_cli.steps.balance.groups import Groups, Share, find_places, work_on_groups
 from clipcid_cli.steps.balance.rows import BalanceRows
 
 # Rules of --select that look at the rows of a set; the others score each image by itself.
@@ -54,6 +55,17 @@ class Sets:
         return is_kept(self.representatives)
 
 
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How rows are divided into sets, the same on every process."""
+
+    labels: IntArray  # as of `Sets`
+    # The representative of each row, integers [N]; None where each set's own rows decide.
+    representatives: IntArray | None
+    threshold: float | None
+    make_curve: Callable[[], Curve]
+
+
 def make_sets(run: BalanceRun) -> tuple[Sets, Edges, bool]:
     """Make the sets that the settings ask for; the same on every process.
 
@@ -63,19 +75,22 @@ def make_sets(run: BalanceRun) -> tuple[Sets, Edges, bool]:
     num_rows, settings = run.rows.num_searched, run.settings
     num_kept = num_rows if settings.keep is None else max(1, round(settings.keep * num_rows))
     forest, reused = find_forest(run, cutoff=settings.distance, num_edges=num_rows - num_kept)
-    if settings.keep is not None and num_kept == num_rows:  # nothing is to be merged, not even copies
-        return _make_components(run, forest.edges, None), forest.edges, reused
     threshold = settings.distance
-    if threshold is None:
+    if threshold is None and num_kept < num_rows:
         threshold = float(forest.edges.weight[num_rows - num_kept - 1])
-    threshold = shortest_decimal(threshold)
-    if settings.linkage == "star":
-        from clipcid_cli.steps.balance.stars import make_stars
+    if threshold is not None:
+        threshold = shortest_decimal(threshold)
+    if threshold is None:
+        division = _keep_all(run, forest.edges)
+    elif settings.linkage == "star":
+        from clipcid_cli.steps.balance.stars import divide_by_stars
 
         searched = forest.cutoff
-        sets, forest = make_stars(run, forest, threshold, num_kept)
-        return sets, forest.edges, reused and forest.cutoff == searched
-    return _make_components(run, forest.edges, threshold), forest.edges, reused
+        division, forest = divide_by_stars(run, forest, threshold, num_kept)
+        reused = reused and forest.cutoff == searched
+    else:
+        division = _divide_by_components(run, forest.edges, threshold)
+    return _measure_sets(run, division), forest.edges, reused
 
 
 def shortest_decimal(distance: float) -> float:
@@ -89,17 +104,12 @@ def single_curve(rows: BalanceRows, forest: Edges, threshold: float | None) -> C
     return dataclasses.replace(curve, kept=curve.kept - (len(rows) - rows.num_searched))
 
 
-def finish_sets(
-    run: BalanceRun,
-    threshold: float | None,
-    labels: IntArray,
-    representatives: IntArray | None,
-    make_curve: Callable[[], Curve],
-) -> Sets:
+def _measure_sets(run: BalanceRun, division: Division) -> Sets:
     """Choose representatives where there are none yet, and measure the sets; rows that filters dropped have none."""
-    rows = run.rows
+    rows, labels, threshold = run.rows, division.labels, division.threshold
     groups = Groups.publish(run.shared, lambda: Groups.from_sets(labels))
-    parts = run.work_on_groups(groups, lambda share: _measure(run, share, representatives))
+    measure = partial(_measure, run, division.representatives)
+    parts = work_on_groups(run.shared, rows.images, rows.numbers, groups, measure)
 
     def join() -> Arrays:
         """Return the representative of each row, and its distance to it; then the columns of the table."""
@@ -126,7 +136,7 @@ def finish_sets(
         representatives=representatives_N,
         distances=distances_N,
         threshold=threshold,
-        curve=run.context.on_rank0(make_curve),
+        curve=run.context.on_rank0(division.make_curve),
         num_kept=num_kept,
         largest=int(np.diff(groups.bounds).max(initial=1)),
         table=SetTable(*table),
@@ -134,17 +144,19 @@ def finish_sets(
     )
 
 
-def _measure(run: BalanceRun, share: Share, representatives: IntArray | None) -> Arrays:
-    """Measure some sets.
+def _measure(run: BalanceRun, representatives: IntArray | None, share: Share) -> Arrays:
+    """Measure some sets, given the representative of each row unless the rows of a set decide which it is.
 
     Returns:
         The representative of each row, integers [M], and its distance, float32 [M]; of each set the row farthest from it,
         integers [S], its diameter, float32 [S], and whether that is exact, bool [S].
     """
-    if representatives is None:
-        chosen = _choose_representatives(run, share)
-    else:
+    if representatives is not None:
         chosen = find_places(share.rows)(representatives[share.rows])
+    elif run.settings.select == "medoid":
+        chosen = medoid_rows(share.read, share.labels, run.context.device)
+    else:
+        chosen = central_rows(share.read, share.labels)
     distances = distances_to(share.read, chosen)
     reach = np.maximum.reduceat(distances, share.starts) if len(share.starts) else distances
     at_reach = np.flatnonzero(distances == np.repeat(reach, share.sizes))
@@ -157,26 +169,26 @@ def _measure(run: BalanceRun, share: Share, representatives: IntArray | None) ->
     return share.rows[chosen], distances, share.rows[farthest], diameter, is_exact
 
 
-def _make_components(run: BalanceRun, forest: Edges, threshold: float | None) -> Sets:
-    """Single linkage: the components of the forest up to the threshold; without one each row is a set of its own."""
-
-    def make() -> Arrays:
-        part = forest[:0] if threshold is None else forest.up_to(threshold)
-        labels = connected_components(len(run.rows), part.a, part.b)
-        if threshold is not None and run.settings.select not in _BY_ROWS:
-            return labels, _best_by_score(run, labels)
-        return (labels,)
-
-    labels, *chosen = run.shared.publish(make)
-    representatives = chosen[0] if chosen else None
-    return finish_sets(run, threshold, labels, representatives, lambda: single_curve(run.rows, forest, threshold))
+def _keep_all(run: BalanceRun, forest: Edges) -> Division:
+    """Merge nothing, not even copies: each row is a set of its own."""
+    num_rows = len(run.rows)
+    labels = np.arange(num_rows, dtype=row_type(num_rows))
+    return Division(labels, None, None, partial(single_curve, run.rows, forest, None))
 
 
-def _choose_representatives(run: BalanceRun, share: Share) -> IntArray:
-    """Choose the representative of each row of some sets by the rows themselves, integers [M]."""
-    if run.settings.select == "medoid":
-        return medoid_rows(share.read, share.labels, run.context.device)
-    return central_rows(share.read, share.labels)
+def _divide_by_components(run: BalanceRun, forest: Edges, threshold: float) -> Division:
+    """Single linkage: the components of the forest up to the threshold."""
+
+    def divide() -> Arrays:
+        merged = forest.up_to(threshold)
+        labels = connected_components(len(run.rows), merged.a, merged.b)
+        if run.settings.select in _BY_ROWS:
+            return (labels,)
+        return labels, _best_by_score(run, labels)
+
+    labels, *chosen = run.shared.publish(divide)
+    make_curve = partial(single_curve, run.rows, forest, threshold)
+    return Division(labels, chosen[0] if chosen else None, threshold, make_curve)
 
 
 def _best_by_score(run: BalanceRun, labels: IntArray) -> IntArray:

@@ -50,7 +50,7 @@ class SharedArrays:
         return arrays
 
     def collect(self, make: Callable[[], Arrays]) -> list[Arrays]:
-        """Make arrays on every process; return those of all, in order of rank, on the first one; nothing on the others."""
+        """Make arrays on every process, and return all of them, by rank, on the first one; nothing on the others."""
         context = self.context
         if context.size == 1:
             return [make()]

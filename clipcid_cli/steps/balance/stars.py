@@ -13,9 +13,10 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.forest import Forest, find_forest
+from clipcid_cli.steps.balance.forest import find_forest
 from clipcid_cli.steps.balance.pairs import NotComputed, find_pairs
-from clipcid_cli.steps.balance.sets import Sets, finish_sets, shortest_decimal
+from clipcid_cli.steps.balance.sets import Division, shortest_decimal
+from clipcid_cli.steps.balance.stored_forest import Forest
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
 _STAR_STEP = 1.05
@@ -25,7 +26,7 @@ _MAX_COLLECTED = 2**26
 _BYTES_A_PAIR = 75
 
 
-def make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int) -> tuple[Sets, Forest]:
+def divide_by_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int) -> tuple[Division, Forest]:
     """Cover the rows by stars, at the threshold given, or from the single-linkage one up to where few enough are kept."""
     rows, num_unique = run.rows, len(run.rows.unique)
     positions = rows.unique_positions()
@@ -76,4 +77,4 @@ def make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int)
         return star_curve(pairs, copies, chosen.cutoff, _CURVE_POINTS)
 
     labels, representatives = run.shared.publish(make)
-    return finish_sets(run, shortest_decimal(chosen.cutoff), labels, representatives, make_curve), forest
+    return Division(labels, representatives, shortest_decimal(chosen.cutoff), make_curve), forest

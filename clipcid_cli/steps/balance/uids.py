@@ -74,7 +74,7 @@ class _UidFinder:
         return None if data is None else SampleFinder(data, self._settings.workers)
 
     def find(self, file: EmbeddingFile, places: IntArray) -> pa.ChunkedArray:
-        """Return those of the rows at some places in a file, n strings of 32 hexadecimal digits."""
+        """Return the identifiers of the rows at some places in a file, n strings of 32 hexadecimal digits."""
         keys = self._embeddings.keys_of(file).take(pa.array(places))
         uids = keys
         if self._embeddings.has_uids:

@@ -31,7 +31,6 @@ from clipcid_cli.steps.distill.batches import Batches, TrainingBatch
 from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.distill.teacher import SAMPLES_AT_ONCE
 from clipcid_cli.steps.distill.trainer import Trainer
-from clipcid_cli.steps.embed.run import TYPICAL_CAPTION
 from clipcid_cli.steps.evaluate.result import Preview
 
 _MEASURED = 3
@@ -46,6 +45,8 @@ _LONGEST_STEP = 10.0
 _SIZES_LOOKED_AT = 8
 # Images of more pixels on the shorter side are worth making smaller before training.
 _ADVISED_SIDE = 256
+# About as long as the median caption on the web.
+_TYPICAL_CAPTION = "a photo of a cat on a red chair"
 
 
 class TeacherCost(msgspec.Struct):
@@ -258,7 +259,7 @@ def _time_teacher(teacher: ClipModel, count: int, requested: str) -> tuple[float
     teacher.cast_products(precision)
     height, width = teacher.info.image_size
     pixels = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
-    tokens = teacher.tokenizer([TYPICAL_CAPTION] * count)
+    tokens = teacher.tokenizer([_TYPICAL_CAPTION] * count)
 
     def measure(encode: Callable[[torch.Tensor, Precision], torch.Tensor], inputs: torch.Tensor) -> float:
         def encode_all() -> list[torch.Tensor]:

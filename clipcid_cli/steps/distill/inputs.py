@@ -37,9 +37,9 @@ from clipcid_cli.steps.distill.samples import (
     find_samples,
     index_of,
 )
-from clipcid_cli.steps.embed.encoder import Views
+from clipcid_cli.steps.embed.augmented import Views
+from clipcid_cli.steps.embed.request import ensure_embeddings
 from clipcid_cli.steps.embed.result import EmbedCost
-from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.embeddings import advise_keys, compare_keys, open_teachers
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.models import choose_embeddings, embed_with, find_mismatch, validate_teacher

@@ -14,8 +14,9 @@ from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.records import hash_preprocess
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.clip_model import ClipModel, hash_preprocess
+from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps import reporting

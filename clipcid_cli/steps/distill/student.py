@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -185,7 +186,7 @@ def _inherit(model: ClipModel, init_from: str, towers: str) -> ClipModel:
     fresh = f", except {', '.join(not_inherited)}" if not_inherited else ""
     reporting.note(f"{subject} from {source.info.spec}{fresh}.")
     weights_hash = f"{model.info.weights_hash}+{towers}:{source.info.weights_hash}"
-    return dataclasses.replace(model, info=dataclasses.replace(model.info, weights_hash=weights_hash))
+    return dataclasses.replace(model, info=msgspec.structs.replace(model.info, weights_hash=weights_hash))
 
 
 def _checkpoint_layers(model: ClipModel) -> None:

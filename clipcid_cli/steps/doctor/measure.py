@@ -124,7 +124,7 @@ def measure_process(context: DistContext, dataset: Dataset | None, samples: Sequ
         cores=count_cores(),
         memory=memory_limit() / processes,
         shared_memory=shared,
-        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        open_files=read_open_files(),
         workers=workers,
         image_bytes=_mean_size(samples[:_BATCH]),
         decoded=decoded,
@@ -137,6 +137,12 @@ def measure_process(context: DistContext, dataset: Dataset | None, samples: Sequ
         gpu_memory=torch.cuda.mem_get_info(context.device)[0] if on_gpu else None,
         gpu=torch.cuda.get_device_name(context.device) if on_gpu else None,
     )
+
+
+def read_open_files() -> int:
+    """Return how many files this process may have open; a very large number where there is no limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**30 if limit == resource.RLIM_INFINITY else limit
 
 
 def list_versions() -> dict[str, str]:

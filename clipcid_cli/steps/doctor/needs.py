@@ -23,6 +23,8 @@ _BYTES_BESIDE_IMAGE = 8 * 77 + 2 * 2 * 768
 _FILES, _FILES_OF_WORKER = 256, 4
 # The share of a worker's time that waiting for the first byte may take.
 _SHARE_OF_WAITING = 0.1
+# The share of the time of a shard that making its files may take: rows of images and captions, keys, and a record.
+_SHARE_OF_FILES, _IMAGES_OF_SHARD, _FILES_OF_SHARD = 0.05, 10_000, 4
 # The share of a step in which gradients can be sent: the backward pass.
 _SHARE_OF_BACKWARD = 2 / 3
 
@@ -72,7 +74,7 @@ def list_checks(measured: Sequence[Process], disk: WorkDisk, where: Situation) -
         *_check_host(measured, rates, where),
         *_check_data(measured, rates),
         _compare_rate("decoding", "images/s", decoded, rates, "images/s that a device trains on", _DECODE),
-        *_check_work(disk, where),
+        *_check_work(disk, rates, where),
         *_check_gpu(measured, rates, where),
     ]
 
@@ -124,7 +126,7 @@ def _check_data(measured: Sequence[Process], rates: Mapping[str, float]) -> list
     ]
 
 
-def _check_work(disk: WorkDisk, where: Situation) -> list[Check]:
+def _check_work(disk: WorkDisk, rates: Mapping[str, float], where: Situation) -> list[Check]:
     """Compare the disk of the work directory."""
     if disk.problem:
         problem = f"cannot write: {disk.problem}"
@@ -132,8 +134,19 @@ def _check_work(disk: WorkDisk, where: Situation) -> list[Check]:
             Check("work, writing", "B/s", None, {}, FAILS, problem=problem, advice="Name another folder by --work.")
         ]
     needs = {name: clip.checkpoint_bytes / _SECONDS_OF_SAVE for name, clip in where.clips.items()}
+    creations = {name: _SHARE_OF_FILES * _IMAGES_OF_SHARD / rate / _FILES_OF_SHARD for name, rate in rates.items()}
+    is_quick = all(disk.created <= need for need in creations.values())
+    created = _check(
+        "work, new file",
+        "s",
+        disk.created,
+        creations,
+        OK if is_quick else SLOW,
+        "a twentieth of a shard ÷ 4 files",
+        _DISK,
+    )
     return [
-        Check("work, new file", "s", disk.created, {}, ""),
+        created,
         _compare_rate("work, writing", "B/s", disk.written, needs, "12 × parameters ÷ 25 s", _SAVES),
         _compare_rate("work, reading", "B/s", disk.read, needs, "as writing", _SAVES),
     ]

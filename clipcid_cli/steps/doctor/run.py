@@ -67,8 +67,8 @@ def run(settings: DoctorSettings) -> DoctorResult:
         samples = context.on_all(lambda: take_samples(dataset, context))
         reporting.note("Measuring this machine, which takes about 15 seconds.")
         folder = context.broadcast(nearest_folder(settings.work))
-        problem = find_lock_problem(context, folder)
         disk = context.on_rank0(lambda: measure_work_disk(folder))
+        locks = [] if disk.problem else [check_locks(find_lock_problem(context, folder))]
         workers = default_workers(context.device) if settings.workers is None else settings.workers
         measured = context.gather(context.on_all(lambda: measure_process(context, dataset, samples, workers)))
         own = context.broadcast(measure_device(context.device, settings.precision))
@@ -80,7 +80,7 @@ def run(settings: DoctorSettings) -> DoctorResult:
     clips = {name: describe_clip(find_config(parse_model(name)) or {}) for name in MODELS}
     on_gpu = measured[0].gpu is not None or not device.is_measured
     where = Situation(clips, device, context.size, local, on_gpu)
-    checks = [check_locks(problem), *list_checks(measured, disk, where), *check_unreadable(measured)]
+    checks = [*locks, *list_checks(measured, disk, where), *check_unreadable(measured)]
     if measured[0].gpu is not None and not device.is_measured:
         checks.append(check_products(own, where))
     if exchanged is not None:

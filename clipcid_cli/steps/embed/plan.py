@@ -14,7 +14,7 @@ import msgspec
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.dataset import Dataset, open_described
-from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES
+from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, Sample
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.embeddings.manifest import read_manifest
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar, recorded_data
@@ -31,13 +31,11 @@ from clipcid_cli.formats.output import (
 from clipcid_cli.formats.sidecar import DataSpec, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.models.augment import STRONG
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
-from clipcid_cli.runtime.text_variants import RULES
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
-from clipcid_cli.steps.models import choose_embeddings, find_mismatch
-from clipcid_cli.steps.settings.embed import EmbedSettings
+from clipcid_cli.steps.models import choose_embeddings, find_embedded_model, find_mismatch
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
 
 EMBED = "embed"
 """Name of the sidecar of embeddings."""
@@ -78,6 +76,10 @@ class EmbedPlan:
     # Whether all shards that are embedded already are still there, so that others may be added to them.
     may_grow: bool = False
 
+    def reject(self, sample: Sample) -> str | None:
+        """Say why a sample cannot be used, as a reason of `skips.REASONS`."""
+        return "no_caption" if self.settings.text and not sample.captions else None
+
     @property
     def input(self) -> FileRecord:
         return record_together(self.dataset.spec, self.shards)
@@ -112,32 +114,28 @@ class EmbedPlan:
     def requested(self) -> dict[str, Any]:
         """The settings that decide the rows, as JSON values, but for those of the model."""
         settings = self.settings
-        settings_of_rows = {"text": settings.text, "keys": self.dataset.keys, "fast_decode": settings.fast_decode}
+        requested: dict[str, Any] = {
+            "text": settings.text,
+            "keys": self.dataset.keys,
+            "fast_decode": settings.fast_decode,
+        }
         if self.dataset.caption_lines:
-            settings_of_rows["caption_lines"] = True
+            requested["caption_lines"] = True
         if self.dataset.caption_keys:
-            settings_of_rows["caption_key"] = list(self.dataset.caption_keys)
+            requested["caption_key"] = list(self.dataset.caption_keys)
         if settings.max_sample_bytes != MAX_SAMPLE_BYTES:
-            settings_of_rows["max_sample_bytes"] = settings.max_sample_bytes
-        if settings.views:
-            for name in ("views", "crop_scale", "color_jitter", "gray_probability", "seed"):
-                settings_of_rows[name] = getattr(settings, name)
-            settings_of_rows["view_kind"] = list(settings.view_kinds)
-            if "strong" in settings.view_kinds:
-                settings_of_rows["strong_view"] = dataclasses.asdict(STRONG)
-        if settings.text_variants:
-            settings_of_rows |= {
-                "text_variants": settings.text_variants,
-                "seed": settings.seed,
-                "text_variant_rules": RULES,
-            }
-        return settings_of_rows
+            requested["max_sample_bytes"] = settings.max_sample_bytes
+        if settings.views or settings.text_variants:
+            from clipcid_cli.steps.embed.augmented import augmenting_settings
+
+            requested |= augmenting_settings(settings)
+        return requested
 
 
 def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
     """Look at the data, the model's name and the output."""
-    name = with_default_tag(parse_model(settings.model))
-    dataset = _open_data(settings)
+    name = with_default_tag(parse_model(_choose_model(settings)))
+    dataset = _open_data(settings, name)
     folder = settings.out or choose_embeddings(settings.work, name)
     if settings.text:
         if not _has_captions(dataset):
@@ -163,16 +161,16 @@ def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
             model = {name: value for name, value in sidecar.settings.items() if name in _OF_MODEL}
             asked = {"batch_size": plan.settings.batch_size, "precision": plan.settings.precision}
             model |= {name: value for name, value in asked.items() if value not in (None, "auto")}
-            found = find_output(plan.identify(model, may_differ={"inputs"}))
-            if found.finished is not None:
-                return dataclasses.replace(plan, finished=found.finished)
+            output = find_output(plan.identify(model, may_differ={"inputs"}))
+            if output.finished is not None:
+                return dataclasses.replace(plan, finished=output.finished)
         there = [record.input for record in read_manifest(folder, "Add --overwrite to replace it.")]
     lost = find_lost(there, plan.shards)
     if lost and not plan.settings.overwrite:
         flags = _compare_reading(sidecar.data, plan.dataset) if sidecar is not None else {}
         raise other_run_error(f"{folder} holds {EMBED} output", flags or {"inputs": lost}, ELSEWHERE)
     begun = unfinished(folder, EMBED)
-    is_begun = begun is not None and [each.content for each in begun.inputs] == [plan.input.content]
+    is_begun = begun is not None and [file.content for file in begun.inputs] == [plan.input.content]
     return dataclasses.replace(plan, is_begun=is_begun, may_grow=not lost)
 
 
@@ -181,16 +179,27 @@ def _compare_reading(there: DataSpec, dataset: Dataset) -> dict[str, str]:
     now = dataset.describe()
     if dataset.kind != "list" or there.spec != now.spec:
         return {}
-    before, after = ({flag: getattr(each, name) for name, flag in _OF_ROWS.items()} for each in (there, now))
+    before, after = ({flag: getattr(spec, name) for name, flag in _OF_ROWS.items()} for spec in (there, now))
     return compare_settings(before, after)
 
 
-def _open_data(settings: EmbedSettings) -> Dataset:
-    """Open the data that was named, or else that of the embeddings in the work directory."""
+def _choose_model(settings: EmbedSettings) -> str:
+    """Return the model that was named; else that of the embeddings whose data is taken."""
+    if settings.model is not None:
+        return settings.model
+    model = find_embedded_model(WorkDirectory(settings.work)) if settings.data is None else None
+    if model is None:
+        return DEFAULT_MODEL
+    reporting.note(f"Model: {model}, that of the embeddings in {settings.work}.")
+    return model
+
+
+def _open_data(settings: EmbedSettings, name: ModelName) -> Dataset:
+    """Open the data that was named, or else the data of which the work directory holds embeddings."""
     work = WorkDirectory(settings.work)
     if settings.data is None:
         try:
-            own = choose_embeddings(settings.work, with_default_tag(parse_model(settings.model)))
+            own = choose_embeddings(settings.work, name)
             described = recorded_data(own if sidecar_path(own, EMBED).exists() else work.find_embeddings())
         except ClipcidError as error:
             raise ClipcidError(
@@ -203,9 +212,9 @@ def _open_data(settings: EmbedSettings) -> Dataset:
     return open_named(settings, settings.data, work.indexes)
 
 
-def choose_text(settings: EmbedSettings) -> bool:
+def choose_text(settings: EmbedSettings, name: ModelName) -> bool:
     """Tell whether captions are embedded where nobody says so: where the data has some."""
-    dataset = _open_data(settings)
+    dataset = _open_data(settings, name)
     if _has_captions(dataset):
         return True
     reporting.note(f"{dataset.spec} has no captions{_name_keys(dataset)}: only its images are embedded.")
@@ -252,7 +261,7 @@ def _note_lines(dataset: Dataset) -> None:
     if count := skips.changed.get("several_lines"):
         reporting.note(
             f"{count:,} of the first {looked_at:,} samples have a caption of several lines, of which a model reads the "
-            "beginning; with --caption-lines each line is a caption."
+            "beginning; with --caption-lines each line of a .txt is a caption."
         )
 
 
@@ -273,7 +282,7 @@ def describe_shards(dataset: Dataset) -> list[FileRecord]:
 
 def _validate_own_folder(folder: Path) -> None:
     """Refuse a folder with embeddings that this step did not write, since it would replace files there."""
-    output = next((each for each in _OTHER_OUTPUTS if is_claimed(folder, each)), None)
+    output = next((step for step in _OTHER_OUTPUTS if is_claimed(folder, step)), None)
     if output is not None:
         raise ClipcidError(f"{folder} holds the output of clipcid {output}.", "Choose another folder with --out.")
     first = None if is_claimed(folder, EMBED) else find_rows(folder)

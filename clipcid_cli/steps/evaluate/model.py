@@ -88,7 +88,7 @@ class EvaluatedModel:
 
     @cached_property
     def fingerprints(self) -> list[FileRecord]:
-        """Describe the model's weights, by `ModelInfo.weights_hash`, and its configuration; a folder is not loaded for it.
+        """Describe the model's weights, by `ModelRecord.weights_hash`, and its configuration; a folder is not loaded for it.
 
         By that hash an export finds the metrics that belong to its model.
         """

@@ -58,14 +58,17 @@ class ZeroshotTask:
         return [fill_template(template, class_name) for template in self.templates]
 
     def stream(self, shard_index: int, skips: Skips) -> Iterator[Sample]:
-        """Yield the samples of a shard that are used; where there is an index, no others are read."""
+        """Yield the samples of a shard that are used; where there is an index, no others are read.
+
+        What is wrong with others than those held out is not counted.
+        """
         index, held_out = self.dataset.index, self.held_out
-        if held_out is None or index is None:
-            for sample in self.dataset.shards[shard_index].stream(skips):
-                if held_out is None or sample.key in held_out:
-                    yield sample
+        if held_out is None:
+            yield from self.dataset.shards[shard_index].stream(skips)
             return
-        skips.merge(index.skips(shard_index))
+        if index is None:
+            yield from (sample for sample in self.dataset.shards[shard_index].stream() if sample.key in held_out)
+            return
         part = index.part(shard_index)
         for place, key in enumerate(part.keys.to_pylist()):
             if key in held_out:

@@ -23,7 +23,7 @@ from clipcid_cli.steps.evaluate.report import write_summary
 from clipcid_cli.steps.evaluate.result import Preview, Previews, ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.task_plan import plan_tasks
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
-from clipcid_cli.steps.models import choose_model
+from clipcid_cli.steps.models import choose_model, tell_apart
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -68,7 +68,7 @@ class ZeroshotPlan:
         if twice is not None:
             raise UsageError(
                 f"Two of the pairs would write the same metrics file, {twice.name}.",
-                "Name each model and data set once, and evaluate folders of the same name in separate commands with "
+                "Name each model and data set once, and evaluate data sets of the same name in separate commands with "
                 "different --work.",
             )
 
@@ -119,7 +119,7 @@ def make_plan(settings: EvalZeroshotSettings) -> ZeroshotPlan:
     if named or not names:
         first = named[0] if named else None
         names = [choose_model(first, settings.work, positional_of="eval-zeroshot"), *names]
-    return ZeroshotPlan(names, plan_tasks(settings, names), settings)
+    return ZeroshotPlan(tell_apart(names), plan_tasks(settings, names), settings)
 
 
 def _match_models(name: str) -> list[str]:

@@ -17,7 +17,7 @@ from clipcid_cli.formats.results.metrics import find_variant, read_metrics, vali
 from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
 from clipcid_cli.formats.sidecar import AnySidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.models.clip_model import ModelInfo
+from clipcid_cli.records import ModelRecord
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName
 from clipcid_cli.steps.export.inputs import Classes
 from clipcid_cli.steps.settings.export import ExportSettings
@@ -27,7 +27,7 @@ _LIBRARIES = {"open-clip": "open_clip", "hf": "transformers", "onnx": "onnx", "w
 
 
 def render_card(
-    info: ModelInfo,
+    info: ModelRecord,
     source: ModelName,
     settings: ExportSettings,
     parity: Mapping[str, Parity],
@@ -84,7 +84,7 @@ def export_name(source: ModelName) -> str:
     return path.parent.name + path.name.removeprefix("student")
 
 
-def _shape(info: ModelInfo) -> str:
+def _shape(info: ModelRecord) -> str:
     """Describe an architecture that has no name."""
     towers = {"image tower": info.config["vision_cfg"], "text tower": info.config["text_cfg"]}
     parts = [f"{tower} {config.get('layers', '?')} × {config.get('width', '?')}" for tower, config in towers.items()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import msgspec
@@ -126,7 +125,7 @@ def _export(
             },
             seconds=seconds,
             outputs=[record(output.work / name, output.work) for name in written],
-            model=dataclasses.asdict(info),
+            model=info,
             written=sorted([*written, CARD]),
             parity=parity,
         )

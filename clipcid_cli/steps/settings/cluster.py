@@ -6,9 +6,8 @@ import dataclasses
 from typing import ClassVar
 
 from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
-from clipcid_cli.steps.settings.shared import AT_LEAST_1, BRIEF_SPINS, FRACTION, KeptSettings, Range, group
+from clipcid_cli.steps.settings.shared import AT_LEAST_1, BRIEF_SPINS, FRACTION, KeptSettings, group
 
-_run = group("How it runs")
 _input = group("Inputs")
 _clusters = group("Clusters")
 
@@ -19,8 +18,9 @@ class ClusterSettings(KeptSettings, GpuPlanSettings):
 
     # Candidates are decided in thousands of short sections: 100,000 rows took 11.5 s instead of 15 to 19 s on 2 cores.
     openmp_spins: ClassVar[str] = BRIEF_SPINS
+    # No image is decoded, and the format of products changes no answer.
+    omitted: ClassVar[tuple[str, ...]] = ("precision", "batch_size", "workers")
 
-    workers: int | None = _run(None, "Without effect: `cluster` decodes no images.", within=Range(0), operational=True)
     max_bad_fraction: float = _input(
         0.01,
         "Fail when more than this share of the embeddings is not finite or missing from the keep list.",

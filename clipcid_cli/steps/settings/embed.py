@@ -54,10 +54,10 @@ def configured() -> dict[str, Any]:
 class EmbedSettings(AugmentationSettings, TrainingDataSettings, GpuPlanSettings):
     """Settings of `embed`."""
 
-    model: str = _embed(
-        DEFAULT_MODEL,
+    model: str | None = _embed(
+        None,
         "CLIP model: an architecture, architecture:tag, hf-hub:org/name, or a folder with open_clip_config.json and "
-        "weights.",
+        f"weights. By default {DEFAULT_MODEL}; without DATA the model of the embeddings whose data is taken.",
         metavar="MODEL",
     )
     text: bool = _embed(True, "Also embed the captions.")

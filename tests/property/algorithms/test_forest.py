@@ -18,7 +18,7 @@ from clipcid_cli.algorithms.near.block import Block, load_block
 from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_rows
 from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.near.exact import LONGEST_ROW, IntArray
-from clipcid_cli.algorithms.near.search import near_pairs, near_pairs_of
+from clipcid_cli.algorithms.near.search import near_pairs, search_jobs
 from clipcid_cli.algorithms.sets import forest as forest_module
 from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components, forest_curve
 
@@ -72,8 +72,8 @@ def build(
         patch.setattr(forest_module, "_MIN_FOLD", 64)
         for process in range(processes):
             builder = ForestSink(len(rows))
-            for found in near_pairs_of(tiles[process::processes], cutoff, builder.wants):
-                for edges in found:
+            for _, pieces in search_jobs(tiles[process::processes], lambda block: block, cutoff, builder.wants):
+                for edges in pieces:
                     builder.add(edges)
             forests.append(builder.result())
     return ForestSink(len(rows), Edges.concatenate(forests)).result()

@@ -490,3 +490,5 @@ def test_a_hash_that_differs_is_told_as_other_content(tmp_path: Path) -> None:
         open_it(tmp_path, {"classes": "blake2b:" + 32 * "b"}),
     ):
         pass
+    with pytest.raises(ClipcidError, match="given there, null now"), open_it(tmp_path, {"classes": None}):
+        pass

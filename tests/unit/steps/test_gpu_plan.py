@@ -47,6 +47,9 @@ def test_the_batch_that_fits_fits_and_a_larger_one_does_not() -> None:
     assert plan_training(batch_size=8 * fitting + 8).memory_bytes > 0.9 * 80e9
     accumulated = plan_training(accum_freq=4).largest_batch_per_gpu
     assert accumulated == pytest.approx(4 * fitting, rel=0.01)
+    recomputed = plan_training(grad_checkpointing=True).largest_batch_per_gpu
+    assert recomputed is not None
+    assert recomputed > 4 * fitting
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,8 @@ def test_the_batch_that_fits_fits_and_a_larger_one_does_not() -> None:
         ({"student": "ViT-B-16"}, {"student": "ViT-B-32"}),
         ({"preset": "cid"}, {"preset": "clip"}),  # a million centroids are compared
         ({"batch_size": 512}, {"batch_size": 4096}),  # Muon's work is each step's
+        ({"online_teacher": True}, {}),
+        ({"grad_checkpointing": True}, {}),
     ],
 )
 def test_what_takes_longer(longer: dict[str, Any], shorter: dict[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""What is dropped beside repeats, before they are searched, and how each of these drops reaches the keep list."""
+"""Filters, which drop images before repeats are searched, or after: near a reference, by caption, of crowded clusters."""

@@ -220,6 +220,7 @@ def test_lists(tmp_path: Path, suffix: str) -> None:
     assert [sample.label for sample in samples] == [2, 0]
     assert samples[1].image.read() == make_image(4)
     assert skips.counts == {"duplicate_key": 1, "no_image": 1}
+    assert skips.examples["no_image"] == ["row 4"]
 
 
 def test_a_list_has_one_or_several_captions_in_a_cell(tmp_path: Path) -> None:

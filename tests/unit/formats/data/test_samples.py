@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -108,6 +110,25 @@ def test_captions_that_are_not_used_as_stored_are_counted(
         skips = Skips()
         (sample,) = open_dataset(tmp_path / data).shards[0].samples(skips)
         assert (sample.captions, skips.changed) == (captions, changed), data
+
+
+def test_captions_of_several_lines_are_counted_in_json_lists_and_parquet(tmp_path: Path) -> None:
+    captions, image = ["a dog\none dog", "a cat"], make_image(0)
+    members = [(f"{row}.png", image) for row in range(2)]
+    members += [(f"{row}.json", json.dumps({"caption": caption}).encode()) for row, caption in enumerate(captions)]
+    write_tar(tmp_path / "0.tar", sorted(members))
+    (tmp_path / "0.png").write_bytes(image)
+    rows = pd.DataFrame({"filepath": "0.png", "key": ["a", "b"], "title": captions})
+    rows.to_csv(tmp_path / "list.csv", index=False)
+    rows.assign(image=image).drop(columns="filepath").to_parquet(tmp_path / "images.parquet")
+    for data in (
+        open_dataset(tmp_path / "0.tar", caption_keys=("json:caption",)),
+        open_dataset(tmp_path / "list.csv"),
+        open_dataset(tmp_path / "images.parquet", caption_keys=("title",)),
+    ):
+        skips = Skips()
+        assert [sample.captions for sample in data.shards[0].samples(skips)] == [(captions[0],), (captions[1],)]
+        assert skips.changed == {"several_lines": 1}, data.kind
 
 
 def test_captions_of_an_image_are_not_too_many() -> None:

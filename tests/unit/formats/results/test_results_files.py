@@ -12,15 +12,14 @@ import torch
 from sidecars import make_sidecar
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import save_arrays
 from clipcid_cli.formats.files import write_json, write_npy
 from clipcid_cli.formats.results.clusters import (
+    ClusterParts,
     ClusterSidecar,
     join_parts,
     open_clusters,
     part_arrays,
     part_bounds,
-    part_path,
 )
 from clipcid_cli.formats.results.features import ImageFeatures, read_features, write_features
 from clipcid_cli.formats.results.matched_samples import TRAINING, open_rows, writing_rows
@@ -44,7 +43,7 @@ def write_clusters(folder: Path) -> np.ndarray:
     bounds = part_bounds(N)
     for part, (first, last) in enumerate(bounds):
         piece = clusters[first:last], similarities[first:last]
-        save_arrays(part_path(folder, part), part_arrays({"image": piece, "caption": piece}))
+        ClusterParts(folder).append(part, part_arrays({"image": piece, "caption": piece}))
     join_parts(folder, bounds, lambda first, last: pa.chunked_array([keys[first:last]]))
     write_npy(folder / "centroids.npy", np.eye(CLUSTERS, 8, dtype=np.float32))
     write_json(folder / "cluster.json", make_sidecar(ClusterSidecar))

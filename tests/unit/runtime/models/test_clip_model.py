@@ -15,7 +15,7 @@ from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
-from clipcid_cli.runtime.models.clip_model import hash_preprocess
+from clipcid_cli.records import hash_preprocess
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.runtime.models.views import Renderer

@@ -17,6 +17,7 @@ from conftest import run_in_two
 from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import arrays, parquet
+from clipcid_cli.formats import arrays as formats_arrays
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance import partition
@@ -147,7 +148,7 @@ class Disk:
     def __init__(self) -> None:
         self.saves = 0
         self.stop_after = 10**6
-        self._save = searching.save_arrays
+        self._save = formats_arrays.save_arrays
 
     def save(self, path: Path, arrays: dict[str, Any]) -> None:
         if self.saves == self.stop_after:
@@ -163,7 +164,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     monkeypatch.setattr(planning, "_MAX_PANEL", 40)
     monkeypatch.setattr(searching.SavePace, "is_due", lambda pace: True)
     disk = Disk()
-    monkeypatch.setattr(searching, "save_arrays", disk.save)
+    monkeypatch.setattr(formats_arrays, "save_arrays", disk.save)
     return disk
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -258,7 +259,7 @@ def test_it_sees_what_the_student_sees(tiny_shards: Path, teacher: ClipModel, cl
 
 
 def test_an_online_teacher_of_another_configuration_is_another_input(teacher: ClipModel) -> None:
-    info = dataclasses.replace(teacher.info, config=teacher.info.config | {"quick_gelu": True})
+    info = msgspec.structs.replace(teacher.info, config=teacher.info.config | {"quick_gelu": True})
     assert describe_weights(dataclasses.replace(teacher, info=info)).content != describe_weights(teacher).content
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
+import os
+import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,8 @@ from clipcid_cli.algorithms.costs import describe_clip
 from clipcid_cli.runtime.devices import DEVICES
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import find_config, parse_model
-from clipcid_cli.steps.doctor.measure import Process, WorkDisk, find_lock_problem
+from clipcid_cli.steps.doctor import measure
+from clipcid_cli.steps.doctor.measure import Process, WorkDisk, find_lock_problem, measure_work_disk, read_open_files
 from clipcid_cli.steps.doctor.needs import (
     Check,
     Situation,
@@ -90,8 +95,10 @@ def test_what_one_process_lacks_is_named_with_its_cure(changes: dict[str, Any], 
 
 def test_a_disk_that_cannot_save_in_time_or_at_all_is_named() -> None:
     assert checks_of(dataclasses.replace(DISK, written=5e7))["work, writing"].verdict == "slow"
-    problem = checks_of(WorkDisk(0.0, 0.0, 0.0, "No space left on device"))["work, writing"]
-    assert (problem.verdict, problem.problem) == ("fails", "cannot write: No space left on device")
+    assert checks_of(dataclasses.replace(DISK, created=1.0))["work, new file"].verdict == "slow"
+    check = checks_of(measure_work_disk(Path("/proc")))["work, writing"]
+    assert (check.verdict, check.figure) == ("fails", None)
+    assert check.problem.startswith("cannot write: ")
 
 
 def test_slow_products_slow_links_and_other_versions_are_named() -> None:
@@ -104,6 +111,26 @@ def test_slow_products_slow_links_and_other_versions_are_named() -> None:
     other = dataclasses.replace(PROCESS, versions={"torch": "2.10"})
     assert check_versions([PROCESS, PROCESS]).verdict == "ok"
     assert check_versions([PROCESS, other]).problem == "process 1 has torch 2.10, the first has 2.9"
+
+
+def test_no_limit_of_open_files_is_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert read_open_files() > 1_000_000
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
+    assert read_open_files() == 256
+
+
+def test_measuring_a_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_WRITTEN", 2**22)
+    disk = measure_work_disk(tmp_path)
+    assert min(disk.created, disk.written, disk.read) > 0
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(time, "monotonic_ns", lambda: 7)
+    (tmp_path / "link").rename(tmp_path / ".clipcid-doctor-7-7")
+    assert measure_work_disk(tmp_path).problem == os.strerror(errno.EEXIST)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_lock_that_does_not_hold_is_found_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.models.export_sidecar import Parity, PredictionParity
 from clipcid_cli.formats.results.metrics import SIDECARS, EvaluationSidecar, Metrics, write_metrics
-from clipcid_cli.runtime.models.clip_model import ClipModel, ModelInfo
+from clipcid_cli.records import ModelRecord
+from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.export.card import render_card
@@ -239,7 +241,7 @@ def write_evaluation(
     (work / "eval" / SIDECARS / f"{name}.json").write_text(json.dumps(sidecar))
 
 
-def render(info: ModelInfo, source: ModelName, **settings: Any) -> str:
+def render(info: ModelRecord, source: ModelName, **settings: Any) -> str:
     return render_card(info, source, ExportSettings(**settings), {}, [])
 
 
@@ -248,7 +250,7 @@ def test_metrics_are_those_of_the_same_weights(model: ClipModel, tiny_model: Pat
     write_evaluation(tmp_path, "same", "blake2b:aa", 0.5, config=record(tiny_model / "open_clip_config.json").hash)
     write_evaluation(tmp_path, "others", "blake2b:bb", 0.25)
     write_evaluation(tmp_path, "sampled", "blake2b-sampled:aa", 0.75)
-    own = dataclasses.replace(model.info, weights_hash="blake2b:aa")
+    own = msgspec.structs.replace(model.info, weights_hash="blake2b:aa")
     tagged = ModelName("ViT-B-32:laion2b_s34b_b79k", "tag", architecture="ViT-B-32", tag="laion2b_s34b_b79k")
     for source in (tagged, parse_model(str(tiny_model))):
         card = render(own, source, work=tmp_path)
@@ -308,7 +310,7 @@ def test_a_card_shows_programs_for_what_is_in_the_folder(
 def test_names_never_become_tags(model: ClipModel, tiny_model: Path, tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>|\n<b>"
     write_evaluation(tmp_path, "own", model.info.weights_hash, 0.5, dataset=evil)
-    named = dataclasses.replace(model.info, architecture=evil)
+    named = msgspec.structs.replace(model.info, architecture=evil)
     card = render(named, parse_model(str(tiny_model)), work=tmp_path, license=evil)
     assert "<script" not in card
     assert "<b>" not in card
@@ -318,7 +320,7 @@ def test_names_never_become_tags(model: ClipModel, tiny_model: Path, tmp_path: P
 def test_names_never_become_links_or_marks(model: ClipModel, tiny_model: Path, tmp_path: Path) -> None:
     evil = "[x](http://a.b) ![y](//c.d/e.png) <http://f.g> **h** _i_ `j` ~~k~~ |l\\| $m$ \x1b[31m www.n.o p@q.r https://s.t"
     write_evaluation(tmp_path, "own", model.info.weights_hash, 0.5, dataset=evil)
-    named = dataclasses.replace(model.info, architecture=evil)
+    named = msgspec.structs.replace(model.info, architecture=evil)
     card = render(named, parse_model(str(tiny_model)), work=tmp_path)
     page = MarkdownIt("commonmark").enable("table").render(card)
     shown = html.escape(evil.replace("\x1b", "\\x1b")).replace("&#x27;", "'")

@@ -1,0 +1,41 @@
+"""What is both computed and stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import msgspec
+
+
+class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A model. Sidecars of embeddings record all; what they are compared by has no default."""
+
+    spec: str  # the name it was loaded by, including the tag of its weights
+    slug: str = ""  # the name for files and folders
+    architecture: str | None = None  # open_clip's name; None for a folder or file, as is the tag
+    tag: str | None = None
+    weights_hash: str  # `blake2b:…` of the weights file's bytes; `fresh:SEED` for random weights
+    preprocess: dict[str, Any] = {}  # open_clip's PreprocessCfg
+    context_length: int = 0
+    embed_dim: int = 0
+    image_size: tuple[int, int] = (0, 0)
+    parameters: int = 0
+    tokenizer: str = ""  # its class and, where it has one, its Hugging Face name
+    config: dict[str, Any]  # open_clip's `model_cfg`, from which the architecture can be built
+    logit_scale: float | None = None  # by which cosines are multiplied, and what is then added; as loaded
+    logit_bias: float | None = None
+
+    @property
+    def preprocess_hash(self) -> str:
+        """Hash of everything that determines the pixels a model sees, without --fast-decode."""
+        return hash_preprocess(self.preprocess, fast_decode=False)
+
+
+def hash_preprocess(preprocess: dict[str, Any], *, fast_decode: bool) -> str:
+    """Hash everything that determines the pixels a model sees."""
+    text = json.dumps(
+        {"preprocess": preprocess, "fast_decode": fast_decode, "alpha": "white", "exif": "ignored"}, sort_keys=True
+    )
+    return "blake2b:" + hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,126 @@
+"""What `embed` writes: the rows of a shard once it is encoded, and the sidecar once all shards are written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import PIL
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.shard import Shard
+from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, merge_skips
+from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
+from clipcid_cli.formats.embeddings.writer import ShardRows
+from clipcid_cli.formats.fingerprint import record
+from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.skipped import SKIPPED
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.data_index import note_captions
+from clipcid_cli.steps.embed.encoder import EmbedEncoder
+from clipcid_cli.steps.embed.plan import EmbedPlan
+from clipcid_cli.steps.encode import Batch, Encoded, join
+
+# What is done to images that are not shown as they are stored.
+_ADAPTED = {
+    "laid_on_white": "transparent pixels, shown on white",
+    "from_16_bit": "16 bits of grey, scaled to 8",
+}
+
+
+@dataclasses.dataclass
+class Timings:
+    """How many samples a process has embedded, and how its time went, in seconds."""
+
+    embedded: int = 0
+    read: float = 0.0  # waiting for a batch to be decoded
+    encode: float = 0.0
+    write: float = 0.0  # waiting until the shard before is written
+
+    @property
+    def elapsed(self) -> float:
+        return self.read + self.encode + self.write
+
+
+def make_rows(encoder: EmbedEncoder, shard: Shard, parts: Sequence[Encoded], last: Batch) -> ShardRows:
+    """Join what was made of the batches of a shard, without what is not usable."""
+    skipped = Skips()
+    for part in parts:
+        encoder.finish(part)
+        skipped.merge(part.count_skips(shard))
+    skipped.merge(last.skipped)
+    encoded = join(parts)
+    rows = {kind: np.empty((0, *shape), kind.dtype) for kind, shape in encoder.shapes.items()}
+    rows |= {kind: values.numpy() for kind, values in encoded.rows.items()}
+    counts = [max(1, len(sample.captions)) for sample in encoded.samples]
+    several = Kind.TEXTS in rows and max(counts, default=1) > 1
+    if several:
+        texts = rows[Kind.TEXTS]
+        firsts = np.cumsum([0, *counts[:-1]])
+        rows[Kind.TEXTS] = texts[firsts]
+        rows[Kind.FURTHER] = np.delete(texts, firsts, axis=0)
+    assert last.read is not None, "a shard's last batch"
+    return ShardRows(
+        read=last.read,
+        skipped=skipped,
+        adapted={how: encoded.adapted[how] for how in _ADAPTED},
+        keys=[sample.key for sample in encoded.samples],
+        captions=[sample.captions[0] if sample.captions else "" for sample in encoded.samples],
+        counts=counts if several else None,
+        rows=rows,
+    )
+
+
+def commit(
+    plan: EmbedPlan,
+    encoder: EmbedEncoder,
+    output: Output[EmbedSidecar],
+    records: Sequence[ShardRecord],
+    timings: Sequence[Timings],
+) -> EmbedSidecar:
+    """Check the embeddings of all shards together and commit them."""
+    rows = sum(shard.rows for shard in records)
+    skips = merge_skips(records)
+    if not rows:
+        output.discard()  # it must not stand in the way of other data
+        read = sum(shard.read for shard in records)
+        raise ClipcidError(
+            f"None of the {read:,} samples in {plan.dataset.spec} can be used:\n{skips.describe()}", "Fix the data."
+        )
+    embedded = sum(process.embedded for process in timings)
+    elapsed = max(process.elapsed for process in timings)
+    speed = round(embedded / elapsed, 1) if embedded else None
+    written = [output.work / name for name in (MANIFEST, SKIPPED)]
+    outputs = [record(path, output.work) for path in written if path.exists()]
+    model = encoder.model.info
+    return output.commit(
+        outputs=outputs,
+        model=model,
+        counts={"images": rows, **_count_images(plan, records, skips)},
+        seconds={phase: fmean(getattr(process, phase) for process in timings) for phase in ("read", "encode", "write")},
+        images_per_second=speed,
+        data=plan.dataset.describe(),
+        run={"processes": len(timings), "device": encoder.model.device.type, "pillow": PIL.__version__},
+    )
+
+
+def _count_images(plan: EmbedPlan, records: Sequence[ShardRecord], skips: Skips) -> dict[str, Any]:
+    """Count the samples that were read, skipped and adapted, and say so; refuse too many that were skipped."""
+    read = sum(shard.read for shard in records)
+    fix = plan.without_text if "no_caption" in skips.counts else ""
+    skips.check(read, plan.settings.max_bad_fraction, plan.dataset.spec, fix)
+    adapted = {how: sum(getattr(shard, how) for shard in records) for how in _ADAPTED}
+    for how, count in adapted.items():
+        if count:
+            reporting.note(f"Images with {_ADAPTED[how]}: {count:,}.")
+    captions = note_captions(plan.dataset) if plan.settings.text else {}
+    if skips.total:
+        reporting.warn(f"Samples skipped: {skips.total:,}\n{skips.describe()}")
+    counts = {"read": read, "skipped": dict(sorted(skips.counts.items())), **adapted, **captions}
+    truncation = plan.dataset.truncation
+    return counts if truncation is None else counts | {"missing_fraction": round(truncation.fraction, 4)}

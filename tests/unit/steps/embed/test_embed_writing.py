@@ -1,0 +1,86 @@
+"""`embed` writes a shard while it encodes the next; what goes wrong in writing ends the run, which can be repeated."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from teaching_data import embed_data
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.manifest import read_manifest
+from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
+from clipcid_cli.steps import encode
+from clipcid_cli.steps.embed.encoder import EmbedEncoder
+from clipcid_cli.steps.encode import Decoded
+
+# Longer than a tiny model takes for a batch on any machine.
+PATIENCE = 20.0
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Read the files of rows and metadata."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("*/*"))}
+
+
+@pytest.fixture
+def expected(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> dict[str, bytes]:
+    embed_data(tiny_shards, tiny_model, tmp_path / "undisturbed")
+    return content(tmp_path / "undisturbed")
+
+
+def test_a_shard_is_written_while_the_next_is_encoded(
+    expected: dict[str, bytes], tiny_shards: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, encode_batch = EmbeddingWriter.write, EmbedEncoder.__call__
+    begun, encoded_since = threading.Event(), threading.Event()
+    met = list[bool]()
+
+    def write_slowly(writer: EmbeddingWriter, shard_index: int, rows: ShardRows) -> None:
+        begun.set()
+        if shard_index == 0:  # a run that does one thing after another never encodes before this returns
+            met.append(encoded_since.wait(PATIENCE))
+        write(writer, shard_index, rows)
+
+    def encode_noted(encoder: EmbedEncoder, decoded: Decoded) -> dict[Kind, torch.Tensor]:
+        if begun.is_set():
+            encoded_since.set()
+        return encode_batch(encoder, decoded)
+
+    monkeypatch.setattr(encode, "threads_for_batches", lambda device: 1)  # several would be ahead by a few batches
+    monkeypatch.setattr(EmbeddingWriter, "write", write_slowly)
+    monkeypatch.setattr(EmbedEncoder, "__call__", encode_noted)
+    out = tmp_path / "out"
+    embed_data(tiny_shards, tiny_model, out)
+    assert met == [True]
+    assert content(out) == expected
+    assert [record.input.shard for record in read_manifest(out, "")] == ["00000", "00001"]
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_what_goes_wrong_in_writing_ends_the_run(
+    expected: dict[str, bytes],
+    tiny_shards: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: int,
+) -> None:
+    write = EmbeddingWriter.write
+
+    def fail(writer: EmbeddingWriter, shard_index: int, rows: ShardRows) -> None:
+        if shard_index == broken:
+            raise ClipcidError("No space is left.", "Free some.")
+        write(writer, shard_index, rows)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingWriter, "write", fail)
+        with pytest.raises(ClipcidError, match="No space is left"):
+            embed_data(tiny_shards, tiny_model, out)
+    assert not (out / "embed.json").exists()
+    embed_data(tiny_shards, tiny_model, out)
+    assert content(out) == expected
