@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Generic
@@ -212,7 +212,7 @@ def open_output(spec: OutputSpec[AnySidecar], *, waits: bool = False) -> Iterato
         raise write_error(folder, error) from error
     for created in missing:
         sync_folder(created.parent)
-    with _lock_output(spec, waits):
+    with _removing_empty(missing), _lock_output(spec, waits):
         works = find_works(folder, step)
         for work in works:
             _validate_no_links(work)
@@ -231,6 +231,18 @@ def open_output(spec: OutputSpec[AnySidecar], *, waits: bool = False) -> Iterato
             if not spec.resumes and not sidecar_path(output.work, step).exists():
                 output.discard()
             raise
+
+
+@contextmanager
+def _removing_empty(folders: Iterable[Path]) -> Iterator[None]:
+    """After an error remove the folders, inner ones first, that were made for what it ended and are empty."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # of one that holds anything
+            for folder in folders:
+                folder.rmdir()
+        raise
 
 
 def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:

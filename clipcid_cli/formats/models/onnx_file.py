@@ -1,9 +1,8 @@
 """ONNX files: a PyTorch module as a graph with a dynamic batch, its smaller variants, and a classifier of whole images.
 
 The classifier takes bytes of an image of any size; resizing and cropping are operators of its graph. ONNX's antialiased
-cubic with coefficient −0.5 is Pillow's bicubic, but for about one byte in 10,000, which is off by one level. (Where tall
-images are squashed, Pillow 13 and later resize the height first, earlier ones and ONNX Runtime the width; bytes that are
-clipped in between then differ.)
+cubic with coefficient −0.5 is Pillow's bicubic, but for about one byte in 10,000, which is off by one level. Sides are
+resized in the order of the Pillow that is installed where the classifier is written.
 
 Shape letters: N images, H × W pixels of any size, S the model's side, C classes, D width of the embeddings.
 """
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from clipcid_cli.errors import ClipcidError, in_one_line
-from clipcid_cli.formats.models.open_clip_folder import pixel_problems, square_side
+from clipcid_cli.formats.models.open_clip_folder import HEIGHT_MAY_BE_FIRST, pixel_problems, square_side
 
 # Names of an input and of outputs, as in Hugging Face's CLIPModel; `DENSE_EMBEDS` is ours.
 PIXEL_VALUES = "pixel_values"
@@ -43,10 +42,9 @@ preprocess (uint8[batch, height, width, 3] image) => (float[batch, 3, $side, $si
     pre_count = Shape <end = 2> (pre_planes)
     pre_old_size = Shape <start = 2> (pre_planes)
     $new_size
+    $first_pass
     pre_sizes = Concat <axis = 0> (pre_count, pre_new_size)
-    pre_resized = Resize
-        <antialias = 1, coordinate_transformation_mode = "half_pixel", exclude_outside = 1, $filter>
-        (pre_planes, , , pre_sizes)
+    pre_resized = Resize <$filter> (pre_first, , , pre_sizes)
     # Half a pixel of margin goes to the even side: torchvision rounds so, and ONNX's Round does.
     pre_margin = Sub (pre_new_size, pre_square)
     pre_margin_float = Cast <to = 1> (pre_margin)
@@ -67,10 +65,27 @@ _NEW_SIZE = {
     pre_scaled = Mul (pre_old_size, pre_square)
     pre_new_size = Div (pre_scaled, pre_shorter)""",
 }
+_ANTIALIASED = 'antialias = 1, coordinate_transformation_mode = "half_pixel", exclude_outside = 1'
 _FILTERS = {
-    "bicubic": 'mode = "cubic", cubic_coeff_a = -0.5',  # Pillow's coefficient; ONNX's own default is −0.75
-    "bilinear": 'mode = "linear"',
+    # Pillow's coefficient; ONNX's own default is −0.75.
+    "bicubic": f'{_ANTIALIASED}, mode = "cubic", cubic_coeff_a = -0.5',
+    "bilinear": f'{_ANTIALIASED}, mode = "linear"',
 }
+# Before the last pass, where the order of the sides may vary: the height alone, where it shrinks by more than twice as many
+# pixels as the width; else all stays as it is, and Resize takes the width first.
+_HEIGHT_ALONE = Template("""pre_shrinks = Sub (pre_old_size, pre_new_size)
+    pre_one_each = Constant <value = int64[2] {1, 1}> ()
+    pre_height_shrinks, pre_width_shrinks = Split <axis = 0> (pre_shrinks, pre_one_each)
+    pre_twice = Add (pre_width_shrinks, pre_width_shrinks)
+    pre_none = Sub (pre_twice, pre_twice)
+    pre_least = Max (pre_twice, pre_none)
+    pre_height_first = Greater (pre_height_shrinks, pre_least)
+    pre_is_height = Constant <value = bool[2] {1, 0}> ()
+    pre_resized_alone = And (pre_is_height, pre_height_first)
+    pre_first_size = Where (pre_resized_alone, pre_new_size, pre_old_size)
+    pre_first_sizes = Concat <axis = 0> (pre_count, pre_first_size)
+    pre_first = Resize <$filter> (pre_planes, , , pre_first_sizes)""")
+_NOTHING_BEFORE = Template("pre_first = Identity (pre_planes)")
 _CLASSIFY = Template("""
 classify (float[batch, $width] image_embeds) => (float[batch, $classes] logits, float[batch, $classes] probabilities)
 {
@@ -228,12 +243,15 @@ def write_classifier(
     model = onnx.load(encoder)
     metadata = _read_metadata(model)
     preprocess = json.loads(metadata["preprocess"])
+    resizing = {"filter": _FILTERS[preprocess["interpolation"]]}
+    first_pass = _HEIGHT_ALONE if HEIGHT_MAY_BE_FIRST else _NOTHING_BEFORE
     before = _parse(
         _PREPROCESS,
         {"pre_mean": np.reshape(preprocess["mean"], (3, 1, 1)), "pre_std": np.reshape(preprocess["std"], (3, 1, 1))},
         side=square_side(preprocess["size"]),
         new_size=_NEW_SIZE[preprocess["resize_mode"]],
-        filter=_FILTERS[preprocess["interpolation"]],
+        first_pass=first_pass.substitute(resizing),
+        **resizing,
     )
     after = _parse(
         _CLASSIFY,

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import PIL
 import torch
 from safetensors.torch import save
 
@@ -27,6 +28,10 @@ from clipcid_cli.formats.models.export_folder import (
 
 # Filters that Hugging Face and ONNX have too: PIL's numbers, as Hugging Face stores them.
 RESAMPLE = {"bilinear": 2, "bicubic": 3}
+
+# Pillow resizes one side after the other, in bytes, so the order shows where a byte is clipped in between. Until version 13
+# the width came first; since then the height does where it shrinks by more than twice as many pixels as the width.
+HEIGHT_MAY_BE_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
 
 
 def write_model_folder(
@@ -82,6 +87,16 @@ def square_side(size: Any) -> int | None:
     if isinstance(size, list | tuple):
         return int(size[0]) if len(set(size)) == 1 else None
     return int(size)
+
+
+def is_height_first(preprocess: Mapping[str, Any], size: tuple[int, int]) -> bool:
+    """Tell whether Pillow resizes the height of an image, of this width and height, before its width."""
+    side = square_side(preprocess["size"])
+    assert side is not None, "of models whose pixels Hugging Face and ONNX can express"
+    shorter = min(size)
+    squash = preprocess["resize_mode"] == "squash"
+    width, height = (length - (side if squash else side * length // shorter) for length in size)
+    return HEIGHT_MAY_BE_FIRST and height > max(0, 2 * width)
 
 
 def pixel_problems(preprocess: Mapping[str, Any]) -> list[str]:

@@ -7,8 +7,7 @@ import hashlib
 import io
 import itertools
 import math
-import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -18,11 +17,11 @@ from PIL import Image
 from clipcid_cli.algorithms.metrics.intervals import Array
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import (
-    CLASS_NAMES,
     DEFAULT_TEMPLATES,
     MissingSplitError,
     fill_template,
     find_benchmark_folder,
+    hash_lines,
     match_class_names,
     plain_name,
     read_class_names,
@@ -31,7 +30,7 @@ from clipcid_cli.formats.data.benchmark import (
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.embeddings.sidecar import recorded_data
-from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.metrics import CLASSIFICATION
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -39,12 +38,20 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import read_image
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.encode import Decoder
+from clipcid_cli.steps.evaluate.prompts import find_class_names
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.settings.export import ExportSettings
 
 # Images, and texts, whose rows are compared at each batch size.
 COMPARED_ROWS = 16
 _FEW_IMAGES, _MANY_IMAGES = 64, 1000
+_PATTERNS = "drawn patterns and shipped sentences"
+
+# Of so many classes the names are said.
+_SHOWN_CLASSES = 20
+
+# Share of the images that must have a class, or a caption, so that only these are compared.
+_LEAST_USABLE = 0.1
 
 # The fraction of images that find their own text: among the classes, or among the captions of all images.
 ACCURACY, RECALL = "acc1", "text_retrieval_recall@1"
@@ -63,11 +70,12 @@ SENTENCES = (
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """Class names in order of their labels, their prompt templates, and the files both were read from."""
+    """Class names in order of their labels, their prompt templates, and what both were read from."""
 
     names: tuple[str, ...]
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     files: tuple[Path, ...] = ()
+    folder: Path | None = None  # whose folders the classes are
 
     @classmethod
     def read(cls, names: Path, templates: Path | None) -> Classes:
@@ -76,24 +84,33 @@ class Classes:
             return cls(read_class_names(names), files=(names,))
         return cls(read_class_names(names), read_templates(templates), (names, templates))
 
+    def fingerprints(self) -> list[FileRecord]:
+        """Identify the files, and names that are in no file."""
+        files = [record(path) for path in self.files]
+        if self.folder is None:
+            return files
+        return [*files, FileRecord(f"{self.folder}#classes", len(self.names), f"blake2b:{hash_lines(self.names)}")]
+
     def prompts(self) -> list[list[str]]:
         """Return the prompts of each class, C × T."""
         return [[fill_template(template, name) for template in self.templates] for name in self.names]
 
 
 def find_classes(settings: ExportSettings) -> Classes | None:
-    """Read the classes of ``--classnames``; None without it."""
+    """Read the classes of ``--classnames``, of a folder without a list of names those of its folders; None without it."""
     names, templates = settings.classnames, settings.templates
-    if names is not None and names.is_dir():
-        folder = find_benchmark_folder(str(names))
-        if folder.class_names is None:
-            raise ClipcidError(
-                f"{names} has no {CLASS_NAMES}.",
-                "Give a text file with one class name per line. Of a folder per class it is written by: "
-                f"ls {shlex.quote(str(names))} > {CLASS_NAMES}",
-            )
-        names, templates = folder.class_names, templates or folder.templates
-    return None if names is None else Classes.read(names, templates)
+    if names is None or not names.is_dir():
+        return None if names is None else Classes.read(names, templates)
+    folder = find_benchmark_folder(str(names))
+    templates = templates or folder.templates
+    if folder.class_names is not None:
+        return Classes.read(folder.class_names, templates)
+    found, _, _ = find_class_names(None, folder, open_data(str(names), settings))
+    listed = ", ".join(found[:_SHOWN_CLASSES]) + (", …" if len(found) > _SHOWN_CLASSES else "")
+    reporting.note(f"Classes: {listed}")
+    if templates is None:
+        return Classes(found, folder=names)
+    return Classes(found, read_templates(templates), (templates,), names)
 
 
 def find_data(settings: ExportSettings) -> Dataset | None:
@@ -173,37 +190,57 @@ def read_inputs(
 
     Labels number the classes of ``--classnames``, else those of the data, where it has any.
     """
-    limit = settings.check_images or (_MANY_IMAGES if settings.data is not None or settings.quantize else _FEW_IMAGES)
     decoder, skips = Decoder.from_model(model, captions=False), Skips()
-    listed = [] if dataset is None else choose_samples(dataset, limit)
+    listed = [] if dataset is None else choose_samples(dataset, _limit_images(settings))
     decoded = decoder(listed)
     for place, reason in decoded.failures.items():
         skips.add(reason, listed[place].key)
-    readable = [place for place in range(len(listed)) if place not in decoded.failures]
+    readable = {place: sample for place, sample in enumerate(listed) if place not in decoded.failures}
     if settings.data is not None:
         # Without --data it is what was embedded, which was held to this limit then.
         skips.check(len(listed), settings.max_bad_fraction, settings.data)
-        if not readable:
-            raise ClipcidError(f"--data {settings.data} holds no readable image.", "Give other data with --data.")
-    if dataset is not None and skips.total:
-        reporting.warn(f"Images of {dataset.spec} skipped: {skips.total:,}\n{skips.describe()}")
-    source = "drawn patterns and shipped sentences"
-    task = None
-    measure = ACCURACY
+        _validate_any(readable, settings.data)
+    source, task, measure = _PATTERNS, None, ACCURACY
     if dataset is not None and readable:
         source = dataset.spec
-        samples = [listed[place] for place in readable]
-        samples, task, measure = _find_task(samples, dataset, classes or _own_classes(dataset, settings.data))
+        readable, task, measure = _find_task(readable, dataset, classes or _own_classes(dataset, settings.data), skips)
     else:
-        samples = [_draw_pattern(seed) for seed in range(COMPARED_ROWS)]
-        readable = list(range(COMPARED_ROWS))
-        decoded = decoder(samples)
+        readable = {seed: _draw_pattern(seed) for seed in range(COMPARED_ROWS)}
+        decoded = decoder([*readable.values()])
+    if dataset is not None and skips.total:
+        reporting.warn(f"Images of {dataset.spec} skipped: {skips.total:,}\n{skips.describe()}")
     assert decoded.pixels is not None
-    pixels = decoded.pixels[readable]
+    pixels = decoded.pixels[[*readable]]
+    samples = [*readable.values()]
     reporting.note(f"Comparing on {len(pixels):,} images: {source}.")
     captions = [sample.captions[0] for sample in samples[: COMPARED_ROWS // 2] if sample.captions]
     texts = list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), COMPARED_ROWS))
     return CheckInputs(samples, pixels, texts, model.tokenizer(texts), classes, task, measure, source, skips)
+
+
+def validate_data(dataset: Dataset | None, classes: Classes | None, settings: ExportSettings) -> None:
+    """Refuse, without decoding an image, data and classes that an export would refuse once it has read them."""
+    listed = [] if dataset is None else choose_samples(dataset, _limit_images(settings))
+    samples = dict(enumerate(listed))
+    if settings.data is not None:
+        _validate_any(samples, settings.data)
+    source, task = _PATTERNS, None
+    if dataset is not None and samples:
+        source = dataset.spec
+        samples, task, _ = _find_task(samples, dataset, classes or _own_classes(dataset, settings.data), Skips())
+    if task is not None:
+        task.labels([*samples.values()])  # which refuses one that has no name
+    _validate_task([*samples.values()], task, source, settings)
+
+
+def _limit_images(settings: ExportSettings) -> int:
+    many = settings.data is not None or settings.quantize
+    return settings.check_images or (_MANY_IMAGES if many else _FEW_IMAGES)
+
+
+def _validate_any(samples: Mapping[int, Sample], spec: str) -> None:
+    if not samples:
+        raise ClipcidError(f"--data {spec} holds no readable image.", "Give other data with --data.")
 
 
 def choose_samples(dataset: Dataset, limit: int) -> list[Sample]:
@@ -234,36 +271,60 @@ def _own_classes(dataset: Dataset, spec: str | None) -> Classes | None:
 
 
 def _find_task(
-    samples: list[Sample], dataset: Dataset, classes: Classes | None
-) -> tuple[list[Sample], ZeroshotTask | None, str]:
-    """Find what the images are classified by, and what its accuracy is called: their classes, else their captions."""
-    if classes is not None and all(sample.label is not None for sample in samples):
+    samples: dict[int, Sample], dataset: Dataset, classes: Classes | None, skips: Skips
+) -> tuple[dict[int, Sample], ZeroshotTask | None, str]:
+    """Find what the images are classified by, and what its accuracy is called: their classes, else their captions.
+
+    Images without a class, or a caption, are left out and counted, unless nearly all are.
+    """
+    labelled = {place: sample for place, sample in samples.items() if sample.label is not None}
+    if classes is not None and len(labelled) >= _LEAST_USABLE * len(samples):
+        _count_others(samples, labelled, "no_label", skips)
         label_of = None if dataset.classes is None else match_class_names(classes.names, dataset.classes).labels
         task = ZeroshotTask(dataset.spec, CLASSIFICATION, dataset, classes.names, classes.templates, label_of=label_of)
-        return samples, task, ACCURACY
-    if not all(sample.captions for sample in samples):
+        return labelled, task, ACCURACY
+    captioned = {place: sample for place, sample in samples.items() if sample.captions}
+    if len(captioned) < _LEAST_USABLE * len(samples):
         return samples, None, ACCURACY
-    captions = [sample.captions[0] for sample in samples]
-    places = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
-    labelled = [
-        dataclasses.replace(sample, label=places[caption]) for sample, caption in zip(samples, captions, strict=True)
-    ]
-    return labelled, ZeroshotTask(dataset.spec, CLASSIFICATION, dataset, tuple(places), ("{c}",)), RECALL
+    _count_others(samples, captioned, "no_caption", skips)
+    captions = dict.fromkeys(sample.captions[0] for sample in captioned.values())
+    labels = {caption: label for label, caption in enumerate(captions)}
+    numbered = {
+        place: dataclasses.replace(sample, label=labels[sample.captions[0]]) for place, sample in captioned.items()
+    }
+    return numbered, ZeroshotTask(dataset.spec, CLASSIFICATION, dataset, tuple(labels), ("{c}",)), RECALL
+
+
+def _count_others(samples: dict[int, Sample], used: dict[int, Sample], reason: str, skips: Skips) -> None:
+    for place in samples.keys() - used.keys():
+        skips.add(reason, samples[place].key)
 
 
 def validate_measurable(inputs: CheckInputs, settings: ExportSettings) -> None:
     """Refuse 8 bits where their loss cannot be measured, and warn where too few images measure it."""
-    count, max_drop = len(inputs.pixels), settings.max_accuracy_drop
-    if settings.quantize and inputs.task is not None and 0 < max_drop < 1 / count:
+    _validate_task(inputs.samples, inputs.task, inputs.source, settings)
+
+
+def _validate_task(samples: list[Sample], task: ZeroshotTask | None, source: str, settings: ExportSettings) -> None:
+    count, max_drop = len(samples), settings.max_accuracy_drop
+    if settings.quantize and task is not None and 0 < max_drop < 1 / count:
         reporting.warn(
             f"What quantization loses is measured on {count:,} images, so one image is {100 / count:.2f} points, more than "
             f"the {100 * max_drop:.2f} allowed. Compare on at least {math.ceil(1 / max_drop):,} images, better on many more "
             "(--data, --check-images)."
         )
-    if "int8" in settings.quantize and inputs.task is None:
+    if "int8" in settings.quantize and task is None:
+        captioned = sum(bool(sample.captions) for sample in samples)
+        missing = f"there are neither captions nor classes in {source}"
+        names = ""
+        if captioned:
+            missing = f"of {count:,} images in {source} only {captioned:,} have a caption"
+        elif any(sample.label is not None for sample in samples):
+            missing = f"there are neither captions nor names of classes in {source}"
+            names = "; or give the names of the classes with --classnames: a file with one class name per line"
+        elif settings.classnames is not None:
+            names = "; --classnames does not say which image has which class"
         raise ClipcidError(
-            "--quantize int8 needs images with classes or captions, to measure its loss of accuracy; "
-            f"there are neither captions nor names of classes in {inputs.source}.",
-            "Name some with --data: a CLIP_benchmark folder, a folder of images per class, or shards with captions; or give "
-            "the names of the classes with --classnames: a file with one class name per line.",
+            f"--quantize int8 needs images with classes or captions, to measure its loss of accuracy; {missing}.",
+            f"Name some with --data: a CLIP_benchmark folder, a folder of images per class, or shards with captions{names}.",
         )

@@ -22,7 +22,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.export.card import render_card
 from clipcid_cli.steps.export.check import Checker
 from clipcid_cli.steps.export.forms import WRITERS, validate_forms
-from clipcid_cli.steps.export.inputs import find_classes, find_data, read_inputs, validate_measurable
+from clipcid_cli.steps.export.inputs import find_classes, find_data, read_inputs, validate_data, validate_measurable
 from clipcid_cli.steps.export.limits import SEARCH, validate_parity
 from clipcid_cli.steps.export.plan import plan_export
 from clipcid_cli.steps.export.search import Gallery, encode_gallery, find_gallery, write_gallery
@@ -49,6 +49,7 @@ def _run(settings: ExportSettings) -> ExportResult:
     source, folder = plan_export(settings)
     classes, dataset, gallery = find_classes(settings), find_data(settings), find_gallery(settings)
     if settings.dry_run:
+        validate_data(dataset, classes, settings)
         searched = "" if gallery is None else f", with a page that searches {len(gallery.samples):,} images"
         reporting.note(f"Would write {', '.join(settings.format)} of {source.spec} to {folder}{searched}.")
         return ExportResult(source.spec)
@@ -78,7 +79,7 @@ def _export(
         "precision": settings.stored_precision,
     }
     weights = FileRecord(info.spec, info.parameters, info.weights_hash)
-    lists = [record(path) for path in inputs.classes.files] if inputs.classes is not None else []
+    lists = inputs.classes.fingerprints() if inputs.classes is not None else []
     searched = [] if gallery is None else [gallery.fingerprint()]
     spec = OutputSpec(
         folder,

@@ -7,6 +7,7 @@ import html
 import json
 import re
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,29 @@ from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.export.card import render_card
 from clipcid_cli.steps.export.check import Checker
-from clipcid_cli.steps.export.inputs import CheckInputs, Classes, find_data, read_inputs, validate_measurable
+from clipcid_cli.steps.export.inputs import (
+    CheckInputs,
+    Classes,
+    find_classes,
+    find_data,
+    read_inputs,
+    validate_measurable,
+)
 from clipcid_cli.steps.export.limits import validate_parity
 from clipcid_cli.steps.export.run import ExportResult, run
 from clipcid_cli.steps.settings.export import ExportSettings
+
+NAMES = ("cat", "dog", "cow")
+QUANTIZED = ExportSettings(format=("onnx",), quantize=("int8",), max_accuracy_drop=0.2)
+
+# Files of each form by which a card goes; `config.json` is written for transformers.js, too.
+_ONNX_FILES = ("image_encoder.onnx", "text_encoder.onnx", "tokenizer.json", "config.json", "onnx/text_model.onnx")
+FORMS = {
+    "open-clip": ("open_clip_config.json", "open_clip_model.safetensors"),
+    "hf": ("config.json", "model.safetensors", "tokenizer.json"),
+    "onnx": _ONNX_FILES,
+    "web": (*_ONNX_FILES, "web/index.html"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +162,45 @@ def test_8_bits_need_classes_and_images(model: ClipModel, drawings: Path, tiny_s
     assert "on 36 images, so one image is 2.78 points" in "\n".join(told)
 
 
+def test_images_without_a_caption_are_left_out_and_counted(model: ClipModel, tmp_path: Path) -> None:
+    members = dict(shard_members(0, 12))
+    captions = [name for name in members if name.endswith(".txt")]
+    members[captions[4]] = b""
+    data = write_tar(tmp_path / "0.tar", [*members.items()])
+    with heard() as told:
+        inputs = collect(model, data, NAMES)  # of which nothing says which image has which
+    assert len(inputs.samples) == len(inputs.pixels) == 11
+    assert inputs.measure == "text_retrieval_recall@1"
+    assert inputs.skips.counts == {"no_caption": 1}
+    assert f"1 × no caption: {Path(captions[4]).stem}" in "\n".join(told)
+    validate_measurable(inputs, QUANTIZED)
+    assert [sample.key for sample in inputs.samples] == [sample.key for sample in collect(model, data).samples]
+
+
+def test_a_dry_run_refuses_what_the_run_does(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_tar(tmp_path / "0.tar", shard_members(0, 24, captions=False))
+    settings = dataclasses.replace(QUANTIZED, model=str(tiny_model), data=str(data), work=tmp_path / "work")
+    said = "neither captions nor classes in .*0.tar"
+    for dry_run in (True, False):
+        with pytest.raises(ClipcidError, match=said):
+            run(dataclasses.replace(settings, dry_run=dry_run))
+    write_tar(data, [*shard_members(0, 2), *shard_members(2, 22, captions=False)])
+    for dry_run in (True, False):
+        with pytest.raises(ClipcidError, match=r"of 24 images in .*0.tar only 2 have a caption"):
+            run(dataclasses.replace(settings, dry_run=dry_run))
+    assert not (tmp_path / "work").exists()
+
+
+def test_folders_of_classes_name_them(drawings: Path, tmp_path: Path) -> None:
+    with heard() as told:
+        classes = find_classes(ExportSettings(format=("onnx",), classnames=drawings))
+    assert classes is not None
+    assert classes.names == ("a cat", "b dog", "c cow")
+    assert "Classes: a cat, b dog, c cow" in told
+    (renamed,) = dataclasses.replace(classes, names=("a cat", "b dog", "cow")).fingerprints()
+    assert [renamed] != classes.fingerprints(), "another classifier"
+
+
 def test_limits_hold_for_what_is_there(tiny_model: Path, drawings: Path, tiny_shards: Path, tmp_path: Path) -> None:
     def export(**changes: Any) -> ExportResult:
         settings = {"model": str(tiny_model), "out": tmp_path / "half", "precision": "fp16", "data": str(drawings)}
@@ -225,6 +284,27 @@ def test_metrics_of_other_weights_than_those_written_say_so(model: ClipModel, ti
     ):
         assert said in render(model.info, source, work=tmp_path, precision=precision)
     assert "Measured on" not in render(model.info, source, work=tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    "forms", [forms for count in (1, 2, 3, 4) for forms in combinations(FORMS, count)], ids="+".join
+)
+def test_a_card_shows_programs_for_what_is_in_the_folder(
+    model: ClipModel, tiny_model: Path, forms: tuple[str, ...]
+) -> None:
+    files = sorted({file for form in forms for file in FORMS[form]})
+    card = render_card(model.info, parse_model(str(tiny_model)), ExportSettings(format=forms), {}, files)
+    programs = re.findall(r"^```(?:python|sh)\n(.*?)^```", card.partition("## Use")[2], re.DOTALL | re.MULTILINE)
+    libraries = {
+        "open-clip": "import open_clip",
+        "hf": "import CLIPModel",
+        "onnx": "onnxruntime",
+        "web": "python -m http.server",
+    }
+    needed = {*forms, "onnx"} if "web" in forms else {*forms}
+    shown = {form for form, words in libraries.items() if any(words in program for program in programs)}
+    assert shown == needed
+    assert "FOLDER" not in card
 
 
 def test_names_never_become_tags(model: ClipModel, tiny_model: Path, tmp_path: Path) -> None:
