@@ -261,6 +261,7 @@ def test_dry_run_measures_and_writes_nothing(clipcid: Clipcid, distill_place: Pa
     assert found["seconds"]["train"] == pytest.approx(pace * found["steps"], rel=0.1)
     supply, demand = found["data_samples_per_second"], 8 / found["seconds_per_step"]
     assert (found["bound_by"] == "data") == (supply < 1.01 * demand)
+    assert "256 px" not in run.said, "the images are smaller than that"
     assert found["memory_bytes"] > 4 * found["parameters"]
     assert found["host_memory_bytes"] > found["shared_memory_bytes"]
 
