@@ -159,7 +159,7 @@ def write_clusters(folder: Path, labels: np.ndarray, generator: np.random.Genera
     keys = pa.array([f"{row:09d}" for row in range(len(labels))])
     similarity = generator.random(len(labels), np.float32)
     table = pa.table({"key": keys, "cluster": labels, "similarity": similarity})
-    unknown = {"embeddings": "", "keep_list": None, "flags": {}, "model": None, "num_nearest": 0, "seconds": {}}
+    unknown = {"embeddings": "", "keep_list": None, "model": None, "num_nearest": 0, "seconds": {}}
     result = {
         "images": len(labels),
         "clusters": int(labels.max()) + 1,
