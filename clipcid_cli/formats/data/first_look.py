@@ -102,7 +102,10 @@ def validate_shards(name: str, shards: Sequence[Shard], *, has_index: bool) -> N
     tars = [shard for shard in shards if isinstance(shard, TarShard)]
     local = [shard.source for shard in tars if not is_remote(shard.source)]
     skips = Skips()
-    if all(next(shard.stream(skips), None) is None for shard in shards[:_LOOKED_AT]):
+    for shard in shards[:_LOOKED_AT]:
+        if next(shard.stream(skips), None) is not None:
+            break
+    else:
         looked = "it" if len(shards) <= _LOOKED_AT else f"the first {_LOOKED_AT} of its shards"
         without = skips.examples.get("no_image")
         seen = f" ({skips.total} without one, first {without[0]})" if without else ""

@@ -16,13 +16,6 @@ from clipcid_cli.formats.fingerprint import FileRecord, hash_windows
 _WINDOW = 2**16  # of a local shard, for its hash
 
 
-@contextlib.contextmanager
-def open_shard(path: str) -> Iterator[Any]:
-    """Open a shard to be read in order; an OSError inside the block becomes one error that names the shard."""
-    with naming_shard(path), open_source(path) as file:
-        yield file
-
-
 def open_source(path: str) -> Any:
     """Open a file, what is behind a URL, or the output of a command, which is run."""
     if is_remote(path):

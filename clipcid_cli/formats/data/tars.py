@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_pipe, is_remote
-from clipcid_cli.formats.data.opening import open_shard
+from clipcid_cli.formats.data.opening import naming_shard, open_source
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES
 from clipcid_cli.formats.files import atomic_file, open_regular
 
@@ -135,7 +135,7 @@ def read_members(path: str | Path, max_bytes: int = MAX_SAMPLE_BYTES, *, allow_c
     path = str(path)
     name = ""
     remote = is_remote(path)
-    with open_shard(path) as file:
+    with naming_shard(path), open_source(path) as file:
         end = None if remote else os.fstat(file.fileno()).st_size
         try:
             options: Any = {"tarinfo": _Header, "encoding": "utf-8", "errors": "surrogateescape"}
@@ -184,7 +184,7 @@ def validate_tar(path: Path) -> None:
 
     A CutTarError where it ends too early.
     """
-    with open_shard(str(path)) as file:
+    with naming_shard(str(path)), open_source(str(path)) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(_BLOCK)
         file.seek(max(0, size - 2 * _BLOCK))
