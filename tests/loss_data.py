@@ -57,7 +57,7 @@ def make_batch(
         # Means are float32 by construction: near enough to their formula, which takes their place to be compared closely.
         np.testing.assert_allclose(made.numpy(), means, rtol=1e-6, atol=1e-6)
         correction = torch.from_numpy(candidates.log_correction_S).double()
-        return ClusterTargets(torch.from_numpy(numbers["C"][candidates.ids]), correction, torch.from_numpy(means))
+        return ClusterTargets(torch.from_numpy(numbers["C"][candidates.ids]), correction, torch.from_numpy(means[own]))
 
     return LossBatch(
         **student_rows(tensors["s"], tensors["v"], own),

@@ -15,6 +15,7 @@ from conftest import changed, make_caption, make_image, write_tar
 from distill_data import STUDENT
 from torch import Tensor
 
+from clipcid_cli.algorithms.losses.shared_space import project
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
@@ -23,9 +24,11 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
 from clipcid_cli.runtime.models.views import Processor, apply_colors
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.data_index import ensure_index
-from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
+from clipcid_cli.steps.distill.batches import Batches, BatchMaker
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
-from clipcid_cli.steps.distill.teacher import open_teacher
+from clipcid_cli.steps.distill.space import choose_space
+from clipcid_cli.steps.distill.teachers import OnlineTeacher, RunningModel, Teacher, TeacherRows
+from clipcid_cli.steps.distill.training_batch import TrainingBatch
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -91,23 +94,34 @@ class Run:
         self, student: ClipModel, epoch: int = 0, teacher: ClipModel | None = None
     ) -> tuple[list[int], TrainingBatch]:
         """Make one batch of a whole epoch; with the rows of its samples among those to train on."""
-        beside = None if teacher is None else Processor.from_model(teacher)
-        maker = BatchMaker(self.settings, self.inputs, Processor.from_model(student), beside)
-        batches = Batches(self.inputs, maker, None, self.inputs.training.total, self.settings.seed, ALONE)
+        inputs = self._taught_by(teacher)
+        maker = BatchMaker(self.settings, inputs, Processor.from_model(student))
+        batches = Batches(inputs, maker, None, inputs.training.total, self.settings.seed, ALONE)
         [dealt] = batches.deal(range(epoch, epoch + 1))
         return dealt.rows.tolist(), batches.finish(dealt, batches.make(dealt))
 
     def teach(self, batch: TrainingBatch, width: int = 32, online: ClipModel | None = None) -> tuple[Tensor, ...]:
         """Return what the teacher tells a student of some width: rows of images, of captions and of further texts."""
-        teacher = open_teacher(self.settings, self.inputs, online, width, ALONE)
-        assert teacher is not None
-        return teacher.rows(batch)  # type: ignore[return-value]  # None where there are none
+        teacher = self._taught_by(online).teacher
+        space = choose_space(self.settings, teacher, width, ALONE)
+        teacher.prepare(self.settings)
+        rows = teacher.rows(batch)
+        assert isinstance(rows, TeacherRows)
+        shared = (None if part is None else project(part.float(), space.axes) for part in rows)
+        return tuple(shared)  # type: ignore[arg-type]  # None where there are none
+
+    def _taught_by(self, model: ClipModel | None) -> Inputs:
+        """Return the inputs with a model as the teacher that runs alongside the student, where one does."""
+        teacher = self.inputs.teacher
+        if isinstance(teacher, OnlineTeacher):
+            teacher = Teacher() if model is None else dataclasses.replace(teacher, running=RunningModel(model, FP32))
+        return dataclasses.replace(self.inputs, teacher=teacher)
 
     @property
     def embeddings(self) -> Embeddings:
         """The teacher's."""
-        assert self.inputs.embeddings is not None
-        return self.inputs.embeddings
+        assert self.inputs.teacher.embeddings is not None
+        return self.inputs.teacher.embeddings
 
 
 def join(data: Path, folder: Path, **settings: Any) -> Run:
@@ -135,7 +149,7 @@ def encode_shown(model: ClipModel, batch: TrainingBatch) -> tuple[np.ndarray, np
 def shown_views(run: Run, rows: list[int], batch: TrainingBatch) -> list[int]:
     """Tell by the teacher's rows which stored view each sample shows; −1 for the whole image."""
     views, whole = run.embeddings.rows(Kind.VIEWS), run.embeddings.rows(Kind.IMAGES)
-    count, found = run.inputs.num_views, list[int]()
+    count, found = run.inputs.teacher.num_views, list[int]()
     assert batch.teacher_image_bD is not None
     embedded = run.inputs.training.column("embeddings")[rows].tolist()
     for row, shown in zip(embedded, batch.teacher_image_bD.numpy(), strict=True):

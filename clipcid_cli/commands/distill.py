@@ -14,13 +14,12 @@ from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.distill.cost import DistillCost
-    from clipcid_cli.steps.distill.run import Distilled
+    from clipcid_cli.steps.distill.result import DistillCost, Distilled
 
 
 def show(result: Distilled | DistillCost | EmbedCost, console: Console) -> None:
     """Print what was trained and how well it retrieves; of a dry run, what it would cost."""
-    from clipcid_cli.steps.distill.cost import DistillCost
+    from clipcid_cli.steps.distill.result import DistillCost
 
     if isinstance(result, EmbedCost):
         show_embedded(result, console)

@@ -14,8 +14,8 @@ import torch
 from clipcid_cli.algorithms.pairing import MAX_PAIRS as MAX_RANKED
 from clipcid_cli.algorithms.pairing import Pairing, rank_pairs
 from clipcid_cli.algorithms.repair import MAX_PAIRS, RULE, Pairs, are_enough, can_be_divided, fit_repair
-from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.rows import Kind, RowMap
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import OutputSpec, find_output, open_output, remove_leftovers
 from clipcid_cli.formats.results.repair import (

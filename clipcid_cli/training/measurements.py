@@ -19,14 +19,14 @@ class Measurements:
 
     @torch.no_grad()
     def add(self, checked: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
-        """Keep a step's numbers, float32 [] each, of the same names in every step; the host does not wait.
+        """Keep a step's numbers, float32 [] or [1] each, of the same names in every step; the host does not wait.
 
         Args:
             checked: Numbers of which none may be infinite or NaN: otherwise training has diverged.
             others: Numbers of any value.
         """
         numbers = {**checked, **others}
-        values = torch.stack(list(numbers.values()))
+        values = torch.stack([value.squeeze() if value.ndim else value for value in numbers.values()])
         self._last = torch.where(self._is_finite, values, self._last) if self._names else values
         self._names = list(numbers)
         self._is_finite = self._is_finite & torch.isfinite(values[: len(checked)]).all()

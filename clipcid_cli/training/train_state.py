@@ -89,6 +89,13 @@ class TrainState:
         self.step += 1
         return lr
 
+    @torch.no_grad()
+    def checksum(self) -> int:
+        """Return a number of all bits of the parameters, which processes with the same student have in common."""
+        words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        sums = [value.view(words[value.element_size()]).sum(dtype=torch.int64) for value in self.parameters]
+        return hash(tuple(torch.stack(sums).tolist()))
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that a checkpoint needs; randomness is derived from the step, so there is no generator's state."""
         return {

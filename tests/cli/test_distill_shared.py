@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.steps.distill import run
-from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.distill.trainer import Trainer
+from clipcid_cli.steps.distill.training_batch import TrainingBatch
 from clipcid_cli.training.gradients import Features
 
 # All losses take a batch in parts in the runs of one process.
@@ -261,11 +261,9 @@ def test_dry_run_measures_and_writes_nothing(clipcid: Clipcid, distill_place: Pa
     assert found["seconds"]["train"] == pytest.approx(pace * found["steps"], rel=0.1)
     supply, demand = found["data_samples_per_second"], 8 / found["seconds_per_step"]
     assert (found["bound_by"] == "data") == (supply < 1.01 * demand)
+    assert "256 px" not in run.said, "the images are smaller than that"
     assert found["memory_bytes"] > 4 * found["parameters"]
     assert found["host_memory_bytes"] > found["shared_memory_bytes"]
-    assert 0 < found["teacher"]["share"] < 1
-    # All 24 images were embedded; a part of them is held out of training.
-    assert 1 < found["teacher"]["break_even"] < 3
 
 
 @pytest.mark.slow  # PyTorch's compiler takes most of a minute

@@ -96,7 +96,6 @@ CASES: tuple[tuple[str, int, str], ...] = (
     (f"{DISTILL} --preset cid --extra-texts 4", 2, "no loss of the run takes texts without images"),
     (f"{DISTILL} unlabelled --teacher model --work w", 1, "Put captions next to the images"),
     (f"{DISTILL} --caption-dropout 0.5", 2, "--caption-dropout"),
-    (f"{DISTILL} --no-gather-with-grad", 2, "--no-gather-with-grad: gradients always flow"),
     (
         f"{DISTILL} --cluster-towers both --label-share 0 --no-candidate-correction",
         2,

@@ -37,8 +37,8 @@ class ClusterTargets:
     # Added to the logits, so that the drawn candidates represent all centroids that are not active: 0 for active ones,
     # log((K − |A|) / |R|) for drawn ones; float32.
     log_correction_S: Tensor
-    # Mean centroid of each sample's target distribution, whose clusters need not all be candidates, float32.
-    mean_BD: Tensor
+    # Mean centroid of the target distribution of each own row, whose clusters need not all be candidates, float32.
+    mean_bD: Tensor
 
 
 @dataclasses.dataclass(frozen=True)

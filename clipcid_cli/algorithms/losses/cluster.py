@@ -169,4 +169,4 @@ def soft_label_cross_entropy(
     normalisers = over_blocks(normaliser, 0, len(targets.centroids_SD), stop - first, features_BD.device)
     normaliser_b = normalisers[0] if len(normalisers) == 1 else torch.stack(normalisers).logsumexp(dim=0)
     # Σ_j q_j·logit_j = σ_c·s'·Σ_j q_j·c_j, where no logit is corrected: it needs neither the logits nor their candidates.
-    return normaliser_b.sum() - (scaled_bD * rows_between(targets.mean_BD, first, stop)).sum()
+    return normaliser_b.sum() - (scaled_bD * targets.mean_bD).sum()

@@ -38,13 +38,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
 import torch
 
+from clipcid_cli.algorithms.accumulation import exact_accumulation
 from clipcid_cli.algorithms.near.exact import LONGEST_ROW, ROWS_IN_CACHE, IntArray, ReadRows, squared_lengths
 
 # Largest relative error u of one step of a float32 accumulation, 2⁻²⁴ where it is rounded; matrix units may truncate and
@@ -178,31 +177,6 @@ def score_error(a: Block, b: Block) -> float:
     error = a.residual * b.longest + copy_a * (b.residual + relative * copy_b)
     # 2⁻¹⁴ for GPUs that flush float16's subnormals to zero; it also swallows the rounding of this very formula.
     return error + 2.0**-14
-
-
-@contextmanager
-def exact_accumulation(device: torch.device) -> Iterator[None]:
-    """Keep GPUs from adding up partial products in less than float32, and from rounding their factors to TF32.
-
-    Every bound on a product's error relies on it, whatever the process was started with
-    (``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1`` is set in common containers).
-    """
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    names = (
-        *("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"),
-        *("allow_fp16_accumulation", "allow_tf32"),
-    )
-    before = {name: getattr(matmul, name) for name in names}
-    try:
-        for name in names:
-            setattr(matmul, name, False)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(matmul, name, value)
 
 
 def rotate(rows_ND: torch.Tensor) -> torch.Tensor:

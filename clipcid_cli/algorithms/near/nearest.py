@@ -23,7 +23,8 @@ import os
 
 import torch
 
-from clipcid_cli.algorithms.near.block import exact_accumulation, multiply, score_dtype
+from clipcid_cli.algorithms.accumulation import exact_accumulation
+from clipcid_cli.algorithms.near.block import multiply, score_dtype
 from clipcid_cli.algorithms.near.exact import ROWS_IN_CACHE
 
 # Rows and centroids of one product: on a CPU its scores stay near the caches, a GPU needs more work at a time.

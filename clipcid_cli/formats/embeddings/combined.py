@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import METADATA, EmbeddingFile, Float16, Kind, Numbers, Rows, unit_rows
+from clipcid_cli.formats.embeddings.rows import METADATA, EmbeddingFile, Float16, Kind, Numbers, Rows
 from clipcid_cli.formats.fingerprint import FileRecord, Memo
 from clipcid_cli.formats.join import join
 from clipcid_cli.records import ModelRecord
@@ -100,10 +99,9 @@ class CombinedEmbeddings(Embeddings):
     def _weight_of_texts(self) -> float:
         return sum(weight for weight, member in zip(self.weights, self.members, strict=True) if member.has_texts)
 
-    def rows(self, kind: Kind) -> Rows:
-        """Map the combined rows of a kind, as `Embeddings.rows`."""
+    def _open_rows(self, kind: Kind) -> Rows:
         if kind is Kind.VIEW_PARAMS or kind not in self.kinds:
-            return super().rows(kind)
+            return super()._open_rows(kind)
         whole = self._weight_of_texts if kind in _OF_TEXTS else 1.0
         blocks = [
             _Block(
@@ -114,15 +112,13 @@ class CombinedEmbeddings(Embeddings):
             )
             for member, weight, places in zip(self.members, self.weights, self._places, strict=True)
         ]
-        map_DD = None if self.image_map is None or kind in _OF_TEXTS else self.image_map.map_DD
         count = next(len(block.rows) for block in blocks if block.rows is not None and block.places is None)
-        return _CombinedRows(blocks, count, map_DD)
+        return _CombinedRows(blocks, count)
 
-    def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
-        """Describe the files of all, their weights and the map of images."""
+    def _describe_files(self, kinds: Collection[Kind]) -> list[FileRecord]:
         files = [file for member in self.members for file in member.fingerprints(kinds)]
         files.append(FileRecord("weights of the teachers", len(self.weights), " ".join(map(str, self.weights))))
-        return files if self.image_map is None else [*files, self.image_map.record]
+        return files
 
     def find_bad_rows(self, *, texts: bool) -> Numbers:
         """Find rows that are not usable of one teacher, or that one lacks."""
@@ -181,16 +177,15 @@ class _Block(NamedTuple):
 
 
 class _CombinedRows(Rows):
-    def __init__(self, blocks: Sequence[_Block], count: int, map_DD: npt.NDArray[np.float32] | None) -> None:
+    """Rows of several teachers, side by side."""
+
+    def __init__(self, blocks: Sequence[_Block], count: int) -> None:
         self._blocks = blocks
-        self._map_DD = None if map_DD is None else map_DD.astype(np.float64)
         self.shape = (count, sum(block.width for block in blocks))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state
+    @property
+    def stay_mapped(self) -> bool:
+        return all(block.rows.stay_mapped for block in self._blocks if block.rows is not None)
 
     def read(self, start: int, stop: int) -> Float16:
         return self.take(np.arange(start, min(stop, len(self))))
@@ -205,5 +200,4 @@ class _CombinedRows(Rows):
                 block[:] = np.float32(factor) * rows.take(np.maximum(wanted, 0))
                 block[wanted < 0] = np.nan
             columns.append(block)
-        combined = np.concatenate(columns, axis=1)
-        return combined if self._map_DD is None else unit_rows(combined.astype(np.float64) @ self._map_DD)
+        return np.concatenate(columns, axis=1)

@@ -15,7 +15,17 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, validate_replaceable
-from clipcid_cli.formats.embeddings.rows import AGAIN, COUNTS_COLUMN, METADATA, ArrayFile, EmbeddingFile, Kind, Rows
+from clipcid_cli.formats.embeddings.rows import (
+    AGAIN,
+    COUNTS_COLUMN,
+    METADATA,
+    ArrayFile,
+    EmbeddingFile,
+    FileRows,
+    Kind,
+    RowMap,
+    Rows,
+)
 from clipcid_cli.formats.embeddings.sidecar import COPY, EmbedSidecar, read_embed_sidecar
 from clipcid_cli.formats.fingerprint import (
     FileRecord,
@@ -33,14 +43,6 @@ from clipcid_cli.records import ModelRecord
 _NAMES_AT_ONCE = 65_536
 TEXT = pa.large_string()
 KEY_COLUMN = "key"
-
-
-@dataclasses.dataclass(frozen=True)
-class RowMap:
-    """What image rows are multiplied by, before they are normalised again."""
-
-    map_DD: npt.NDArray[np.float32]  # entries are multiples of 2⁻¹⁶
-    record: FileRecord  # of the file that it was read from
 
 
 class Embeddings:
@@ -103,7 +105,14 @@ class Embeddings:
         return Kind.TEXTS in self.kinds
 
     def rows(self, kind: Kind) -> Rows:
-        """Map the rows of a kind, [N, D]; where a sample has several, [N·V, D]: row v of sample i is i·V + v."""
+        """Open the rows of a kind, [N, D]; where a sample has several, [N·V, D]: row v of sample i is i·V + v."""
+        rows = self._open_rows(kind)
+        if self.image_map is None or kind not in (Kind.IMAGES, Kind.VIEWS):
+            return rows
+        return self.image_map.apply(rows)
+
+    def _open_rows(self, kind: Kind) -> Rows:
+        """Open the rows of a kind as they are stored."""
         if kind not in self.kinds:
             raise ClipcidError(
                 f"{self.folder} contains no text embeddings.",
@@ -111,10 +120,7 @@ class Embeddings:
             )
         files = [file.parts[kind] for file in self.files if kind in file.parts]
         is_params = kind is Kind.VIEW_PARAMS
-        map_DD = None
-        if self.image_map is not None and kind in (Kind.IMAGES, Kind.VIEWS):
-            map_DD = self.image_map.map_DD
-        return Rows(files, files[0].shape[-1], as_stored=self._as_stored or is_params, map_DD=map_DD)
+        return FileRows(files, files[0].shape[-1], as_stored=self._as_stored or is_params)
 
     def embed_again(self, **flags: Any) -> str:
         """Return the fix that makes them anew with some flags."""
@@ -236,10 +242,13 @@ class Embeddings:
 
     def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
         """Describe images, metadata and further `kinds` that are there, and the map of images, as inputs for a sidecar."""
+        files = self._describe_files(kinds)
+        return files if self.image_map is None else [*files, self.image_map.record]
+
+    def _describe_files(self, kinds: Collection[Kind]) -> list[FileRecord]:
         self._validate_unchanged()
         parts = [part for part in (Kind.IMAGES, METADATA, *kinds) if self._files_of(part)]
-        files = [record_together(self._name_together(part), self.contents(part)) for part in parts]
-        return files if self.image_map is None else [*files, self.image_map.record]
+        return [record_together(self._name_together(part), self.contents(part)) for part in parts]
 
     def _validate_unchanged(self) -> None:
         validate_replaceable(self.folder, self._records, self._memo, run_again("embed", self.sidecar, COPY))

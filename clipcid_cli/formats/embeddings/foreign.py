@@ -57,7 +57,7 @@ class ForeignEmbeddings(Embeddings):
         self._key_columns = tuple(dict.fromkeys((key_column, KEY_COLUMN, *_OTHER_KEYS)))
         self._work = work
 
-    def rows(self, kind: Kind) -> Rows:
+    def _open_rows(self, kind: Kind) -> Rows:
         files = [file.parts[kind] for file in self.files if kind in file.parts]
         if (size := sum(file.unpacked for file in files)) > MAX_UNPACKED:
             raise ClipcidError(
@@ -65,7 +65,7 @@ class ForeignEmbeddings(Embeddings):
                 f"{size / 2**30:.1f} GiB of memory, more than the allowed {MAX_UNPACKED / 2**30:g} GiB.",
                 "Save them uncompressed: numpy.savez(new, **numpy.load(old)).",
             )
-        return super().rows(kind)
+        return super()._open_rows(kind)
 
     def embed_again(self, **flags: Any) -> str:
         """Return the command that embeds the data with some flags: what another tool wrote is not replaced."""

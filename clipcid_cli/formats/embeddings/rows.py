@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -28,6 +29,7 @@ import numpy.typing as npt
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped, read_npy_header
 from clipcid_cli.formats.files import reading, write_error
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.parquet import refuse_expansion
 
 Float16 = npt.NDArray[np.float16]
@@ -212,25 +214,47 @@ def _map_file(file: ArrayFile) -> npt.NDArray[Any]:
     return file.map()
 
 
-class Rows:
-    """Rows [N, D] in several files, mapped as they are needed; read in slices or picked one by one."""
+class Rows(ABC):
+    """Rows [N, D], read in slices or picked one by one."""
 
-    def __init__(
-        self,
-        files: Sequence[ArrayFile],
-        width: int,
-        as_stored: bool,
-        hold: bool = False,
-        map_DD: npt.NDArray[np.float32] | None = None,
-    ) -> None:
+    shape: tuple[int, int]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    @abstractmethod
+    def stay_mapped(self) -> bool:
+        """Whether rows can be read in any order without mapping their files again and again."""
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> Float16:
+        """Return rows start … stop − 1, float16 [n, D]; a view of a file where that is possible."""
+
+    @abstractmethod
+    def take(self, positions: Numbers) -> Float16:
+        """Return the rows at `positions` (int64 [n], any order), float16 [n, D], as an array of its own."""
+
+    def blocks(self, size: int = _BLOCK_ROWS, stride: int = 1) -> Iterator[tuple[int, Float16]]:
+        """Yield (number of the first row, rows) for consecutive blocks of `size` rows; the last may be shorter.
+
+        Of each block only every `stride`-th row is read.
+        """
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            yield start, self.read(start, stop) if stride == 1 else self.take(np.arange(start, stop, stride))
+
+
+class FileRows(Rows):
+    """Rows in several files, mapped as they are needed."""
+
+    def __init__(self, files: Sequence[ArrayFile], width: int, as_stored: bool, hold: bool = False) -> None:
         """Prepare to read.
 
         Args:
             files: Of [n, D], or of [n, V, D], which are n·V rows.
             as_stored: Whether rows are taken as they are: unit float16 for sure, or no embeddings at all.
             hold: Whether to map all files now, for as long as this object lives; else as they are needed, among `MAPS_KEPT`.
-            map_DD: What rows are multiplied by before they are normalised again. Where its entries are multiples of 2⁻¹⁶,
-                each row is to the bit the same on any machine and among any others: products are added without error.
         """
         self._files = files
         # Compressed arrays are unpacked once and stay: unpacking them again would take longer than all else.
@@ -240,14 +264,9 @@ class Rows:
         self._starts = np.concatenate([[0], np.cumsum([math.prod(file.shape[:-1]) for file in files], dtype=np.int64)])
         self.shape = (int(self._starts[-1]), width)
         self._dtype = files[0].dtype if as_stored and files else np.dtype(np.float16)
-        self._map_DD = None if map_DD is None else map_DD.astype(np.float64)
-
-    def __len__(self) -> int:
-        return self.shape[0]
 
     @property
     def stay_mapped(self) -> bool:
-        """Whether rows can be read in any order without mapping their files again and again."""
         return len(self._files) - len(self._held) <= MAPS_KEPT
 
     def __getstate__(self) -> dict[str, Any]:
@@ -308,19 +327,42 @@ class Rows:
             self._is_unit[index] = holds_unit_rows(self._rows(index))
         if not self._is_unit[index]:
             part = unit_rows(part)
-        if self._map_DD is not None:
-            return unit_rows(part.astype(np.float64) @ self._map_DD)
         # An array in an archive may begin at an odd byte.
         return part if part.flags.aligned and part.flags.c_contiguous else np.array(part, order="C")
 
-    def blocks(self, size: int = _BLOCK_ROWS, stride: int = 1) -> Iterator[tuple[int, Float16]]:
-        """Yield (number of the first row, rows) for consecutive blocks of `size` rows; the last may be shorter.
 
-        Of each block only every `stride`-th row is read.
-        """
-        for start in range(0, len(self), size):
-            stop = min(start + size, len(self))
-            yield start, self.read(start, stop) if stride == 1 else self.take(np.arange(start, stop, stride))
+@dataclasses.dataclass(frozen=True)
+class RowMap:
+    """What image rows are multiplied by, before they are normalised again: the repair of a teacher."""
+
+    map_DD: npt.NDArray[np.float32]  # entries are multiples of 2⁻¹⁶
+    record: FileRecord  # of the file that it was read from
+
+    def apply(self, rows: Rows) -> Rows:
+        """Return the rows with the map applied as they are read."""
+        return _MappedRows(rows, self.map_DD)
+
+
+class _MappedRows(Rows):
+    """Rows times a matrix: to the bit the same on any machine and among any others, since products add without error."""
+
+    def __init__(self, rows: Rows, map_DD: npt.NDArray[np.float32]) -> None:
+        self._rows = rows
+        self._map_DD = map_DD.astype(np.float64)
+        self.shape = rows.shape
+
+    @property
+    def stay_mapped(self) -> bool:
+        return self._rows.stay_mapped
+
+    def read(self, start: int, stop: int) -> Float16:
+        return self._map(self._rows.read(start, stop))
+
+    def take(self, positions: Numbers) -> Float16:
+        return self._map(self._rows.take(positions))
+
+    def _map(self, rows: Float16) -> Float16:
+        return unit_rows(rows.astype(np.float64) @ self._map_DD)
 
 
 def unit_rows(rows: npt.NDArray[Any]) -> Float16:
@@ -407,7 +449,7 @@ def open_copies(folder: Path, sizes: Sequence[int], width: int) -> Rows:
             stat = path.stat()
             stamp = (stat.st_ino, stat.st_mtime_ns)
             copied.append(ArrayFile(path, (size, width), np.dtype(np.float16), 0, stamp))
-    return Rows(copied, width, as_stored=True, hold=True)
+    return FileRows(copied, width, as_stored=True, hold=True)
 
 
 def remove_copies(folder: Path) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import ClusterTargets
 from clipcid_cli.formats.data.activity import count_received
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.data.samples import Sample
@@ -24,18 +22,20 @@ from clipcid_cli.runtime.models.augment import Augmentation, Masking, choose_vie
 from clipcid_cli.runtime.models.decode import ImageCache, SkippedImage, full_size
 from clipcid_cli.runtime.models.tokenizers import Tokenizer
 from clipcid_cli.runtime.models.views import MixedView, Processor, identity_colors, mix_pixels
-from clipcid_cli.runtime.pipeline import join_on, ordered_map, prefetch
+from clipcid_cli.runtime.pipeline import ordered_map, prefetch
 from clipcid_cli.runtime.randomness import SampleOrder, derive_seed
-from clipcid_cli.steps.distill.clusters import ClusterLookup
 from clipcid_cli.steps.distill.extra_texts import ExtraText
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
+from clipcid_cli.steps.distill.training_batch import HOST, TrainingBatch
 from clipcid_cli.steps.settings.distill import DistillSettings
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.distill.clusters import ClusterLookup
 
 Piece = TypeVar("Piece")
 
 _MAX_ITEMS = 256
-_HOST = torch.device("cpu")
 # Decoded images a worker keeps, so that small data is decoded once and not once an epoch.
 _MAX_IMAGE_BYTES = 512 * 2**20
 # Of more samples, what a worker could keep would hardly ever be seen again.
@@ -67,56 +67,13 @@ class DealtBatch(NamedTuple):
     work: list[WorkItem]
 
 
-@dataclasses.dataclass
-class TrainingBatch:
-    """One process's part of a batch, or some of it."""
-
-    pixels: Tensor  # uint8 [b, H, W, 3]
-    colors: Tensor | None  # colour maps, float32 [b, 3, 4]; None where none changes anything
-    tokens: Tensor  # of captions and of further texts, int64 [b + e, L]
-    bad: list[tuple[str, str]]  # (reason, key) of images that could not be decoded; they are white in `pixels`
-    kept_patches: Tensor | None = None  # patches of each image that are seen where the others are masked, int64 [b, n]
-    # A stored teacher's rows of what is shown, float16; so for captions and further texts.
-    teacher_image_bD: Tensor | None = None
-    teacher_text_bD: Tensor | None = None
-    teacher_extra_eD: Tensor | None = None
-    teacher_pixels: Tensor | None = None  # the same views at an online teacher's size, uint8 [b, H, W, 3]
-    teacher_tokens: Tensor | None = None  # the same captions by its tokenizer, int64 [b, L]
-    # Targets of the global batch's images; of its captions, where both towers are taught.
-    image_clusters: ClusterTargets | None = None
-    text_clusters: ClusterTargets | None = None
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def copied(self) -> TrainingBatch:
-        """Return it out of shared memory."""
-        tensors: dict[str, Any] = {
-            name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return dataclasses.replace(self, **tensors)
-
-    @classmethod
-    def join(cls, parts: Sequence[TrainingBatch], device: torch.device) -> TrainingBatch:
-        """Join the parts of a process, in order, on a device; all but tokens, which the towers pack on the host."""
-        captions = [part.tokens[: len(part)] for part in parts]
-        further = [part.tokens[len(part) :] for part in parts]
-        bad = [each for part in parts for each in part.bad]
-        batch = dataclasses.replace(parts[0], tokens=torch.cat(captions + further), bad=bad)
-        for field in dataclasses.fields(cls):
-            found = [getattr(part, field.name) for part in parts]
-            if isinstance(found[0], Tensor) and field.name != "tokens":
-                setattr(batch, field.name, join_on(_HOST if field.name == "teacher_tokens" else device, found))
-        return batch
-
-
 class _View(NamedTuple):
-    """How a sample's image is shown; `number` is that of the stored view, −1 for one drawn anew."""
+    """How a sample's image is shown."""
 
     image: Image.Image
     view: MixedView
     mixed_in: Image.Image | None = None
-    number: int = -1
+    view_index: int = -1  # of the stored view; −1 for one drawn anew
 
 
 class _TokenCache:
@@ -145,27 +102,27 @@ class BatchMaker:
         settings: DistillSettings,
         inputs: Inputs,
         student: Processor,
-        teacher: Processor | None = None,
         masking: Masking | None = None,
     ) -> None:
-        """An online teacher is shown the same views and captions as the student."""
+        """A teacher that runs alongside the student is shown the same views and captions."""
+        teacher = inputs.teacher
         self._settings = settings
         self._samples = inputs.training
-        self._shown_to = [student] if teacher is None else [student, teacher]
+        self._shown_to = [student] if teacher.processor is None else [student, teacher.processor]
         self._masking = masking
         chosen = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
-        self._augmentation = inputs.augmentation(chosen)
-        self._first_captions = inputs.first_captions
-        self._extra_texts = inputs.extra_texts
-        self._rows = inputs.teacher_rows()
-        self._num_views = inputs.num_views
+        self._augmentation = teacher.augmentation(chosen)
+        self._first_captions = teacher.first_captions
+        self._extra_texts = teacher.extra_texts
+        self._rows = teacher.rows_shown()
+        self._num_views = teacher.num_views
         crop_scale = self._augmentation.crop_scale
         widths, heights = zip(*(shown.render.draft_size(crop_scale) for shown in self._shown_to), strict=True)
         is_small = inputs.training.total <= _MAX_SAMPLES_KEPT
         draft_size = (max(widths), max(heights)) if settings.fast_decode else None
         self._images = ImageCache(_MAX_IMAGE_BYTES if is_small else 0, draft_size)
         max_texts = _MAX_SAMPLES_KEPT if is_small else 0
-        self._tokens = [_TokenCache(each.tokenizer, max_texts) for each in self._shown_to]
+        self._tokens = [_TokenCache(processor.tokenizer, max_texts) for processor in self._shown_to]
 
     def __call__(self, work: WorkItem) -> TrainingBatch:
         """Make the part; each image is written into its tensor before the next one is decoded."""
@@ -174,15 +131,17 @@ class BatchMaker:
         words = list[str]()
         captions = list[int]()
         count = len(work.items)
-        pixels = [torch.empty(count, *each.render.size[::-1], 3, dtype=torch.uint8) for each in self._shown_to]
+        pixels = [
+            torch.empty(count, *processor.render.size[::-1], 3, dtype=torch.uint8) for processor in self._shown_to
+        ]
         colors = torch.empty(count, 3, 4)
         for place, item in enumerate(work.items):
             sample = item.sample.read()
             caption, text = self._choose_caption(sample, item.epoch)
             captions.append(caption)
             words.append(text)
-            image, view, other, number = self._choose_view(item, sample, bad)
-            views.append(number)
+            image, view, other, index = self._choose_view(item, sample, bad)
+            views.append(index)
             for processor, target in zip(self._shown_to, pixels, strict=True):
                 shown = processor.render(image, view.first)
                 if other is not None:
@@ -218,18 +177,18 @@ class BatchMaker:
             embedded = int(embedding_rows[item.row])
             begin = derive_seed("view", self._settings.seed, sample.key) + item.epoch
             for offset in range(self._num_views):
-                number = (begin + offset) % self._num_views
-                row = embedded * self._num_views + number
+                index = (begin + offset) % self._num_views
+                row = embedded * self._num_views + index
                 view = MixedView.unpack(np.array(self._rows[Kind.VIEW_PARAMS].read(row, row + 1)[0]))
                 if view.weight == 1:
-                    return _View(image, view, None, number)
+                    return _View(image, view, None, index)
                 if not np.isnan(view.partner):
                     first, end = self._samples.bounds(int(self._samples.shard_of(np.array(item.row))))
-                    found = np.flatnonzero(embedding_rows[first:end] == embedded + int(view.partner))
-                    if len(found):
-                        other = self._decode(item.sample.part.sample(int(places[first + found[0]])), bad)
+                    partners = np.flatnonzero(embedding_rows[first:end] == embedded + int(view.partner))
+                    if len(partners):
+                        other = self._decode(item.sample.part.sample(int(places[first + partners[0]])), bad)
                         if other is not None:
-                            return _View(image, view, other, number)
+                            return _View(image, view, other, index)
                         break
         image = image or _WHITE
         augmentation = _WHOLE if self._num_views else self._augmentation
@@ -245,18 +204,18 @@ class BatchMaker:
         return None
 
     def _choose_caption(self, sample: Sample, epoch: int) -> tuple[int, str]:
-        """Choose one of a sample's captions, but the first alone where only that is embedded: its number, and its text."""
+        """Choose one of a sample's captions, but the first where only that is embedded; return its index and text."""
         captions = sample.captions
         dropout = self._settings.caption_dropout
         if self._first_captions or (len(captions) == 1 and not dropout):
             return 0, captions[0]
         random = np.random.default_rng(derive_seed("caption", self._settings.seed, epoch, sample.key))
-        number = int(random.integers(len(captions)))
+        index = int(random.integers(len(captions)))
         if not dropout:
-            return number, captions[number]
-        first, *others = captions[number].split(",")
+            return index, captions[index]
+        first, *others = captions[index].split(",")
         kept = [part for part in others if random.uniform() >= dropout]
-        return number, ",".join([first, *kept])
+        return index, ",".join([first, *kept])
 
     def _choose_patches(self, masking: Masking, items: Sequence[Item]) -> Tensor:
         seeds = [derive_seed("mask", self._settings.seed, item.epoch, item.sample.key) for item in items]
@@ -304,14 +263,10 @@ class Batches:
         self._seed = seed
         self._context = context
         # Work items of which this process's part of a batch is made.
-        self.num_parts = -(-batch_size // context.size // _MAX_ITEMS)
+        self._num_parts = -(-batch_size // context.size // _MAX_ITEMS)
 
     def __len__(self) -> int:
         return self._samples.total
-
-    def resized(self, batch_size: int) -> Batches:
-        """Return batches of another size of the same samples."""
-        return Batches(self._inputs, self._make, self._clusters, batch_size, self._seed, self._context)
 
     def load(self, steps: range, workers: int) -> Generator[TrainingBatch]:
         """Yield this process's part of each step's batch, ready to train on; made by workers, finished one step ahead."""
@@ -324,12 +279,12 @@ class Batches:
 
         with ExitStack() as stack:
             parts = stack.enter_context(closing(ordered_map(self._make, deal(), workers, count_received)))
-            if self.num_parts > 1:
+            if self._num_parts > 1:
                 # In shared memory each tensor of a part would hold an open file until its batch is whole. A thread copies
                 # them during the step before: the one that keeps a GPU at work has no time for it.
-                copies = prefetch(TrainingBatch.copied, parts, _HOST, ahead=self.num_parts)
+                copies = prefetch(TrainingBatch.copied, parts, HOST, ahead=self._num_parts)
                 parts = stack.enter_context(closing(copies))
-            whole = ((dealt.popleft(), batch) for batch in zip(*[parts] * self.num_parts, strict=True))
+            whole = ((dealt.popleft(), batch) for batch in zip(*[parts] * self._num_parts, strict=True))
             finished = prefetch(lambda pair: self.finish(*pair), whole, self._context.device)
             yield from stack.enter_context(closing(finished))
 
@@ -342,9 +297,11 @@ class Batches:
             rows = order.rows(first, first + self._batch_size)
             epochs = np.arange(first, first + self._batch_size)[own] // len(self)
             refs = self._inputs.refs(self._samples, rows[own])
-            items = [Item(*found) for found in zip(rows[own].tolist(), epochs.tolist(), refs, strict=True)]
+            items = [Item(*fields) for fields in zip(rows[own].tolist(), epochs.tolist(), refs, strict=True)]
             texts = self._draw_texts(step, rows)
-            yield DealtBatch(step, rows, list(map(WorkItem, _cut(items, self.num_parts), _cut(texts, self.num_parts))))
+            yield DealtBatch(
+                step, rows, list(map(WorkItem, _cut(items, self._num_parts), _cut(texts, self._num_parts)))
+            )
 
     def make(self, dealt: DealtBatch) -> list[TrainingBatch]:
         """Make the parts of a process here, as workers do."""
@@ -354,7 +311,8 @@ class Batches:
         """Join a process's parts on the device and add the cluster targets of the global batch."""
         batch = TrainingBatch.join(parts, self._context.device)
         if self._clusters is not None:
-            batch.image_clusters, batch.text_clusters = self._clusters.targets(dealt.rows, dealt.step)
+            own = slice(*self._context.rank_range(len(dealt.rows)))
+            batch.image_clusters, batch.text_clusters = self._clusters.targets(dealt.rows, dealt.step, own)
         return batch
 
     def keys(self, step: int) -> list[str]:
@@ -365,23 +323,24 @@ class Batches:
 
     def _draw_texts(self, step: int, rows: npt.NDArray[np.int64]) -> list[ExtraText]:
         """Draw this process's part of a step's further texts: a slice of what one process would take."""
-        extra = self._inputs.extra_texts
+        extra = self._inputs.teacher.extra_texts
         if extra is None:
             return []
         random = np.random.default_rng(derive_seed("extra texts", self._seed, step))
-        count = self._inputs.num_extra_texts(self._batch_size)
+        count = self._inputs.teacher.num_extra_texts(self._batch_size)
         own = slice(*self._context.rank_range(count))
         # Captions are read only from shards that the batch reads anyway: another would be fetched for one caption.
         shards = np.unique(self._samples.shard_of(rows)).tolist()
         readable = np.concatenate([np.arange(*self._samples.bounds(shard)) for shard in shards])
         chosen = readable[random.integers(len(readable), size=count)][own]
         variants = random.integers(extra.variants.number, size=count)[own]
-        found = self._samples.column("embeddings")[chosen].astype(np.int64) * extra.variants.number + variants
+        embedded = self._samples.column("embeddings")[chosen].astype(np.int64)
+        variant_rows = embedded * extra.variants.number + variants
         refs = self._inputs.refs(self._samples, chosen)
-        return [ExtraText(*pair) for pair in zip(found.tolist(), refs, strict=True)]
+        return [ExtraText(*pair) for pair in zip(variant_rows.tolist(), refs, strict=True)]
 
 
 def _cut(pieces: Sequence[Piece], count: int) -> list[Sequence[Piece]]:
     """Cut a sequence into pieces that differ by one at most."""
     total = len(pieces)
-    return [pieces[total * number // count : total * (number + 1) // count] for number in range(count)]
+    return [pieces[total * index // count : total * (index + 1) // count] for index in range(count)]

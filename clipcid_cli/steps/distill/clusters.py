@@ -12,10 +12,11 @@ import torch
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets
 from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, draw_candidates, mean_centroids, soft_labels
+from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.results.clusters import CENTROIDS, Clusters, TopClusters, open_clusters
+from clipcid_cli.formats.results.clusters import CENTROIDS, Clusters, TopClusters, open_clusters, read_cluster_sidecar
 from clipcid_cli.formats.results.matched_samples import Column
 from clipcid_cli.formats.sidecar import run_again
 from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory
@@ -23,7 +24,9 @@ from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.samples import MatchCounts
-from clipcid_cli.steps.models import cluster_with, validate_teacher
+from clipcid_cli.steps.distill.stored import named_teachers
+from clipcid_cli.steps.distill.teachers import OnlineTeacher, Teacher
+from clipcid_cli.steps.models import choose_embeddings, cluster_with, validate_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -43,15 +46,44 @@ class ChosenClusters:
         return list(zip(taught, self.temperatures, strict=False))
 
     def fingerprints(self) -> list[FileRecord]:
+        """Describe the files that a run reads of them."""
         return [record(self.files.folder / name) for name in (CLUSTERS, CENTROIDS)]
+
+    def open(
+        self,
+        settings: DistillSettings,
+        teacher: Teacher,
+        axes: PrincipalAxes | None,
+        table_rows: Column,
+        device: torch.device,
+    ) -> ClusterLookup:
+        """Make them ready for training, in the space of the teacher's principal `axes` where it is cut to them."""
+        if isinstance(teacher, OnlineTeacher):
+            fix = cluster_with(teacher.name, settings)
+            validate_width(self.files, f"teacher {teacher.name.spec}", teacher.width, fix)
+        centroids = ProjectedCentroids(self.files.centroids, axes, device)
+        return ClusterLookup(centroids, table_rows, self.towers, settings)
+
+
+def validate_named_clusters(settings: DistillSettings) -> None:
+    """Refuse clusters that are not there, or unfinished, before anything else is looked at."""
+    work = WorkDirectory(settings.work)
+    read_cluster_sidecar(settings.clusters or work.find_clusters(**_flags_of_several(settings)))
+
+
+def _flags_of_several(settings: DistillSettings) -> dict[str, Any]:
+    """Return the flags by which `cluster` takes several teachers, whose embeddings may not exist yet."""
+    if settings.num_teachers == 1:
+        return {}
+    teachers = () if settings.embeddings else named_teachers(settings)
+    folders = settings.embeddings or tuple(choose_embeddings(settings.work, teacher) for teacher in teachers)
+    return {"embeddings": folders, "teacher_weight": settings.teacher_weight}
 
 
 def find_clusters(
     settings: DistillSettings, embeddings: Embeddings | None, online: ModelName | None, keep_list: Path | None
-) -> Clusters | None:
-    """Open the clusters, where a loss asks for them; those of another teacher or of an earlier keep list are refused."""
-    if not any(loss.needs_clusters for loss in settings.loss_entries()):
-        return None
+) -> OpenedClusters:
+    """Open the clusters; those of another teacher or of an earlier keep list are refused."""
     folder = settings.clusters or WorkDirectory(settings.work).find_clusters()
     clusters = open_clusters(folder)
     model = clusters.sidecar.model
@@ -76,7 +108,56 @@ def find_clusters(
             f"The clusters in {folder} were made from another keep list than {keep_list} holds now.",
             _cluster_again(clusters, None, keep_list=keep_list),
         )
-    return clusters
+    return OpenedClusters(settings, clusters)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedClusters:
+    """Clusters of the teacher's embeddings, for the images of the keep list."""
+
+    settings: DistillSettings
+    files: Clusters
+
+    def teach(
+        self, embeddings: Embeddings | None, counts: MatchCounts, several_captions: bool, is_decided: bool
+    ) -> ChosenClusters:
+        """Let clusters teach; those of other images, or of the teacher before its repair, are refused.
+
+        Args:
+            embeddings: The teacher's, repaired or not.
+            several_captions: Whether a sample may show another caption than its first.
+            is_decided: Whether it is known if the teacher is repaired; a dry run may leave it to the run.
+        """
+        settings, clusters = self.settings, self.files
+        if is_decided:
+            _validate_repair(settings, clusters, embeddings)
+        if counts.without_cluster:
+            few = counts.without_cluster
+            lacking = f"{few:,} of {counts.candidates:,} samples to train on are not in {clusters.folder}"
+            # With stored embeddings, what `embed` left out is known; beside an online teacher the clusters alone tell.
+            if not settings.online_teacher or few > settings.max_bad_fraction * counts.candidates:
+                or_not = ", or these could not be embedded (--max-bad-fraction)" if settings.online_teacher else ""
+                raise ClipcidError(
+                    f"{lacking}: the clusters were made from another keep list{or_not}.",
+                    _cluster_again(clusters, embeddings, keep_list=settings.keep_list),
+                )
+            reporting.warn(f"{lacking}: they are left out.")
+        teach_text = settings.cluster_towers == "both"
+        if settings.cluster_towers == "auto":
+            # Where it can: in recipes/ablation, on drawings that the teacher knew, retrieval was 4.1 (R@1) and 6.2 points
+            # (R@10) worse with the image tower alone (95 %: 1.8…6.2 and 4.4…8.2), hardly better than without the loss. It
+            # cannot where a sample may show another caption than its first, the only one whose clusters are known.
+            teach_text = clusters.captions is not None and not settings.freeze_text and not several_captions
+        elif teach_text and several_captions:
+            reporting.warn(
+                "--cluster-towers both: captions after an image's first are taught the clusters of the first."
+            )
+        towers = "both towers" if teach_text else "the image tower"
+        reporting.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centroids, for {towers}.")
+        stored = clusters.sidecar.temperatures
+        image = settings.cluster_temperature or stored["image"]
+        caption = settings.cluster_temperature or stored.get("caption", image)
+        return ChosenClusters(clusters, teach_text, (image, caption))
 
 
 def validate_width(clusters: Clusters, teaching: str, width: int, fix: str) -> None:
@@ -92,50 +173,6 @@ def validate_width(clusters: Clusters, teaching: str, width: int, fix: str) -> N
 def _cluster_again(clusters: Clusters, embeddings: Embeddings | None, **more: Any) -> str:
     named = {} if embeddings is None else embeddings.flags
     return run_again("cluster", clusters.sidecar, **named, **more)
-
-
-def use_clusters(
-    settings: DistillSettings,
-    clusters: Clusters,
-    embeddings: Embeddings | None,
-    counts: MatchCounts,
-    several_captions: bool,
-    is_decided: bool,
-) -> ChosenClusters:
-    """Let clusters teach; those of other images, or of the teacher before its repair, are refused.
-
-    Args:
-        embeddings: The teacher's, repaired or not.
-        several_captions: Whether a sample may show another caption than its first.
-        is_decided: Whether it is known if the teacher is repaired; a dry run may leave it to the run.
-    """
-    if is_decided:
-        _validate_repair(settings, clusters, embeddings)
-    if counts.without_cluster:
-        few = counts.without_cluster
-        lacking = f"{few:,} of {counts.candidates:,} samples to train on are not in {clusters.folder}"
-        # With stored embeddings, what `embed` left out is known; beside an online teacher the clusters alone tell.
-        if not settings.online_teacher or few > settings.max_bad_fraction * counts.candidates:
-            or_not = ", or these could not be embedded (--max-bad-fraction)" if settings.online_teacher else ""
-            raise ClipcidError(
-                f"{lacking}: the clusters were made from another keep list{or_not}.",
-                _cluster_again(clusters, embeddings, keep_list=settings.keep_list),
-            )
-        reporting.warn(f"{lacking}: they are left out.")
-    teach_text = settings.cluster_towers == "both"
-    if settings.cluster_towers == "auto":
-        # Where it can: in recipes/ablation, on drawings that the teacher knew, retrieval was 4.1 (R@1) and 6.2 points (R@10)
-        # worse with the image tower alone (95 %: 1.8…6.2 and 4.4…8.2), hardly better than without the loss. It cannot where
-        # a sample may show another caption than its first, the only one whose clusters are known.
-        teach_text = clusters.captions is not None and not settings.freeze_text and not several_captions
-    elif teach_text and several_captions:
-        reporting.warn("--cluster-towers both: captions after an image's first are taught the clusters of the first.")
-    towers = "both towers" if teach_text else "the image tower"
-    reporting.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centroids, for {towers}.")
-    stored = clusters.sidecar.temperatures
-    image = settings.cluster_temperature or stored["image"]
-    caption = settings.cluster_temperature or stored.get("caption", image)
-    return ChosenClusters(clusters, teach_text, (image, caption))
 
 
 def _validate_repair(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings | None) -> None:
@@ -162,14 +199,21 @@ class ClusterLookup:
     towers: list[tuple[TopClusters, float]]
     settings: DistillSettings
 
-    def targets(self, rows: npt.NDArray[np.int64], step: int) -> tuple[ClusterTargets, ClusterTargets | None]:
+    def targets(
+        self, rows: npt.NDArray[np.int64], step: int, own: slice = slice(None)
+    ) -> tuple[ClusterTargets, ClusterTargets | None]:
         """Return the targets of a global batch: of its images, and of its captions where both towers are taught.
 
         They are those of the images, whatever view is shown, and of first captions; the step decides the draw of centroids.
+
+        Args:
+            rows: The batch's samples among those to train on, int64 [B].
+            own: This process's samples: with local losses it needs the mean centroids of these alone.
         """
         settings = self.settings
         total = len(self.centroids)
         table_rows = self.table_rows[rows].astype(np.int64)
+        own_rows = table_rows[own] if settings.local_loss else table_rows
         stored = np.concatenate([top.clusters[table_rows] for top, _ in self.towers])
         if stored.min() < 0 or stored.max() >= total:
             raise ClipcidError(
@@ -188,9 +232,10 @@ class ClusterLookup:
         centroids_SD = self.centroids.take(candidates.ids)
         log_correction_S = torch.from_numpy(candidates.log_correction_S).to(centroids_SD.device)
         labels = [
-            soft_labels(top.similarities[table_rows], temperature=temperature, label_share=settings.label_share)
+            soft_labels(top.similarities[own_rows], temperature=temperature, label_share=settings.label_share)
             for top, temperature in self.towers
         ]
-        means_BD = torch.split(mean_centroids(self.centroids, stored, torch.cat(labels)), len(rows))
-        image, *caption = [ClusterTargets(centroids_SD, log_correction_S, mean_BD) for mean_BD in means_BD]
+        own_stored = np.concatenate([top.clusters[own_rows] for top, _ in self.towers])
+        means_bD = torch.split(mean_centroids(self.centroids, own_stored, torch.cat(labels)), len(own_rows))
+        image, *caption = [ClusterTargets(centroids_SD, log_correction_S, mean_bD) for mean_bD in means_bD]
         return image, caption[0] if caption else None

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from clipcid_cli.algorithms.losses.batch import LossBatch, rows_between
 from clipcid_cli.algorithms.losses.registry import load_loss
-from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
+from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace, project
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.own_losses import load_own_loss
-from clipcid_cli.steps.distill.teacher import Teacher
+from clipcid_cli.steps.distill.teachers import Teacher
+from clipcid_cli.steps.distill.training_batch import TrainingBatch
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.training.gradients import Features, gather_rows
 
@@ -40,7 +40,8 @@ class Objective:
     weights: dict[str, float]
     functions: dict[str, Callable[..., Tensor]]  # by the same names
     parameters: LossParameters
-    teacher: Teacher | None
+    teacher: Teacher
+    space: SharedSpace  # where features of student and teacher are compared
     context: DistContext
     affinity_scale: float
     local_loss: bool  # whether each process computes the losses of its own rows only, against everybody's
@@ -49,13 +50,13 @@ class Objective:
     def of(
         cls,
         settings: DistillSettings,
-        trust: float,
         student_width: int,
-        teacher: Teacher | None,
+        teacher: Teacher,
+        space: SharedSpace,
         context: DistContext,
     ) -> Objective:
-        """Make the losses that the settings ask for, at such trust in the teacher."""
-        space = SharedSpace(student_width) if teacher is None else teacher.space
+        """Make the losses that the settings ask for, as far as the teacher is trusted."""
+        trust = teacher.judgement.trust
         chosen = settings.losses(trust)
         weights = {name: weight.at(space.width) for name, weight in chosen.items()}
         why = f"trust in the teacher {trust:.2f}, by its repair" if trust else "the teacher is near chance"
@@ -66,7 +67,7 @@ class Objective:
         local_loss = settings.local_loss and context.size > 1
         own = {name: load_own_loss(file) for name, file in settings.own_losses.items()}
         functions = {name: own[name] if name in own else load_loss(name) for name in weights}
-        return cls(weights, functions, parameters, teacher, context, settings.affinity_scale, local_loss)
+        return cls(weights, functions, parameters, teacher, space, context, settings.affinity_scale, local_loss)
 
     def gather(
         self, features: Features, student_scale: Tensor, student_bias: Tensor | None, batch: TrainingBatch
@@ -93,13 +94,16 @@ class Objective:
             num_extra=size * num_extra,
             own=slice(start, start + count) if self.local_loss else slice(0, size * count),
         )
-        if self.teacher is None:
+        teacher_rows = self.teacher.rows(batch)
+        if teacher_rows is None:
             return taught
         with torch.no_grad():
-            image, text, extra = self.teacher.rows(batch)
+            image, text, extra = [
+                None if rows is None else project(rows.float(), self.space.axes) for rows in teacher_rows
+            ]
             return dataclasses.replace(
                 taught,
-                teacher_image_BD=gather_rows(image),
+                teacher_image_BD=None if image is None else gather_rows(image),
                 teacher_text_BD=None if text is None else gather_rows(text),
                 teacher_extra_text_ED=self._gather_compared(extra),
                 teacher_scale=self.teacher.scale,

@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from clipcid_cli.algorithms.losses.registry import default_rate
+from clipcid_cli.algorithms.losses.rates import default_rate
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.output import OutputSpec
-from clipcid_cli.formats.results.clusters import read_cluster_sidecar
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.records import hash_preprocess
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
-from clipcid_cli.steps.distill.inputs import Inputs, find_inputs, named_teachers
+from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
 from clipcid_cli.steps.distill.own_losses import load_own_loss
+from clipcid_cli.steps.distill.stored import named_teachers
 from clipcid_cli.steps.distill.student import Student
-from clipcid_cli.steps.distill.teacher import describe_weights
-from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
-from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
 from clipcid_cli.steps.keep_list import NO_KEEP_LIST
-from clipcid_cli.steps.models import choose_embeddings
 from clipcid_cli.steps.preflight import choose_workers
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.shared import output_settings
 from clipcid_cli.training.optimisers import Recipe
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.distill.named_data import NamedData
 
 _DEFAULT_EPOCHS = 32
 # Samples of a batch by default: at least so many (fewer if the data has fewer), with --steps so many for each GPU. On GPUs
@@ -52,7 +48,7 @@ class DistillPlan:
     settings: DistillSettings
     inputs: Inputs
     folder: RunFolder
-    evaluations: ZeroshotPlan  # what `eval-zeroshot` measures in the end
+    named: NamedData | None  # data sets of ``--eval-data``
     recipe: Recipe
     batch_size: int  # over all processes, as `extra_texts`
     extra_texts: int
@@ -66,8 +62,18 @@ class DistillPlan:
         """Steps of the whole run."""
         return self.recipe.steps
 
-    def identify(self, student: Student, teacher: ClipModel | None) -> OutputSpec[DistillSidecar]:
-        """Say what decides the output, given the student and the teacher that runs alongside it."""
+    @property
+    def students(self) -> list[Path]:
+        """Folders of the models that the run ends with."""
+        return self.folder.students(ema=self.settings.ema is not None)
+
+    def loaded(self, context: DistContext) -> DistillPlan:
+        """Load the teacher, where it runs alongside the student; call it on every process."""
+        teacher = self.inputs.teacher.loaded(self.settings, context)
+        return dataclasses.replace(self, inputs=dataclasses.replace(self.inputs, teacher=teacher))
+
+    def identify(self, student: Student) -> OutputSpec[DistillSidecar]:
+        """Say what decides the output, given the student."""
         settings, inputs = self.settings, self.inputs
         identity = output_settings(settings)
         # Data and teacher are inputs, identified by their content, however they were named.
@@ -75,12 +81,13 @@ class DistillPlan:
             del identity[name]
         info = student.model.info
         clusters = inputs.clusters
+        losses = settings.losses(inputs.teacher.judgement.trust)
         identity |= {
             "preset": settings.chosen_preset,
             "precision": student.precision.name,
             "warmup": self.recipe.warmup,
             "lr": self.recipe.lr,
-            "losses": {name: dataclasses.asdict(weight) for name, weight in settings.losses(inputs.trust).items()},
+            "losses": {name: dataclasses.asdict(weight) for name, weight in losses.items()},
             "student": {
                 "config": info.config,
                 "weights": info.weights_hash,
@@ -103,13 +110,13 @@ class DistillPlan:
             "distill",
             DistillSidecar,
             settings=identity,
-            inputs=inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
+            inputs=inputs.fingerprints + inputs.teacher.describe_weights(),
             overwrite=settings.overwrite,
             elsewhere="--name",
         )
 
 
-def validate_named(settings: DistillSettings) -> list[ZeroshotTask]:
+def validate_named(settings: DistillSettings) -> NamedData | None:
     """Look at what can be wrong with named inputs before hours of embedding; return the data sets of ``--eval-data``."""
     for file in settings.own_losses.values():
         load_own_loss(file)
@@ -117,34 +124,29 @@ def validate_named(settings: DistillSettings) -> list[ZeroshotTask]:
         named_teachers(settings)
     if settings.keep_list not in (None, NO_KEEP_LIST):
         read_keep_list(Path(settings.keep_list))
-    if any(loss.needs_clusters for loss in settings.loss_entries()):
-        read_cluster_sidecar(
-            settings.clusters or WorkDirectory(settings.work).find_clusters(**_flags_of_several(settings))
-        )
-    return plan_evaluation(zeroshot_settings(settings))
+    if settings.needs_clusters:
+        from clipcid_cli.steps.distill.clusters import validate_named_clusters
 
+        validate_named_clusters(settings)
+    if not settings.eval_data:
+        return None
+    from clipcid_cli.steps.distill.named_data import open_named_data
 
-def _flags_of_several(settings: DistillSettings) -> dict[str, Any]:
-    """Return the flags by which `cluster` takes several teachers, whose embeddings may not exist yet."""
-    if settings.num_teachers == 1:
-        return {}
-    teachers = () if settings.embeddings else named_teachers(settings)
-    folders = settings.embeddings or tuple(choose_embeddings(settings.work, teacher) for teacher in teachers)
-    return {"embeddings": folders, "teacher_weight": settings.teacher_weight}
+    return open_named_data(settings)
 
 
 def make_plan(
     settings: DistillSettings,
     student: Student,
     embeddings: tuple[Path, ...],
-    tasks: list[ZeroshotTask],
+    named: NamedData | None,
     scratch: Path | None,
     context: DistContext,
 ) -> DistillPlan:
     """Plan a run, on the first process."""
     inputs = find_inputs(settings, embeddings, scratch)
     batch_size = choose_batch_size(settings, inputs.training.total, context)
-    extra_texts = inputs.num_extra_texts(batch_size)
+    extra_texts = inputs.teacher.num_extra_texts(batch_size)
     if extra_texts % context.size:
         raise UsageError(
             f"--extra-texts {extra_texts} does not divide among {context.size} processes.",
@@ -156,17 +158,15 @@ def make_plan(
     parts = [student.model.info.slug, settings.chosen_preset, f"s{settings.seed}"]
     name = settings.name or "-".join(parts + ["all"] * (inputs.keep_list is None))
     folder = RunFolder(WorkDirectory(settings.work).distill(name))
-    students = [ModelName(str(path), "folder", path=path) for path in folder.students(ema=settings.ema is not None)]
-    evaluations = ZeroshotPlan(students, tasks, zeroshot_settings(settings))
     # Before the start, which removes what an unfinished run left.
-    if not sidecar_path(folder.path, "distill").exists():
-        evaluations.validate_unmeasured()
+    if named is not None and not sidecar_path(folder.path, "distill").exists():
+        named.validate_unmeasured(folder.students(ema=settings.ema is not None))
     steps = recipe.steps
     return DistillPlan(
         settings=settings,
         inputs=inputs,
         folder=folder,
-        evaluations=evaluations,
+        named=named,
         recipe=recipe,
         batch_size=batch_size,
         extra_texts=extra_texts,
@@ -242,7 +242,7 @@ def _choose_recipe(
     if lr is None:
         width = student.model.info.embed_dim
         trained = student.starts_trained
-        losses = settings.loss_entries(inputs.trust)
+        losses = settings.loss_entries(inputs.teacher.judgement.trust)
         lr, reason = default_rate(losses, settings.optimizer, batch_size, width, trained=trained)
         reporting.note(f"Learning rate: {lr:g} ({reason}).")
     return Recipe(

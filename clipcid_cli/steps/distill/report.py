@@ -19,8 +19,10 @@ from clipcid_cli.formats.embeddings.rows import Kind, Rows, take_captions
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
 from clipcid_cli.formats.results.run_folder import read_lines
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
-from clipcid_cli.steps.distill.evaluation import EMA, HeldOut
+from clipcid_cli.steps.distill.evaluation import EMA
+from clipcid_cli.steps.distill.held_out import HeldOut
 from clipcid_cli.steps.distill.inputs import Inputs
+from clipcid_cli.steps.distill.teachers import OnlineTeacher
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.encode import Encoded
 from clipcid_cli.steps.repair import describe_pairing, describe_repair
@@ -96,7 +98,7 @@ def _compare(
 
     Where only first captions were embedded, all are measured by these.
     """
-    stored = inputs.embeddings
+    stored = inputs.teacher.embeddings
     rows = students
     which = "all captions"
     if stored is not None and stored.has_texts:
@@ -227,15 +229,17 @@ def _draw_named(results: Sequence[dict[str, Any]]) -> Markup | None:
 def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
     listed = [("data", inputs.dataset.spec)]
     listed.append(("keep list", "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)))
-    if inputs.online is not None:
-        listed.append(("teacher", f"{inputs.online.spec}, run alongside the student"))
-    if inputs.embeddings is not None:
-        listed += [("embeddings", str(member.folder)) for member in inputs.embeddings.members]
-    if inputs.repair is not None:
-        listed.append(("repair", describe_repair(inputs.repair)))
-    if inputs.pairing is not None:
-        verdict = ": near chance; try --teacher none" if inputs.pairing.near_chance else ""
-        listed.append(("pairing", f"{describe_pairing(inputs.pairing)}{verdict}."))
+    teacher = inputs.teacher
+    if isinstance(teacher, OnlineTeacher):
+        listed.append(("teacher", f"{teacher.name.spec}, run alongside the student"))
+    if teacher.embeddings is not None:
+        listed += [("embeddings", str(member.folder)) for member in teacher.embeddings.members]
+    judgement = teacher.judgement
+    if judgement.repair is not None:
+        listed.append(("repair", describe_repair(judgement.repair)))
+    if judgement.pairing is not None:
+        verdict = ": near chance; try --teacher none" if judgement.pairing.near_chance else ""
+        listed.append(("pairing", f"{describe_pairing(judgement.pairing)}{verdict}."))
     if inputs.clusters is not None:
         listed.append(("clusters", str(inputs.clusters.files.folder)))
     return listed

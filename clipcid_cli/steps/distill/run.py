@@ -12,47 +12,26 @@ from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output
 from clipcid_cli.formats.results.boards import validate_board
-from clipcid_cli.formats.results.repair import PairingFigures, RepairFigures
 from clipcid_cli.formats.results.run_folder import DistillSidecar, list_checkpoints, write_held_out
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import skipped_file, write_skipped
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.distributed import open_dist_context
+from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output, scratch_folder
-from clipcid_cli.steps.distill.cost import DistillCost, estimate_cost
-from clipcid_cli.steps.distill.inputs import find_embeddings
-from clipcid_cli.steps.distill.plan import make_plan, validate_named
+from clipcid_cli.steps.distill.plan import DistillPlan, make_plan, validate_named
 from clipcid_cli.steps.distill.report import write_report
+from clipcid_cli.steps.distill.result import DistillCost, Distilled
 from clipcid_cli.steps.distill.samples import list_skipped
-from clipcid_cli.steps.distill.student import load_student, write_students
-from clipcid_cli.steps.distill.teacher import load_online_model
+from clipcid_cli.steps.distill.stored import find_embeddings
+from clipcid_cli.steps.distill.student import Student, load_student, write_students
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.embed.result import EmbedCost
-from clipcid_cli.steps.evaluate.result import ZeroshotResult, ZeroshotResults
-from clipcid_cli.steps.evaluate.zeroshot import evaluate
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.shard_copies import warn_of_copies
-
-
-class Distilled(msgspec.Struct, omit_defaults=True):
-    """What a run made."""
-
-    student: str
-    steps: int
-    samples: int
-    samples_per_second: float
-    losses: dict[str, float]  # those of the last step that was logged
-    metrics: dict[str, float]  # those of the last evaluation during the training
-    evaluations: list[ZeroshotResult]  # what `eval-zeroshot` returns for ``--eval-data``
-    seconds: dict[str, float]  # time by phase
-    files: dict[str, str]
-    chance: dict[str, float] = {}  # what a guess scores on the held-out part
-    repair: RepairFigures | None = None  # that of the teacher, where it was repaired
-    pairing: PairingFigures | None = None  # how well the teacher knows these captions and images
 
 
 def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
@@ -61,43 +40,25 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
     if settings.workers != 0:
         start_worker_server()
     with open_dist_context(settings.device) as context, scratch_folder(context, dry_run=settings.dry_run) as scratch:
-        tasks = context.on_rank0(lambda: validate_named(settings))
+        named = context.on_rank0(lambda: validate_named(settings))
         student = context.on_all(lambda: load_student(settings, context.device))
         embeddings = find_embeddings(settings, context)
         if isinstance(embeddings, EmbedCost):
             return embeddings
-        plan = context.on_rank0(lambda: make_plan(settings, student, embeddings, tasks, scratch, context))
+        plan = context.on_rank0(lambda: make_plan(settings, student, embeddings, named, scratch, context))
         warn_of_copies(plan.inputs.dataset, context)
-        teacher = load_online_model(plan.inputs, context)
-        folder = plan.folder
-        spec = plan.identify(student, teacher)
+        plan = plan.loaded(context)
         if settings.dry_run:
-            context.on_rank0(lambda: find_output(spec))
-            validate_samples(plan.inputs.dataset, context, settings, dry_run=True)
-            cost = estimate_cost(Trainer(plan, student, teacher, context))
-            cost.evaluations = plan.evaluations.preview()
-            return cost
-        with claim_output(context, spec) as output:
-            sidecar = output.finished
-            if sidecar is not None:
-                reporting.note(f"{folder.path} holds this run already, finished.")
+            return _preview(plan, student, context)
+        with claim_output(context, plan.identify(student)) as output:
+            if output.finished is not None:
+                reporting.note(f"{plan.folder.path} holds this run already, finished.")
+                sidecar = output.finished
             else:
-                context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
-                context.on_rank0(lambda: output.start(folder.clear))
-                # An unfinished run without a checkpoint may have ended because of what this finds.
-                if not (output.resumed and context.on_rank0(lambda: list_checkpoints(folder.checkpoints))):
-                    validate_samples(plan.inputs.dataset, context, settings, dry_run=False)
-                trainer = Trainer(plan, student, teacher, context, output)
-                first = trainer.state.step
-                seconds = {"prepare": time.perf_counter() - started}
-                with closing(trainer.log):  # after the sidecar: a board may wait for a network
-                    with timed(seconds, "train"):
-                        trainer.train()
-                    speed = (plan.steps - first) * plan.batch_size / seconds["train"]
-                    unreadable = trainer.unreadable_images()
-                    sidecar = context.on_rank0(lambda: write(trainer, output, unreadable, speed, seconds))
+                sidecar = _train(plan, student, output, context, started)
             # After the sidecar: a run that is killed here is finished, and evaluates what is left when it is run again.
-            evaluated = evaluate(plan.evaluations, context) if tasks else ZeroshotResults([], {})
+            evaluated = None if named is None else named.evaluate(plan.students, context)
+    folder = plan.folder
     files = {
         "student": folder.student,
         **({"student_ema": folder.student_ema} if sidecar.made.ema is not None else {}),
@@ -107,14 +68,50 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
         **skipped_file(sidecar, folder.path),
         "sidecar": sidecar_path(folder.path, "distill"),
     }
+    paths = {name: str(path) for name, path in files.items()}
+    if evaluated is not None:
+        paths |= {f"evaluation_{name}": path for name, path in evaluated.files.items()}
     return Distilled(
         student=str(folder.student),
-        evaluations=evaluated.results,
+        evaluations=[] if evaluated is None else evaluated.results,
         seconds=sidecar.seconds,
-        files={name: str(path) for name, path in files.items()}
-        | {f"evaluation_{name}": path for name, path in evaluated.files.items()},
+        files=paths,
         **sidecar.result,
     )
+
+
+def _preview(plan: DistillPlan, student: Student, context: DistContext) -> DistillCost:
+    """Check all that a run would check, and measure what it would take."""
+    from clipcid_cli.steps.distill.cost import measure_cost
+
+    spec = plan.identify(student)
+    context.on_rank0(lambda: find_output(spec))
+    validate_samples(plan.inputs.dataset, context, plan.settings, dry_run=True)
+    cost = measure_cost(Trainer(plan, student, context))
+    if plan.named is not None:
+        cost.evaluations = plan.named.preview(plan.students)
+    return cost
+
+
+def _train(
+    plan: DistillPlan, student: Student, output: Output[DistillSidecar], context: DistContext, started: float
+) -> DistillSidecar:
+    """Start a run or go on with it, train, and write what it ends with."""
+    settings, folder = plan.settings, plan.folder
+    context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
+    context.on_rank0(lambda: output.start(folder.clear))
+    # An unfinished run without a checkpoint may have ended because of what this finds.
+    if not (output.resumed and context.on_rank0(lambda: list_checkpoints(folder.checkpoints))):
+        validate_samples(plan.inputs.dataset, context, settings, dry_run=False)
+    trainer = Trainer(plan, student, context, output)
+    first = trainer.state.step
+    seconds = {"prepare": time.perf_counter() - started}
+    with closing(trainer.log):  # after the sidecar: a board may wait for a network
+        with timed(seconds, "train"):
+            trainer.train()
+        speed = (plan.steps - first) * plan.batch_size / seconds["train"]
+        unreadable = trainer.unreadable_images()
+        return context.on_rank0(lambda: write(trainer, output, unreadable, speed, seconds))
 
 
 def write(
@@ -147,10 +144,11 @@ def write(
     }
     if trainer.evaluation.held_out is not None:
         result["chance"] = trainer.evaluation.held_out.chance
-    if inputs.repair is not None and inputs.repair.repaired:
-        result["repair"] = msgspec.to_builtins(inputs.repair)
-    if inputs.pairing is not None:
-        result["pairing"] = msgspec.to_builtins(inputs.pairing)
+    judgement = inputs.teacher.judgement
+    if judgement.repair is not None and judgement.repair.repaired:
+        result["repair"] = msgspec.to_builtins(judgement.repair)
+    if judgement.pairing is not None:
+        result["pairing"] = msgspec.to_builtins(judgement.pairing)
     return output.commit(
         counts={
             "read": inputs.usable.read,
@@ -160,7 +158,7 @@ def write(
         },
         seconds=seconds,
         outputs=[
-            *(record(file, folder.path) for each in written for file in sorted(each.iterdir())),
+            *(record(file, folder.path) for student in written for file in sorted(student.iterdir())),
             *(record(file, folder.path) for file in (folder.held_out, *([folder.skipped] if has_skipped else []))),
         ],
         model={"spec": info.spec, "parameters": info.parameters, "embed_dim": info.embed_dim},

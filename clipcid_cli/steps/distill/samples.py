@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,6 @@ from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import Listing, Values, join, parquet_listing
 from clipcid_cli.formats.output import OutputSpec, find_output, open_output, remove_leftovers
-from clipcid_cli.formats.results.clusters import Clusters
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, STEP, TRAINING, matched_folder, writing_rows
 from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.formats.skipped import list_rows, make_table
@@ -30,6 +29,9 @@ from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
+
+if TYPE_CHECKING:
+    from clipcid_cli.formats.results.clusters import Clusters
 
 BoolArray = npt.NDArray[np.bool_]
 

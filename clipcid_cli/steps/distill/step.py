@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from clipcid_cli.algorithms.near.block import exact_accumulation
+from clipcid_cli.algorithms.accumulation import exact_accumulation
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.student import Student
+from clipcid_cli.steps.distill.training_batch import TrainingBatch
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.training.measurements import Measurements, SentMeasurements
 from clipcid_cli.training.train_state import TrainState

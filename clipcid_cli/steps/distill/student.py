@@ -18,7 +18,6 @@ from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.runtime.models.augment import Masking
 from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
-from clipcid_cli.runtime.models.inherit import inherit
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
@@ -26,7 +25,7 @@ from clipcid_cli.runtime.models.tower_modules import freeze, image_tower_kind
 from clipcid_cli.runtime.models.views import apply_colors
 from clipcid_cli.runtime.precision import Precision, choose_precision, fast_attention
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.distill.batches import TrainingBatch
+from clipcid_cli.steps.distill.training_batch import TrainingBatch
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.training.gradients import Features, GradCache
 from clipcid_cli.training.train_state import TrainState
@@ -180,6 +179,8 @@ def _compile_towers(pruned: PrunedForward) -> EncodeBoth:
 
 
 def _inherit(model: ClipModel, init_from: str, towers: str) -> ClipModel:
+    from clipcid_cli.runtime.models.inherit import inherit
+
     source = load_model(with_default_tag(parse_model(init_from)))
     not_inherited = inherit(model.module, source.module, towers)
     subject = "Both towers start" if towers == "both" else f"The {towers} tower starts"

@@ -9,32 +9,25 @@ from contextlib import closing, contextmanager
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.distant import close_copies
-from clipcid_cli.formats.files import reading, write_json
+from clipcid_cli.formats.files import write_json
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.boards import open_board
-from clipcid_cli.formats.results.run_folder import (
-    DistillSidecar,
-    TrainingLog,
-    checkpoint_path,
-    list_checkpoints,
-    read_checkpoint,
-    remove_old_checkpoints,
-    write_checkpoint,
-)
+from clipcid_cli.formats.results.run_folder import DistillSidecar, TrainingLog
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime import interruption
 from clipcid_cli.runtime.distributed import DistContext, memory_in_use
 from clipcid_cli.runtime.libraries import keep_freed_memory
-from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.views import Processor
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
+from clipcid_cli.steps.distill.batches import Batches, BatchMaker
+from clipcid_cli.steps.distill.checkpoints import Checkpoints
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.plan import DistillPlan
+from clipcid_cli.steps.distill.space import choose_space
 from clipcid_cli.steps.distill.step import SentRecord, StepRecord, TrainStep
 from clipcid_cli.steps.distill.student import Student, batch_norms
-from clipcid_cli.steps.distill.teacher import open_teacher
+from clipcid_cli.steps.distill.training_batch import TrainingBatch
 from clipcid_cli.training.train_state import TrainState
 
 # Every so many steps the processes tell each other whether a signal asks one of them to end. What they exchange stays on the
@@ -71,7 +64,6 @@ class Trainer:
         self,
         plan: DistillPlan,
         student: Student,
-        teacher_model: ClipModel | None,
         context: DistContext,
         output: Output[DistillSidecar] | None = None,
     ) -> None:
@@ -84,33 +76,39 @@ class Trainer:
         settings = plan.settings
         inputs = plan.inputs
         model = student.model
-        beside = None if teacher_model is None else Processor.from_model(teacher_model)
-        maker = BatchMaker(settings, inputs, Processor.from_model(model), beside, student.masking)
+        teacher = inputs.teacher
         width = model.info.embed_dim
-        teacher = open_teacher(settings, inputs, teacher_model, width, context)
-        self.objective = Objective.of(settings, inputs.trust, width, teacher, context)
+        space = choose_space(settings, teacher, width, context)
+        clusters = None
+        if inputs.clusters is not None:
+            table_rows = inputs.training.column("clusters")
+            clusters = inputs.clusters.open(settings, teacher, space.axes, table_rows, context.device)
+        teacher.prepare(settings)
+        self.objective = Objective.of(settings, width, teacher, space, context)
         reporting.note(f"Precision: {student.precision.name} ({student.precision.reason}).")
         self.state = TrainState(
             model.module, self.objective.parameters, plan.recipe, student.precision.dtype, ema=settings.ema
         )
         self.bad: dict[str, str] = {}
+        self.checkpoints = Checkpoints(plan.folder, context)
         if output is not None:
-            self._resume(output)
+            self.bad = self.checkpoints.resume(self.state, settings.resume, unfinished=output.resumed)
+            if self.state.step:
+                reporting.note(f"Resuming at step {self.state.step:,} of {plan.steps:,}.")
         if settings.accum_freq * context.size > 1 and batch_norms(model.module):
             reporting.warn(
                 "The student has batch normalisation, whose statistics are computed for each part of a batch: "
                 "--accum-freq and several processes change what it learns."
             )
-        clusters = None if teacher is None else teacher.clusters
+        maker = BatchMaker(settings, inputs, Processor.from_model(model), student.masking)
         self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, context)
-        self.evaluation = Evaluation(inputs, model, plan.evaluations, context)
+        self.evaluation = Evaluation(inputs, model, plan.named, context)
         board = None
         if output is not None and context.is_main:
             board = open_board(
                 settings.report_to, plan.folder, self.state.step, output.spec.run.settings, quiet=settings.quiet
             )
         self.log = TrainingLog(plan.folder, board, writes=output is not None and context.is_main)
-        self._saved_step = self.state.step
         self.make_step = TrainStep(settings, student, self.objective, self.state, context)
         self.losses: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
@@ -131,7 +129,8 @@ class Trainer:
             closing(self.batches.load(steps, plan.workers)) as batches,
             reporting.progress("distill", len(steps) * plan.batch_size, "samples") as progress,
             self.context.limited_waits(),
-            interruption.ends_when_saved(lambda: f"from step {self._saved_step:,}"),
+            interruption.ends_when_saved(lambda: f"from step {self.checkpoints.saved_step:,}"),
+            closing(self.checkpoints),
         ):
             pace = _Pace(first, plan.batch_size)
             sent: SentRecord | None = None
@@ -158,6 +157,8 @@ class Trainer:
                     self._evaluate()
                 if saves:
                     self._save()
+                if ends or step == plan.steps:
+                    self.checkpoints.finish()
                 if ends:
                     interruption.end()
                     raise ClipcidError(
@@ -249,36 +250,4 @@ class Trainer:
         self.log.flush()
         bad = self.unreadable_images()
         Skips.of(bad).check(len(self.batches), self.plan.settings.max_bad_fraction, "the training data")
-        if self.context.is_main:
-            state = self.state.state_dict() | {"bad": bad}
-            write_checkpoint(self.plan.folder.checkpoints, self.state.step, state)
-        self.context.barrier()
-        self._saved_step = self.state.step
-
-    def _resume(self, output: Output[DistillSidecar]) -> None:
-        """Go on from the newest checkpoint of an unfinished run of the same settings and inputs, or clear the folder."""
-        folder = self.plan.folder
-        unfinished = output.resumed and self.plan.settings.resume != "never"
-        steps = list_checkpoints(folder.checkpoints) if unfinished else []
-        if not steps:
-            if self.plan.settings.resume == "latest":
-                raise ClipcidError(
-                    f"--resume latest, but {folder.path} has no checkpoint of an unfinished run with these settings.",
-                    "Omit --resume to start one.",
-                )
-            self.context.on_rank0(folder.clear)
-            return
-        path = checkpoint_path(folder.checkpoints, steps[-1])
-        state = read_checkpoint(folder.checkpoints, steps[-1])
-        with reading(path, "the state of this run", "Remove it to resume from the one before, or use --resume never."):
-            self.state.load_state_dict(state)
-            bad: dict[str, str] = dict(state["bad"])
-        if self.context.is_main:
-            self.bad = bad
-
-        def rewind() -> None:
-            folder.rewind(self.state.step)
-            remove_old_checkpoints(folder.checkpoints)
-
-        self.context.on_rank0(rewind)
-        reporting.note(f"Resuming at step {self.state.step:,} of {self.plan.steps:,}.")
+        self.checkpoints.save(self.state, bad)

@@ -191,12 +191,6 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         "Compute in each process only the losses of its own rows; otherwise each computes those of all rows, with "
         "more time and memory. The gradient is the same.",
     )
-    gather_with_grad: bool = _memory(
-        True,
-        "As in open_clip, gradients flow to the features of every process; always on, so --no-gather-with-grad is an "
-        "error.",
-        operational=True,
-    )
     grad_checkpointing: bool = _memory(
         False, "Recompute activations in the backward pass: less memory, about a third more time.", operational=True
     )
@@ -293,12 +287,6 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         if self.student is None:
             raise UsageError(
                 "No student was given.", "Give --student, e.g. --student ViT-B-32 or a .json file of an architecture."
-            )
-        if not self.gather_with_grad:
-            raise UsageError(
-                "--no-gather-with-grad: gradients always flow to the features of every process, or the losses of several "
-                "processes would not be those of one.",
-                "Omit it.",
             )
         if self.freeze_image and self.freeze_text:
             raise UsageError("--freeze-image with --freeze-text leaves nothing to train.", "Omit one of the two.")
@@ -447,6 +435,11 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
             fuses="fusion" in file.learned,
             needs_teacher=not self.has_no_teacher,
         )
+
+    @property
+    def needs_clusters(self) -> bool:
+        """Whether any loss of the run reads the teacher's clusters."""
+        return any(loss.needs_clusters for loss in self.loss_entries())
 
     @property
     def needs_teacher(self) -> bool:

@@ -27,6 +27,7 @@ from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.batches import Batches, Item
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import Sources, count_usable, match_samples
+from clipcid_cli.steps.distill.teachers import Teacher
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,11 +79,10 @@ def make_inputs(root: Path, sizes: list[int], dropped: int) -> tuple[Inputs, lis
         usable=count_usable(dataset, 1.0),
         training=training,
         held_out=held_out,
-        num_views=0,
-        first_captions=False,
+        keep_list=None,
+        teacher=Teacher(),
+        clusters=None,
         fingerprints=[],
-        **dict.fromkeys(("keep_list", "embeddings", "online", "extra_texts", "repair", "pairing", "clusters")),
-        trust=1.0,
     )
     return found, expected
 

@@ -112,7 +112,7 @@ def test_float16_gradients_are_scaled_and_an_overflow_is_left_out() -> None:
 
 def add(measurements: Measurements, losses: list[float], norm: float, scale: float) -> None:
     first, second = torch.tensor(losses)
-    measurements.add({"first": first, "second": second, "norm": torch.tensor(norm)}, {"scale": torch.tensor(scale)})
+    measurements.add({"first": first, "second": second, "norm": torch.tensor(norm)}, {"scale": torch.tensor([scale])})
 
 
 @pytest.mark.parametrize("bad", [([math.nan, 2.0], 3.0), ([1.0, math.inf], 3.0), ([1.0, 2.0], -math.inf)])

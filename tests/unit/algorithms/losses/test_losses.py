@@ -29,7 +29,8 @@ from loss_data import (
 from clipcid_cli.algorithms.losses import batch as batch_module
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
 from clipcid_cli.algorithms.losses.cluster import draw_candidates
-from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, RATES, default_rate, load_loss, select_losses
+from clipcid_cli.algorithms.losses.rates import RATES, default_rate
+from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, load_loss, select_losses
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace, principal_axes, second_moment
 from clipcid_cli.steps.settings.distill import OPTIMIZERS
 

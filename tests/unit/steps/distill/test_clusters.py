@@ -75,11 +75,20 @@ def test_targets_have_all_stored_clusters_and_four_of_each_are_candidates(file: 
         stored = unit(file[top.clusters[lookup.table_rows[rows]]])
         share = np.exp(top.similarities[lookup.table_rows[rows]].astype(np.float64) / temperature)
         share = 0.5 * share / share.sum(axis=1, keepdims=True) + 0.5 * (np.arange(M) == 0)
-        np.testing.assert_allclose(targets.mean_BD.numpy(), np.einsum("bm,bmd->bd", share, stored), atol=1e-6)
+        np.testing.assert_allclose(targets.mean_bD.numpy(), np.einsum("bm,bmd->bd", share, stored), atol=1e-6)
     active = np.union1d(*(top.clusters[lookup.table_rows[rows], :4] for top, _ in lookup.towers))
     np.testing.assert_allclose(images.centroids_SD[: len(active)].numpy(), unit(file[active]), atol=1e-6)
     assert not images.log_correction_S[: len(active)].any()
     assert len(images.centroids_SD) == len(active) + 0.1 * K
+
+
+def test_a_process_makes_the_means_of_its_own_rows(file: np.ndarray) -> None:
+    lookup, rows = make_lookup(file, captions=True), np.array([31, 2, 17])
+    for whole, own in zip(lookup.targets(rows, 3), lookup.targets(rows, 3, slice(1, 3)), strict=True):
+        assert whole is not None
+        assert own is not None
+        assert torch.equal(own.mean_bD, whole.mean_bD[1:])
+        assert torch.equal(own.centroids_SD, whole.centroids_SD)
 
 
 def test_the_correction_of_the_draw_can_be_left_out(file: np.ndarray) -> None:

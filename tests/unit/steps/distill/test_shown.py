@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from conftest import TINY_CONFIG, make_caption, make_image, write_tar, write_tin
 from distill_data import train
 from PIL import Image
 from teaching_data import (
+    ALONE,
     FP32,
     embed_data,
     encode_shown,
@@ -37,8 +39,10 @@ from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.views import MixedView, Processor, mix_pixels
 from clipcid_cli.steps import cluster
-from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
-from clipcid_cli.steps.distill.teacher import describe_weights
+from clipcid_cli.steps.distill import batches
+from clipcid_cli.steps.distill.batches import Batches, BatchMaker
+from clipcid_cli.steps.distill.teachers import describe_weights
+from clipcid_cli.steps.distill.training_batch import TrainingBatch
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 COUNTS = (1, 3, 2, 5, 1, 4)
@@ -77,7 +81,26 @@ def test_captions_are_drawn_each_with_its_row(data: Path, plain: Path, teacher: 
     first = shutil.copytree(
         plain, tmp_path / "first", ignore=shutil.ignore_patterns("*.json", "manifest*", "captions*")
     )
-    assert join(data, first).inputs.first_captions, "without rows of the others the first is shown"
+    assert join(data, first).inputs.teacher.first_captions, "without rows of the others the first is shown"
+
+
+def test_parts_of_a_batch_are_copied_by_another_thread(
+    data: Path, plain: Path, teacher: ClipModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that trains would leave a GPU without work meanwhile."""
+    monkeypatch.setattr(batches, "_MAX_ITEMS", 2)
+    threads, copied = list[threading.Thread](), TrainingBatch.copied
+
+    def copy(part: TrainingBatch) -> TrainingBatch:
+        threads.append(threading.current_thread())
+        return copied(part)
+
+    monkeypatch.setattr(TrainingBatch, "copied", copy)
+    run = join(data, plain)
+    loaded = Batches(run.inputs, BatchMaker(run.settings, run.inputs, Processor.from_model(teacher)), None, 6, 3, ALONE)
+    assert [len(batch) for batch in loaded.load(range(2), 0)] == [6, 6]
+    assert len(threads) == 6
+    assert threading.current_thread() not in threads
 
 
 @pytest.mark.parametrize(
@@ -109,7 +132,7 @@ def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathF
 
 def test_processes_share_what_one_would_take(work: Path, tiny_shards: Path, teacher: ClipModel) -> None:
     run = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12)
-    assert run.inputs.extra_texts is not None
+    assert run.inputs.teacher.extra_texts is not None
     maker = BatchMaker(run.settings, run.inputs, Processor.from_model(teacher))
 
     def make(step: int, rank: int, size: int) -> TrainingBatch:
@@ -132,9 +155,9 @@ def test_processes_share_what_one_would_take(work: Path, tiny_shards: Path, teac
 
 def test_further_texts_by_default(work: Path, plain: Path, data: Path, tiny_shards: Path, tmp_path: Path) -> None:
     embeddings = work / "embeddings" / "tiny"
-    assert join(tiny_shards, embeddings).inputs.num_extra_texts(6) == 6
-    assert join(tiny_shards, embeddings, preset="dr").inputs.num_extra_texts(6) == 0, "no loss takes them"
-    assert join(data, plain).inputs.num_extra_texts(6) == 0, "there are none"
+    assert join(tiny_shards, embeddings).inputs.teacher.num_extra_texts(6) == 6
+    assert join(tiny_shards, embeddings, preset="dr").inputs.teacher.num_extra_texts(6) == 0, "no loss takes them"
+    assert join(data, plain).inputs.teacher.num_extra_texts(6) == 0, "there are none"
     common = {"student": str(write_student(tmp_path)), "embeddings": (embeddings,), "teacher_space": "project"}
     common |= {"preset": "clip-kd", "steps": 3}
     without, _ = train(tmp_path / "a", tiny_shards, **common, extra_texts=0)

@@ -24,7 +24,7 @@ from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps import cluster
 from clipcid_cli.steps.distill import run as distill
-from clipcid_cli.steps.distill.inputs import open_stored
+from clipcid_cli.steps.distill.stored import open_stored
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -117,7 +117,7 @@ def test_keys_of_another_form_are_refused(tiny_shards: Path, tiny_model: Path, t
 
 def test_images_alone_are_taught(tiny_shards: Path, tiny_model: Path, folders: dict[str, Path]) -> None:
     run = join(tiny_shards, folders["images"], preset="clip", loss=("fd=1",), teacher_space="pca")
-    assert not run.inputs.first_captions, "any caption may be shown where the teacher knows none"
+    assert not run.inputs.teacher.first_captions, "any caption may be shown where the teacher knows none"
     rows, batch = run.show(load_model(parse_model(str(tiny_model))))
     for width in (32, 24):
         image, text, _ = run.teach(batch, width)

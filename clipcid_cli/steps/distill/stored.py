@@ -1,0 +1,204 @@
+"""Stored embeddings of the teachers: found or made, opened, and checked against teachers and data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from clipcid_cli.algorithms.losses.registry import LOSSES
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
+from clipcid_cli.formats.results.boards import validate_board
+from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.distill.samples import MatchCounts, index_of
+from clipcid_cli.steps.embed.request import ensure_embeddings
+from clipcid_cli.steps.embed.result import EmbedCost
+from clipcid_cli.steps.embeddings import advise_keys, compare_keys, open_teachers
+from clipcid_cli.steps.models import choose_embeddings, embed_with, find_mismatch, validate_teacher
+from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
+
+
+def losses_of_captions(settings: DistillSettings) -> list[str]:
+    """List the losses of the run that need the teacher's embeddings of captions."""
+    return [loss.name for loss in settings.loss_entries() if not loss.one_tower]
+
+
+def named_teachers(settings: DistillSettings) -> list[ModelName]:
+    """Return the teachers as the user named them; none where the embeddings name them."""
+    return [with_default_tag(parse_model(teacher)) for teacher in settings.teacher]
+
+
+def find_embeddings(settings: DistillSettings, context: DistContext) -> tuple[Path, ...] | EmbedCost:
+    """Find the teachers' embeddings, and make them where there are none; none when no loss needs them.
+
+    Without ``--teacher`` it is the one whose embeddings the work directory holds.
+    """
+    if not settings.needs_teacher:
+        return ()
+    if settings.embeddings:
+        return settings.embeddings
+    if settings.online_teacher:
+        return context.on_rank0(lambda: _find_of_online(settings))
+    work = WorkDirectory(settings.work)
+    teachers = settings.teacher
+    if not teachers:
+        try:
+            return (context.on_rank0(work.find_embeddings),)
+        except ClipcidError:
+            if settings.data is None or work.has_embeddings():
+                raise
+        teachers = (DEFAULT_MODEL,)
+        reporting.note(f"Teacher: {DEFAULT_MODEL}, the default.")
+    folders = list[Path]()
+    for teacher in teachers:
+        embedded = _ensure_embeddings(settings, teacher, context)
+        if isinstance(embedded, EmbedCost):
+            if teacher != teachers[-1]:
+                reporting.note(f"That is the cost of {teacher} alone: the teachers after it are not estimated.")
+            return embedded
+        folders.append(embedded)
+    return tuple(folders)
+
+
+def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistContext) -> Path | EmbedCost:
+    folder = choose_embeddings(settings.work, with_default_tag(parse_model(teacher)))
+    exists = context.on_rank0(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
+    if not exists:
+        with_views = f"run: {embed_with(parse_model(teacher), settings)} --views 4"
+        validate_views(settings, folder, configured().get("views", 0), with_views)
+        if not settings.dry_run:  # and before hours of embedding
+            context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
+    # Existing embeddings of images only may suffice; new ones are of captions too.
+    text = True if losses_of_captions(settings) or not exists else None
+    return ensure_embeddings(settings, context, data=settings.data, model=teacher, text=text)
+
+
+def _find_of_online(settings: DistillSettings) -> tuple[Path, ...]:
+    """Find stored embeddings of an online teacher, where there are any.
+
+    They name it, and tell the axes of the shared space and whether it is repaired.
+    """
+    work = WorkDirectory(settings.work)
+    if not settings.teacher:
+        return (work.find_embeddings(),) if work.has_embeddings() else ()
+    [teacher] = named_teachers(settings)
+    folder = choose_embeddings(settings.work, teacher)
+    sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
+    is_its = sidecar is not None and find_mismatch(sidecar.model, teacher) is None
+    return (folder,) if is_its else ()
+
+
+def choose_online(settings: DistillSettings, embeddings: Embeddings | None) -> ModelName:
+    """Choose a teacher that runs alongside the student: the one named, else the embeddings', else the default one."""
+    if settings.teacher:
+        [name] = named_teachers(settings)
+        return name
+    if embeddings is None:
+        return with_default_tag(parse_model(DEFAULT_MODEL))
+    if embeddings.model is None:
+        raise ClipcidError(f"{embeddings.folder} does not record which model made it.", "Name the --teacher.")
+    return parse_model(embeddings.model.spec)
+
+
+def open_stored(settings: DistillSettings, folders: tuple[Path, ...], work: Path | None) -> Embeddings:
+    """Open the teachers' embeddings, check that they made them, and look for the captions that the losses need."""
+    embeddings = open_teachers(settings, folders, work)
+    if settings.needs_teacher and settings.teacher:
+        for member, teacher in zip(embeddings.members, named_teachers(settings), strict=True):
+            _validate_made_by(teacher, member, settings)
+    if "siglip-kd" in settings.losses():
+        models = [member.model for member in embeddings.members if member.has_texts]
+        has_bias = [model is not None and model.logit_bias is not None for model in models]
+        if any(has_bias) and not all(has_bias):
+            reporting.note("siglip-kd takes the softmax of the teachers: not all of them have a logit bias.")
+    folder = embeddings.folder
+    if embeddings.has_texts or settings.online_teacher:
+        return embeddings
+    needing = losses_of_captions(settings)
+    if needing:
+        raise ClipcidError(
+            f"{folder} holds embeddings of images only, and captions are needed by: {', '.join(needing)}.",
+            "Use losses that need one tower only: "
+            + ", ".join(name for name, entry in LOSSES.items() if entry.one_tower)
+            + f"\nOr add a teacher that has captions: --embeddings {folder} --embeddings OTHER"
+            + f"\nOr embed the captions too. {embeddings.embed_again(text=True)}",
+        )
+    reporting.note("They are of images only: losses use the teacher's image tower alone.")
+    return embeddings
+
+
+def _validate_made_by(teacher: ModelName, embeddings: Embeddings, settings: DistillSettings) -> None:
+    """Refuse embeddings that another model made, as far as they tell."""
+    folder = embeddings.folder
+    if embeddings.sidecar is not None:
+        fix = f"Omit --embeddings, or run: {embed_with(teacher, settings)}"
+        if settings.num_teachers > 1:
+            fix = f"Give --teacher in the order of --embeddings. {fix}"
+        validate_teacher(f"embeddings in {folder}", embeddings.sidecar.model, teacher, fix)
+    elif (width := read_width(teacher)) not in (None, embeddings.width):
+        raise ClipcidError(
+            f"The embeddings in {folder} have width {embeddings.width}; those of the teacher {teacher.spec} have {width}.",
+            f"Name the model that made them with --teacher, or run: {embed_with(teacher, settings)}",
+        )
+
+
+def validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
+    """Refuse embeddings whose keys or captions are of another form than the data's."""
+    if embeddings.sidecar is None:
+        return
+    recorded = embeddings.sidecar.made
+    keys = recorded.keys
+    if embeddings.has_texts and recorded.caption_key != dataset.caption_keys:
+        wanted = " ".join(f"--caption-key {key}" for key in recorded.caption_key)
+        raise ClipcidError(
+            f"The embeddings in {embeddings.folder} were made with {wanted or 'no --caption-key'}, the data is read with "
+            f"{' '.join(dataset.caption_keys) or 'none'}: captions differ.",
+            f"Give {wanted}." if wanted else "Omit --caption-key.",
+        )
+    if embeddings.has_texts and recorded.caption_lines != dataset.caption_lines:
+        flag = "--caption-lines" if recorded.caption_lines else "--no-caption-lines"
+        raise ClipcidError(
+            f"The embeddings in {embeddings.folder} were made with {flag}, the data is read without it: captions differ.",
+            f"Add {flag}.",
+        )
+    if keys != dataset.keys:
+        raise ClipcidError(
+            f"The embeddings in {embeddings.folder} were made with --keys {keys}, the data is read with --keys "
+            f"{dataset.keys}: they cannot be joined.",
+            f"Add --keys {keys}.",
+        )
+
+
+def validate_matches(settings: DistillSettings, dataset: Dataset, embeddings: Embeddings, counts: MatchCounts) -> None:
+    """Refuse embeddings that lack many of the samples to train on."""
+    if counts.without_embedding <= settings.max_bad_fraction * counts.candidates:
+        return
+    lacking, member = max(zip(embeddings.lacking, embeddings.members, strict=True), key=lambda pair: pair[0])
+    at_fault = member if 2 * lacking >= counts.without_embedding else embeddings
+    message = f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {at_fault.folder}."
+    advice = ""
+    if counts.without_embedding == counts.candidates:
+        message += f" {compare_keys(first_key(dataset), at_fault)}"
+        advice = advise_keys(at_fault)
+    again = f"Give the data that was embedded, or embed this data. {at_fault.embed_again()}"
+    raise ClipcidError(message, advice + again)
+
+
+def first_key(dataset: Dataset) -> str:
+    """Return the first key of the data, as an example."""
+    index = index_of(dataset)
+    return str(index.part(int(np.flatnonzero(index.sizes)[0])).keys[0])
+
+
+def validate_views(settings: DistillSettings, folder: Path, views: int, with_views: str) -> None:
+    """Refuse embeddings without views where these were asked for by name; `with_views` says how to make some."""
+    if settings.views == "stored" and not views:
+        raise ClipcidError(f"--views stored, but {folder} holds no views.", f"Omit --views stored, or {with_views}")

@@ -1,0 +1,372 @@
+"""Whom a student learns from: nobody, stored rows that come with each batch, or a model that runs alongside the student.
+
+What a teacher is, and how far it is followed, is chosen on the first process (`choose_teacher`); each process then loads it
+(`Teacher.loaded`) and asks it for its rows of every batch (`Teacher.rows`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.rows import Kind, Rows
+from clipcid_cli.formats.fingerprint import FileRecord, hash_json
+from clipcid_cli.formats.results.repair import PairingFigures, RepairFigures
+from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.models.augment import Augmentation
+from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
+from clipcid_cli.runtime.models.load import load_model
+from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.runtime.models.views import Processor, apply_colors
+from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
+from clipcid_cli.steps.distill.samples import MatchCounts
+from clipcid_cli.steps.distill.stored import validate_matches, validate_views
+from clipcid_cli.steps.distill.training_batch import TrainingBatch
+from clipcid_cli.steps.repair import MAX_SCALE, describe_pairing, judge_pairing, repair_teacher, teacher_scale
+from clipcid_cli.steps.settings.distill import DistillSettings
+
+SAMPLES_AT_ONCE = 256
+"""Samples that an online teacher takes at once, whatever the batch; no activations are kept."""
+
+# Another tool's views may have any crop and colours.
+_ANY = Augmentation(crop_scale=0.08, color_jitter=1.0, gray_probability=1.0)
+
+
+class RunningModel(NamedTuple):
+    """A model that is loaded on this process's device."""
+
+    model: ClipModel
+    precision: Precision  # number format of its products
+
+
+class TeacherRows(NamedTuple):
+    """A teacher's rows of a process's part of a batch, in its own space, [b, D]."""
+
+    image: Tensor
+    text: Tensor | None  # None where it has none of captions
+    extra_text: Tensor | None = None  # of further texts, [e, D]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """How well a teacher pairs images with captions, and how far the losses follow it for that."""
+
+    repair: RepairFigures | None = None  # of its image rows; None where nothing was judged
+    pairing: PairingFigures | None = None  # None where nothing was judged
+    trust: float = 1.0  # in its pairing, in [0, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A teacher; this one is nobody, of whom nothing is stored."""
+
+    embeddings: Embeddings | None = None  # repaired where that is better
+    judgement: Judgement = dataclasses.field(default_factory=Judgement)
+    num_views: int = 0  # stored views of each image that are replayed, 0 for none
+    first_captions: bool = False  # whether a sample may only show its first caption, the only one that is embedded
+    extra_texts: ExtraTexts | None = None
+
+    @property
+    def width(self) -> int | None:
+        """Dimensions of its features; None where there is no teacher."""
+        return None
+
+    @property
+    def scale(self) -> float | None:
+        """Its logit scale, exp(logit_scale)."""
+        return None
+
+    @property
+    def bias(self) -> float | None:
+        """Its logit bias; None where it was trained with a softmax."""
+        return None
+
+    @property
+    def processor(self) -> Processor | None:
+        """How it takes images and captions itself; None where its rows of them are stored."""
+        return None
+
+    def loaded(self, settings: DistillSettings, context: DistContext) -> Teacher:
+        """Load what runs on this process's device; call it on every process."""
+        return self
+
+    def prepare(self, settings: DistillSettings) -> None:
+        """Make it ready for training, and say how it is used."""
+
+    def rows(self, batch: TrainingBatch) -> TeacherRows | None:
+        """Return its rows of what a process's part of a batch shows; None where there is no teacher."""
+        return None
+
+    def rows_shown(self) -> dict[Kind, Rows]:
+        """Map the stored rows of what samples show, for workers."""
+        return {}
+
+    def augmentation(self, chosen: Augmentation) -> Augmentation:
+        """Return the smallest crops and strongest colours of what is shown: chosen ones, unless views are stored."""
+        return chosen
+
+    def num_extra_texts(self, batch_size: int) -> int:
+        """Return how many further texts a step has, over all processes."""
+        if self.extra_texts is None:
+            return 0
+        return batch_size if self.extra_texts.number is None else self.extra_texts.number
+
+    def fingerprints(self) -> list[FileRecord]:
+        """Describe the files that a run reads of it."""
+        return []
+
+    def describe_weights(self) -> list[FileRecord]:
+        """Describe a loaded model as inputs of the run."""
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTeacher(Teacher):
+    """A teacher that has embedded all that is shown; of several teachers, their rows side by side."""
+
+    embeddings: Embeddings
+
+    @property
+    def width(self) -> int:
+        return self.embeddings.width
+
+    @property
+    def scale(self) -> float:
+        return teacher_scale(self.embeddings)
+
+    @property
+    def bias(self) -> float | None:
+        return None if self.embeddings.model is None else self.embeddings.model.logit_bias
+
+    def prepare(self, settings: DistillSettings) -> None:
+        """Say where the logit scale is not the teacher's own."""
+        is_recorded = self.embeddings.model is not None and self.embeddings.model.logit_scale is not None
+        if not is_recorded and any(loss.needs_teacher_scale for loss in settings.loss_entries()):
+            reporting.note(f"The embeddings do not record the teacher's logit scale; using {MAX_SCALE:g}.")
+
+    def rows(self, batch: TrainingBatch) -> TeacherRows:
+        """Take the rows that workers have read."""
+        assert batch.teacher_image_bD is not None, "workers read the stored rows"
+        return TeacherRows(batch.teacher_image_bD, batch.teacher_text_bD, batch.teacher_extra_eD)
+
+    def rows_shown(self) -> dict[Kind, Rows]:
+        kinds = [Kind.IMAGES, *_kinds_shown(self.num_views, self.first_captions)]
+        return {kind: self.embeddings.rows(kind) for kind in kinds if kind in self.embeddings.kinds}
+
+    def augmentation(self, chosen: Augmentation) -> Augmentation:
+        if not self.num_views:
+            return chosen
+        if self.embeddings.sidecar is None:
+            return _ANY
+        from clipcid_cli.steps.embed.augmented import Views
+
+        recorded = self.embeddings.sidecar.made
+        drawn = Augmentation(recorded.crop_scale, recorded.color_jitter, recorded.gray_probability)
+        return Views(self.num_views, recorded.view_kind, drawn, recorded.seed).strongest
+
+    def fingerprints(self) -> list[FileRecord]:
+        kinds = _kinds_shown(self.num_views, self.first_captions)
+        if self.extra_texts is not None:
+            kinds.append(Kind.VARIANTS)
+        return self.embeddings.fingerprints(kinds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlineTeacher(Teacher):
+    """A model that runs alongside the student, on the same views and captions.
+
+    Stored embeddings of it, where there are any, only tell the axes of the shared space, and its repair.
+    """
+
+    name: ModelName
+    running: RunningModel | None = None  # once it is loaded
+
+    @property
+    def _running(self) -> RunningModel:
+        assert self.running is not None, "loaded on every process"
+        return self.running
+
+    @property
+    def width(self) -> int:
+        return self._running.model.info.embed_dim
+
+    @property
+    def scale(self) -> float:
+        return self._running.model.logit_scale
+
+    @property
+    def bias(self) -> float | None:
+        return self._running.model.logit_bias
+
+    @property
+    def processor(self) -> Processor:
+        return Processor.from_model(self._running.model)
+
+    @cached_property
+    def _image_map(self) -> Tensor | None:
+        """What image features are multiplied by, as repaired rows are, [D, D]; None where they are taken as they are."""
+        if self.embeddings is None or self.embeddings.image_map is None:
+            return None
+        return torch.from_numpy(self.embeddings.image_map.map_DD).to(self._running.model.device)
+
+    def loaded(self, settings: DistillSettings, context: DistContext) -> OnlineTeacher:
+        model = context.on_all(lambda: load_model(self.name, context.device))
+        model.module.requires_grad_(False)
+        precision = choose_precision(settings.precision, context.device, "embed", model.info.parameters)
+        return dataclasses.replace(self, running=RunningModel(model, precision))
+
+    def prepare(self, settings: DistillSettings) -> None:
+        model, precision = self._running
+        model.cast_products(precision)
+        info = model.info
+        reporting.note(
+            f"Online teacher: {info.parameters / 1e6:.1f} M parameters, {info.image_size[0]} px, "
+            f"{info.context_length} tokens, precision {precision.name} ({precision.reason})."
+        )
+
+    @torch.no_grad()
+    def rows(self, batch: TrainingBatch) -> TeacherRows:
+        """Embed what the student is shown."""
+        assert batch.teacher_pixels is not None, "workers have its processor"
+        assert batch.teacher_tokens is not None, "likewise"
+        model, precision = self._running
+        images, texts = [], []
+        for start in range(0, len(batch), SAMPLES_AT_ONCE):
+            part = slice(start, start + SAMPLES_AT_ONCE)
+            pixels = batch.teacher_pixels[part]
+            if batch.colors is not None:
+                pixels = normalize_pixels(apply_colors(pixels, batch.colors[part]), model.info.preprocess)
+            images.append(model.encode_images(pixels, precision))
+            texts.append(model.encode_texts(batch.teacher_tokens[part], precision))
+        image = torch.cat(images)
+        if self._image_map is not None:
+            image = image.float() @ self._image_map
+        return TeacherRows(image, torch.cat(texts))
+
+    def fingerprints(self) -> list[FileRecord]:
+        return [] if self.embeddings is None else self.embeddings.fingerprints([Kind.TEXTS])
+
+    def describe_weights(self) -> list[FileRecord]:
+        return [describe_weights(self._running.model)]
+
+
+def describe_weights(model: ClipModel) -> FileRecord:
+    """Describe a model as an input of the run: its weights, configuration, and what decides pixels and tokens."""
+    info = model.info
+    config = hash_json(info.config)
+    content = f"{info.weights_hash} {config} {info.preprocess_hash} {info.tokenizer} {info.context_length}"
+    return FileRecord(f"the teacher {info.spec}", info.parameters, content)
+
+
+def choose_teacher(
+    settings: DistillSettings,
+    embeddings: Embeddings | None,
+    online: ModelName | None,
+    dataset: Dataset,
+    counts: MatchCounts,
+) -> Teacher:
+    """Decide what the teacher gives, on the first process, and say so.
+
+    Args:
+        embeddings: Stored embeddings of the teacher, where there are any.
+        online: A teacher that runs alongside the student.
+        counts: How the data was matched with the embeddings.
+    """
+    judgement = Judgement()
+    if embeddings is not None:
+        stored = embeddings
+        embeddings, repair = repair_teacher(settings, stored)
+        pairing = judge_pairing(stored, repair)
+        judgement = Judgement(repair, pairing, _choose_trust(settings, repair, pairing))
+    if online is not None:
+        reporting.note(f"Teacher: {online.spec}, run alongside the student on the same views and captions.")
+        if embeddings is None and settings.repair != "none":
+            reporting.note("It is left as it is: a repair is fitted to stored embeddings, of which there are none.")
+        return OnlineTeacher(embeddings, judgement, name=online)
+    if embeddings is None:
+        return Teacher()
+    validate_matches(settings, dataset, embeddings, counts)
+    num_views = _choose_views(settings, embeddings)
+    extra_texts = find_extra_texts(settings, embeddings, judgement.trust)
+    first_captions = _choose_captions(embeddings, counts, varies=extra_texts is not None)
+    return StoredTeacher(
+        embeddings=embeddings,
+        judgement=judgement,
+        num_views=num_views,
+        first_captions=first_captions,
+        extra_texts=extra_texts,
+    )
+
+
+def _choose_trust(settings: DistillSettings, repair: RepairFigures | None, pairing: PairingFigures | None) -> float:
+    """Return how far the losses follow the teacher, by its repair; say how well it knows the data.
+
+    Where it is near chance, the default losses do not follow its features at all; those that were typed do.
+    """
+    trust = 1.0 if repair is None else repair.trust
+    if pairing is None:
+        return trust
+    measured = describe_pairing(pairing)
+    if settings.dry_run and repair is None and settings.repair != "none":
+        measured += " (before a repair, on which a run decides)"
+    if not pairing.near_chance:
+        reporting.note(f"{measured}.")
+        return trust
+    taught = [loss.name for loss in settings.loss_entries(0.0) if loss.compares_features]
+    typed = [f"{name}={weight:g}" for name, weight in settings.typed_losses.items() if name in taught]
+    if settings.preset is not None:
+        reporting.warn(
+            f"{measured}: near chance, but followed, as --preset {settings.preset} says. Try --teacher none."
+        )
+        return trust
+    if typed:
+        reporting.warn(f"{measured}: near chance, but followed, as --loss {typed[0]} says. Try --teacher none.")
+    else:
+        reporting.warn(f"{measured}: near chance, so its features are not followed (no fd). Try --teacher none.")
+    return 0.0
+
+
+def _choose_views(settings: DistillSettings, embeddings: Embeddings) -> int:
+    """Return how many stored views of each image are shown, and say so."""
+    views = embeddings.num_each(Kind.VIEWS) if settings.shows_views else 0
+    with_views = f"embed some. {embeddings.embed_again(views=4, view_kind='mix')}"
+    validate_views(settings, embeddings.folder, views, with_views)
+    if views:
+        reporting.note(
+            f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
+            "have no effect (--views none draws new views)."
+        )
+    return views
+
+
+def _choose_captions(embeddings: Embeddings, counts: MatchCounts, *, varies: bool) -> bool:
+    """Tell whether samples may only show their first caption; refuse other captions than were embedded or varied."""
+    has_several = counts.several_captions > 0 and embeddings.has_texts
+    shows_all = has_several and Kind.FURTHER in embeddings.kinds
+    if counts.changed is not None and (shows_all or varies):
+        key, now, embedded = counts.changed
+        raise ClipcidError(
+            f"Sample {key!r} has {now} captions, but {embedded} were embedded in {embeddings.folder}: the data has changed.",
+            embeddings.embed_again(),
+        )
+    if shows_all:
+        reporting.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")
+    elif has_several:
+        reporting.note("Captions: only the first of each sample is embedded, so only the first is shown.")
+    return embeddings.has_texts and not shows_all
+
+
+def _kinds_shown(num_views: int, first_captions: bool) -> list[Kind]:
+    """Return the kinds of rows that samples show beside those of whole images, where there are any."""
+    further = [] if first_captions else [Kind.FURTHER]
+    views = [Kind.VIEWS, Kind.VIEW_PARAMS] if num_views else []
+    return [Kind.TEXTS, *further, *views]
