@@ -13,6 +13,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,8 +24,8 @@ from clipcid_cli.formats.report import render_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 NAMES = ["blue circle", "l'été", "red square"]
-# Wider than high and not, enlarged and reduced, with half a pixel of margin on either side.
-SIZES = ((60, 41), (41, 60), (128, 140), (20, 27), (32, 37))
+# Wider than high and not, enlarged and reduced, with half a pixel of margin on either side; the height first in the last.
+SIZES = ((60, 41), (41, 60), (128, 140), (20, 27), (32, 37), (64, 400))
 
 # A visitor: it opens the page, types the labels, drops one picture after another, and sends home what it sees.
 VISITOR = """<!doctype html><body><script type="module">
@@ -213,6 +214,9 @@ def test_the_page_shows_the_scores_of_eval(
         folder = tmp_path / "pictures" / NAMES[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
         picture = Image.open(io.BytesIO(make_image(number, 64))).resize(size)
+        if size[1] > 4 * size[0]:  # black and white pixels show in which order sides are resized
+            noise = np.random.default_rng(number).random((size[1], size[0])) < 0.5
+            picture = Image.fromarray(noise).convert("RGB")
         picture.save(folder / f"{number}.jpg", quality=90)
         picture.putalpha(Image.linear_gradient("L").resize(size))
         picture.save(folder / f"{number}-sticker.png")

@@ -296,8 +296,9 @@ def _find_task(
 
 
 def _count_others(samples: dict[int, Sample], used: dict[int, Sample], reason: str, skips: Skips) -> None:
-    for place in samples.keys() - used.keys():
-        skips.add(reason, samples[place].key)
+    for place, sample in samples.items():
+        if place not in used:
+            skips.add(reason, sample.key)
 
 
 def validate_measurable(inputs: CheckInputs, settings: ExportSettings) -> None:

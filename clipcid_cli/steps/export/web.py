@@ -16,7 +16,7 @@ from clipcid_cli.formats.models.export_folder import (
     quantized_name,
 )
 from clipcid_cli.formats.models.export_sidecar import Parity
-from clipcid_cli.formats.models.open_clip_folder import square_side
+from clipcid_cli.formats.models.open_clip_folder import HEIGHT_MAY_BE_FIRST, square_side
 from clipcid_cli.formats.models.web_folder import write_page
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.names import parse_model
@@ -69,5 +69,6 @@ def describe_for_page(model: ClipModel) -> dict[str, Any]:
         "logit_scale": model.logit_scale,
         "canonical": model.tokenizer.whole.clean_fn("A.") == "a",
         "side": square_side(preprocess["size"]),
+        "height_may_be_first": HEIGHT_MAY_BE_FIRST,
         **{name: preprocess[name] for name in ("mean", "std", "interpolation", "resize_mode")},
     }

@@ -79,8 +79,8 @@ class ExportSettings(TrustSettings):
     license: str | None = _output(None, "License of the weights, for the model card; by default unknown.")
     classnames: Path | None = _classes(
         None,
-        "File with one class name per line, or a CLIP_benchmark folder with classnames.txt. With --format onnx, also write "
-        "classifier.onnx, from image bytes to one score per class.",
+        "File with one class name per line, a CLIP_benchmark folder, or a folder with one folder per class. With --format "
+        "onnx, also write classifier.onnx, from image bytes to one score per class.",
         operational=True,  # as `templates`: the content counts, which is among the inputs
     )
     templates: Path | None = _classes(

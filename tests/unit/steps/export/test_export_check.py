@@ -30,6 +30,7 @@ from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.export.card import render_card
 from clipcid_cli.steps.export.check import Checker
+from clipcid_cli.steps.export.folders import write_hf
 from clipcid_cli.steps.export.inputs import (
     CheckInputs,
     Classes,
@@ -119,6 +120,15 @@ def test_rows_that_are_no_numbers_pass_no_limit(model: ClipModel, drawings: Path
             validate_parity("classifier", make_parity(kind, max_cosine_difference=torch.nan), "m", settings)
         with pytest.raises(ClipcidError, match=r"search: a cosine of image and text differs .* Nothing was written"):
             validate_parity("search", make_parity(kind, max_cosine_difference=torch.nan), "m", settings)
+
+
+def test_a_processor_that_makes_other_pixels_is_refused(model: ClipModel, drawings: Path, tmp_path: Path) -> None:
+    inputs = collect(model, drawings)
+    inverted = dataclasses.replace(inputs, pixels=255 - inputs.pixels)
+    with pytest.raises(
+        ClipcidError, match=r"in the median picture \(allowed 4.00\), most in [abc]_\w+/\d+, by \d+\.\d\d\."
+    ):
+        write_hf(Checker(model, inverted, ExportSettings(format=("hf",))), tmp_path)
 
 
 def test_patches_over_the_limit_are_refused(model: ClipModel, drawings: Path) -> None:
