@@ -133,8 +133,9 @@ def estimate_cost(settings: BalanceSettings, inputs: BalanceInputs, context: Dis
 def _sample_rows(embeddings: Embeddings) -> IntArray:
     """Return the numbers of some finite rows, in stretches, int64 [n], ascending; of all where they are few."""
     num_rows = embeddings.num_rows
-    numbers = np.arange(num_rows)
-    if num_rows > _SAMPLED:
+    if num_rows <= _SAMPLED:
+        numbers = np.arange(num_rows)
+    else:
         starts = np.linspace(0, num_rows - _SAMPLED // _STRETCHES, _STRETCHES).astype(np.int64)
         numbers = (starts[:, None] + np.arange(_SAMPLED // _STRETCHES)).reshape(-1)
     rows: IntArray = numbers[np.isfinite(embeddings.rows(Kind.IMAGES).take(numbers)).all(axis=1)]

@@ -14,7 +14,7 @@ import pytest
 from balance_data import balance, make_rows, write_embeddings
 from conftest import run_in_two
 
-from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, Rows, find_npy
+from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, FileRows, find_npy
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance.groups import Groups, Share, work_on_groups
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
@@ -64,7 +64,7 @@ def add_up(share: Share) -> tuple[np.ndarray, np.ndarray]:
 def work(rank: int, folder: Path) -> tuple[list[Any], int]:
     """Work on sets of three rows from anywhere; return what all processes found, and how many files this one opened."""
     files = [find_npy(path) for path in sorted((folder / "rows").iterdir())]
-    images = Rows(files, WIDTH, as_stored=True)
+    images = FileRows(files, WIDTH, as_stored=True)
     order = np.random.default_rng(0).permutation(len(images))
     labels = np.arange(len(images))
     for members in order[: len(images) // 6 * 3].reshape(-1, 3):
