@@ -40,10 +40,7 @@ _VARYING = re.compile(
     rf"|(?<=\d, ){_DIGITS}(?= kB)"  # of files that record times
 )
 # What a dry run adds where, for a moment, images were decoded more slowly than the model takes them.
-_SLOW_DECODING = re.compile(
-    r"More cores and --workers.*?A\s+mixture\s+is\s+two\s+images\.\n|, bound by decoding", re.DOTALL
-)
-# The last column of a table, images/s, or C; or images/s before the time of single images.
+_SLOW_DECODING = re.compile(r"More cores and --workers decode more\.\n|, bound by decoding")
 _LAST_COLUMN = re.compile(rf"(?<=[\d%*] ) *{_DIGITS}(?=$| +[\d.]+ / [\d.]+$)", re.MULTILINE)
 
 
