@@ -41,6 +41,7 @@ _VARYING = re.compile(
 )
 # What a dry run adds where, for a moment, images were decoded more slowly than the model takes them.
 _SLOW_DECODING = re.compile(r"More cores and --workers decode more\.\n|, bound by decoding")
+# The last column of a table, images/s, or C; or images/s before the time of single images.
 _LAST_COLUMN = re.compile(rf"(?<=[\d%*] ) *{_DIGITS}(?=$| +[\d.]+ / [\d.]+$)", re.MULTILINE)
 
 
