@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from clipcid_cli.algorithms.costs import BATCH_OF_DEVICE, Clip, describe_clip
+from clipcid_cli.algorithms.costs import Clip, describe_clip
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
@@ -16,10 +16,12 @@ from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.devices import DEVICES, THIS, Device, parse_devices
 from clipcid_cli.runtime.models.names import find_config, parse_model
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
+from clipcid_cli.steps.models import find_embedded_model
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
-from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.distill import DEFAULT_EPOCHS, DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
 from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import TrainingDataSettings
@@ -28,7 +30,6 @@ from clipcid_cli.steps.training_time import encode_seconds, step_seconds
 # Bytes of an image file of 256 pixels with its caption, and images a core decodes a second (docs/scale.md).
 _IMAGE_BYTES = 25_000
 _DECODED_BY_CORE = 531
-_EPOCHS = 32
 # Of the memory, what is left for a run after the driver, NCCL and fragments.
 _SHARE_OF_MEMORY = 0.9
 # Of the rate of products that a GPU reaches, what k-means reaches of it: a fifth of the data sheet's (docs/scale.md).
@@ -82,6 +83,7 @@ class _Gpus(NamedTuple):
     name: str
     total: int
     device: Device
+    are_gpus: bool = True  # the device at hand may be a CPU
 
 
 class _Known(NamedTuple):
@@ -100,8 +102,8 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     kept = None if settings.keep_list == "none" else known.kept
     images = _count_images(settings, kept or known.images)
     trained = max(1, round(images * (1 - settings.val_fraction)))
-    batch = settings.batch_size or BATCH_OF_DEVICE * gpus.total
-    steps = settings.steps or math.ceil((settings.epochs or _EPOCHS) * trained / batch)
+    batch = settings.batch_size or settings.default_batch_size(trained, gpus.total, on_gpus=gpus.are_gpus)
+    steps = settings.steps or max(1, (settings.epochs or DEFAULT_EPOCHS) * trained // batch)
     own = math.ceil(batch / gpus.total)
     candidates = _count_candidates(settings, images)
     taken = step_seconds(clip, gpus.device, own, batch, candidates)
@@ -150,7 +152,10 @@ def _count_row_bytes(settings: DistillSettings, width: int | None) -> int:
 def plan_embed(settings: EmbedSettings) -> GpuPlan:
     """Compute what embedding takes."""
     gpus = _choose_gpus(settings.gpus, settings.precision)
-    clip = _describe(settings.model or DEFAULT_MODEL)
+    known_model = None if settings.data is not None else find_embedded_model(WorkDirectory(settings.work))
+    model = settings.model or known_model or DEFAULT_MODEL
+    reporting.note(f"Model: {model}.")
+    clip = _describe(model)
     images = _count_images(settings, _look_up(settings).images)
     shown, texts = 1 + settings.views, (1 + settings.text_variants) * settings.text
     operations = shown * clip.image.operations + texts * clip.text.operations
@@ -267,7 +272,7 @@ def _choose_gpus(given: str | None, precision: str) -> _Gpus:
     from clipcid_cli.runtime.probes import measure_device
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return _Gpus(f"{count}x{name}", count, measure_device(device, precision))
+    return _Gpus(f"{count}x{name}", count, measure_device(device, precision), device.type == "cuda")
 
 
 def _describe(spec: str) -> Clip:

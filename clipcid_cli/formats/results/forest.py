@@ -19,10 +19,10 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import reading, write_bytes, write_parquet, write_text
-from clipcid_cli.formats.fingerprint import FileRecord, record
+from clipcid_cli.formats.fingerprint import FileRecord, find_changed, record
 from clipcid_cli.formats.output import OutputSpec, open_output
 from clipcid_cli.formats.parquet import read_columns, read_rows, write_row_groups
-from clipcid_cli.formats.sidecar import Sidecar
+from clipcid_cli.formats.sidecar import Sidecar, read_sidecar, sidecar_path
 
 ROW_FILES = "rows.parquet"
 SET_TABLE = "sets.parquet"
@@ -132,6 +132,16 @@ def read_forest(spec: OutputSpec[ForestSidecar]) -> StoredForest | None:
         raise ClipcidError(f"{path} is not a forest of {num_rows:,} rows with ascending distances.", fix)
     kind = np.int32 if num_rows < 2**31 else np.int64
     return StoredForest(a.astype(kind), b.astype(kind), distance, sidecar.cutoff, num_rows)
+
+
+def is_forest_damaged(folder: Path, neighbors: str) -> bool:
+    """Tell whether the files of the forest in a folder, or its sidecar, are not as they were written."""
+    path = sidecar_path(folder, _STEPS[neighbors])
+    try:
+        sidecar = read_sidecar(path, ForestSidecar)
+    except ClipcidError:
+        return True
+    return sidecar is None or find_changed(folder, sidecar.outputs, path) is not None
 
 
 def find_earlier(spec: OutputSpec[ForestSidecar]) -> ForestSidecar | None:

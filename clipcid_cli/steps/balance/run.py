@@ -17,6 +17,7 @@ from clipcid_cli.formats.results.forest import (
     SET_TABLE,
     RowFile,
     forest_path,
+    is_forest_damaged,
     read_row_files,
     write_row_files,
 )
@@ -80,10 +81,14 @@ def _balance(plan: BalancePlan, output: Output[BalanceSidecar], context: DistCon
 def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> BalanceResult | None:
     """Return the result that is there already, unless its report can now show more; else start the output."""
     if output.finished is not None:
-        if not has_new_pictures(plan, output.finished):
+        is_damaged = plan.settings.overwrite and is_forest_damaged(plan.folder, plan.settings.forest_kind)
+        if not is_damaged and not has_new_pictures(plan, output.finished):
             reporting.note(f"{plan.folder} already holds this result.")
             return msgspec.convert(output.finished.result, BalanceResult)
-        reporting.note("Pictures missing from the report can be read now: it is rewritten.")
+        what = (
+            "The forest is not as it was written" if is_damaged else "Pictures missing from the report can be read now"
+        )
+        reporting.note(f"{what}: the result is made anew.")
     else:
         validate_new(plan.settings)
     if output.differences:

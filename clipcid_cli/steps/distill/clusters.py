@@ -138,7 +138,7 @@ class OpenedClusters:
             if not settings.online_teacher or few > settings.max_bad_fraction * counts.candidates:
                 or_not = ", or these could not be embedded (--max-bad-fraction)" if settings.online_teacher else ""
                 raise ClipcidError(
-                    f"{lacking}: the clusters were made from another keep list{or_not}.",
+                    f"{lacking}: the clusters were made from another keep list, or before data was added{or_not}.",
                     _cluster_again(clusters, embeddings, keep_list=settings.keep_list),
                 )
             reporting.warn(f"{lacking}: they are left out.")

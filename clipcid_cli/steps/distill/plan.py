@@ -23,19 +23,12 @@ from clipcid_cli.steps.distill.stored import named_teachers
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.keep_list import NO_KEEP_LIST
 from clipcid_cli.steps.preflight import choose_workers
-from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.distill import DEFAULT_EPOCHS, DistillSettings
 from clipcid_cli.steps.settings.shared import output_settings
 from clipcid_cli.training.optimisers import Recipe
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.distill.named_data import NamedData
-
-_DEFAULT_EPOCHS = 32
-# Samples of a batch by default: at least so many (fewer if the data has fewer), with --steps so many for each GPU. On GPUs
-# without --steps up to so many for each as long as that leaves so many steps.
-_SMALLEST_BATCH = 256
-_LARGEST_BATCH_PER_GPU = 512
-_ENOUGH_STEPS = 20_000
 
 # The log has at most about this many lines, whatever the length of the run.
 _MAX_LOG_LINES = 5_000
@@ -178,21 +171,11 @@ def make_plan(
 
 
 def choose_batch_size(settings: DistillSettings, samples: int, context: DistContext) -> int:
-    """Return the size of a global batch, which all processes and parts divide; refuse one that is larger than the data.
-
-    By default it is the largest power of two that leaves enough steps, within the bounds.
-    """
+    """Return the size of a global batch, which all processes and parts divide; refuse one that is larger than the data."""
     divisor = context.size * settings.accum_freq
     batch_size = settings.batch_size
     if batch_size is None:
-        batch_size = _SMALLEST_BATCH
-        if context.device.type == "cuda" and settings.steps is not None:
-            batch_size *= context.size
-        elif context.device.type == "cuda":
-            shown = (settings.epochs or _DEFAULT_EPOCHS) * samples
-            while 2 * batch_size <= min(_LARGEST_BATCH_PER_GPU * context.size, shown // _ENOUGH_STEPS):
-                batch_size *= 2
-        batch_size = max(divisor, min(batch_size, samples) // divisor * divisor)
+        batch_size = settings.default_batch_size(samples, context.size, on_gpus=context.device.type == "cuda")
     if batch_size % divisor:
         raise UsageError(
             f"--batch-size {batch_size} does not divide into {context.size} x {settings.accum_freq} equal parts "
@@ -217,7 +200,7 @@ def _choose_recipe(
 ) -> Recipe:
     """Decide number of steps, warm-up and learning rate, and say so."""
     samples = inputs.training.total
-    steps = settings.steps or max(1, (settings.epochs or _DEFAULT_EPOCHS) * samples // batch_size)
+    steps = settings.steps or max(1, (settings.epochs or DEFAULT_EPOCHS) * samples // batch_size)
     warmup = min(steps // 10, 2_000) if settings.warmup is None else settings.warmup
     if warmup > steps:
         raise UsageError(f"--warmup {warmup:,} exceeds the {steps:,} steps of the run.", "Give fewer warm-up steps.")

@@ -238,7 +238,7 @@ def check_unreadable(measured: Sequence[Process]) -> list[Check]:
     if not unreadable:
         return []
     problem = f"{unreadable:,} of the first images cannot be decoded"
-    return [Check("data", "", None, {}, SLOW, problem=problem, advice="clipcid embed --dry-run names them.")]
+    return [Check("data", "", None, {}, SLOW, problem=problem, advice="clipcid embed names and skips them.")]
 
 
 def _compare_rate(name: str, unit: str, figure: float, needs: dict[str, float], formula: str, advice: str) -> Check:

@@ -36,6 +36,12 @@ from clipcid_cli.steps.settings.shared import (
 )
 
 NO_TEACHER = "none"
+DEFAULT_EPOCHS = 32
+# Samples of a batch by default: at least so many (fewer if the data has fewer), with --steps so many for each GPU. On GPUs
+# without --steps up to so many for each as long as that leaves so many steps.
+_SMALLEST_BATCH = 256
+_LARGEST_BATCH_PER_GPU = 512
+_ENOUGH_STEPS = 20_000
 OPTIMIZERS = ("muon", "adamw")
 
 # The flags of one loss, and how to have that loss.
@@ -396,6 +402,21 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
     def chosen_preset(self) -> str:
         """The preset: as given, else the default with a teacher or without."""
         return self.preset or ("clip" if self.has_no_teacher else DEFAULT_PRESET)
+
+    def default_batch_size(self, samples: int, processes: int, *, on_gpus: bool) -> int:
+        """Return the samples of a batch of all processes where ``--batch-size`` does not say.
+
+        On GPUs it is the largest power of two that leaves enough steps, within the bounds.
+        """
+        batch_size = _SMALLEST_BATCH
+        if on_gpus and self.steps is not None:
+            batch_size *= processes
+        elif on_gpus:
+            shown = (self.epochs or DEFAULT_EPOCHS) * samples
+            while 2 * batch_size <= min(_LARGEST_BATCH_PER_GPU * processes, shown // _ENOUGH_STEPS):
+                batch_size *= 2
+        divisor = processes * self.accum_freq
+        return max(divisor, min(batch_size, samples) // divisor * divisor)
 
     def losses(self, trust: float = 1.0) -> dict[str, Weight]:
         """Return the losses of the run with their weights at such trust in the teacher, in registry order."""

@@ -139,6 +139,16 @@ def test_the_report_is_written_again_once_its_pictures_can_be_read(
     assert "already holds this result" in balance()[0]
 
 
+def test_a_damaged_forest_is_made_again_by_overwrite(chain: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(chain, tmp_path / "place")
+    forest = place / "clipcid-work/balance/forest.parquet"
+    whole = forest.read_bytes()
+    forest.write_bytes(b"")
+    assert "The forest is not as it was written" in run_clipcid(*BALANCE, "--overwrite", cwd=place).said
+    assert forest.read_bytes() == whole
+    assert "already holds this result" in run_clipcid(*BALANCE, "--overwrite", cwd=place).said
+
+
 def test_an_edited_index_is_refused_until_it_is_removed(chain: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     shutil.copytree(chain, place)
