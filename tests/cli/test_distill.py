@@ -158,6 +158,7 @@ def test_the_average_is_exported(clipcid: Clipcid, distill_place: Path, tiny_mod
     # Keeping it changes nothing of what is learned.
     clipcid(*given, "--name", "b")
     assert student_bytes(run.parent / "b") == student_bytes(run)
+    assert "holds this run already, finished" in clipcid(*given, "--name", "b", "--dry-run").said
 
     (distill_place / "link").symlink_to(run / "student")
     exported = clipcid("export", "link", "--ema", "--json").json
