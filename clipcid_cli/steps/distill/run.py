@@ -89,7 +89,9 @@ def _preview(plan: DistillPlan, student: Student, context: DistContext) -> Disti
     if output.finished is not None:
         reporting.note(f"{plan.folder.path} holds this run already, finished. What follows is of all its steps.")
     elif output.begun is not None:
-        reporting.note(f"{plan.folder.path} holds this run unfinished: it is resumed. What follows is of all its steps.")
+        reporting.note(
+            f"{plan.folder.path} holds this run unfinished: it is resumed. What follows is of all its steps."
+        )
     validate_samples(plan.inputs.dataset, context, plan.settings, dry_run=True)
     cost = measure_cost(Trainer(plan, student, context))
     if plan.named is not None:
