@@ -17,7 +17,7 @@ from clipcid_cli.errors import ClipcidError, in_one_line
 from clipcid_cli.records import ModelRecord
 from clipcid_cli.runtime.libraries import quiet_libraries
 from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.guarded_open_clip import open_clip
+from clipcid_cli.runtime.models.guarded_open_clip import import_towers, open_clip
 from clipcid_cli.runtime.models.hub import reaching_hub
 from clipcid_cli.runtime.models.names import (
     CONFIG_NAME,
@@ -112,13 +112,13 @@ def _load_trained(name: ModelName, config: dict[str, Any]) -> tuple[torch.nn.Mod
         assert weights is not None, "or it would be a configuration"
         validate_weights(config, weights)
         own = _own_text_tower(config, name)
-        return _create(name, f"local-dir:{name.path}", require_pretrained=True, **own), weights
+        return _create(name, f"local-dir:{name.path}", config, require_pretrained=True, **own), weights
     if name.kind == "hub":
         with reaching_hub(f"weights of model {name.spec}", _FOLDER_HINT):
             weights = Path(open_clip.pretrained.download_pretrained_from_hf(name.spec.removeprefix("hf-hub:")))
         validate_weights(config, weights)
         own = _own_text_tower(config, name)
-        return _create(name, name.spec, require_pretrained=True, **own), weights
+        return _create(name, name.spec, config, require_pretrained=True, **own), weights
     architecture, tag = cast(str, name.architecture), cast(str, name.tag)
     known = open_clip.get_pretrained_cfg(architecture, tag)
     if not known:
@@ -133,6 +133,7 @@ def _load_trained(name: ModelName, config: dict[str, Any]) -> tuple[torch.nn.Mod
     module = _create(
         name,
         architecture,
+        config,
         pretrained=str(weights),
         quick_gelu=config["quick_gelu"],
         force_preprocess_cfg=preprocess,
@@ -149,7 +150,7 @@ def _start_fresh(name: ModelName, config: dict[str, Any], seed: int) -> torch.nn
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
         Path(scratch, CONFIG_NAME).write_text(json.dumps(content))
         torch.manual_seed(seed)
-        module = _create(name, f"local-dir:{scratch}", load_weights=False, pretrained_text=False)
+        module = _create(name, f"local-dir:{scratch}", config, load_weights=False, pretrained_text=False)
         decoder: Any = getattr(module, "text_decoder", None)
         if decoder is not None:  # CoCa's, whose projection open_clip 3.3 leaves as the memory was
             torch.nn.init.normal_(decoder.text_projection, std=decoder.width**-0.5)
@@ -171,8 +172,9 @@ def _own_text_tower(config: dict[str, Any], name: ModelName) -> dict[str, Any]:
     return {"text_cfg": text | {"hf_model_name": str(folder), "hf_model_pretrained": False}}
 
 
-def _create(name: ModelName, source: str, **options: Any) -> torch.nn.Module:
+def _create(name: ModelName, source: str, config: dict[str, Any], **options: Any) -> torch.nn.Module:
     try:
+        import_towers(config)
         return cast(torch.nn.Module, open_clip.create_model(source, precision="fp32", device="cpu", **options))
     except Exception as error:  # open_clip raises whatever PyTorch, safetensors or json do for a file that does not fit
         raise ClipcidError(

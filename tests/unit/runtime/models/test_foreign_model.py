@@ -18,6 +18,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.hf_folder import fits_tokenizer_file, write_tokenizer_file
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.runtime.models.exported import read_tokens
+from clipcid_cli.runtime.models.guarded_open_clip import import_towers
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.views import Renderer
@@ -50,6 +51,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "context_length": 9,
         },
     }
+    import_towers(config)  # a test before may have imported open_clip as clipcid does
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     torch.manual_seed(0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.names import (
@@ -17,6 +19,7 @@ from clipcid_cli.runtime.models.names import (
     read_width,
     with_default_tag,
 )
+from clipcid_cli.runtime.pipeline import ordered_map
 
 
 @pytest.mark.parametrize(
@@ -104,3 +107,24 @@ def test_weights_are_found_as_open_clip_finds_them(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).touch()
         assert str(find_weights(tmp_path)) == _find_checkpoint_in_dir(tmp_path)
+
+
+def use_open_clip(_: int) -> None:
+    """Be run in a worker, whose server has imported open_clip and nothing that few models need."""
+    from torchvision.ops import roi_align
+
+    from clipcid_cli.runtime.models.guarded_open_clip import import_towers, open_clip
+
+    assert not {"timm", "transformers", "torch._dynamo", "torch._dynamo.utils"} & sys.modules.keys()
+    import_towers({"vision_cfg": {}, "text_cfg": {}})
+    assert open_clip.timm_model.timm is None
+    import_towers({"vision_cfg": {"timm_model_name": "test_vit"}, "text_cfg": {}})
+    assert open_clip.timm_model.timm.__name__ == "timm"
+    assert open_clip.hf_model.transformers is None
+    # What torchvision's operators ask the compiler, once they run on a GPU.
+    assert sys.modules["torchvision.ops.roi_align"].is_compile_supported("cpu") is True
+    assert roi_align(torch.ones(1, 1, 4, 4), [torch.tensor([[0.0, 0, 2, 2]])], 1).item() == 1
+
+
+def test_what_open_clip_imports_comes_when_it_is_needed() -> None:
+    assert list(ordered_map(use_open_clip, [0], 1)) == [None]
