@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from clipcid_cli.errors import ClipcidError, in_one_line
-from clipcid_cli.runtime.host import count_cores
+from clipcid_cli.runtime.host import count_cores, count_processes
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class DistContext:
     @property
     def spans_hosts(self) -> bool:
         """Whether the run has processes on several hosts, or may have them: nobody says how many are on this one."""
-        return self.size > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return self.size > count_processes()
 
     def rank_range(self, count: int) -> tuple[int, int]:
         """Return this process's even share of 0 … number − 1: the first, and the one after the last."""
