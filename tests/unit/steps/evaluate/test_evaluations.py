@@ -160,7 +160,7 @@ def test_a_pattern_of_models_is_matched_as_one_of_results(tiny_model: Path, tmp_
         return [name.slug for name in eval_zeroshot.make_plan(settings).names]
 
     runs = tmp_path / "runs"
-    assert models(f"{runs}/*") == ["s-1", "s2", "s10"]
+    assert models(f"{runs}/*") == ["s-1-14fddd61", "s2", "s10"]
     assert models(f"{runs}/s*", f"{runs}/[s]1") == ["s2", "s10", "s-1"]
     assert models(f"{runs}/s2", f"{runs}/s?0") == ["s2", "s10"]
     with pytest.raises(ClipcidError, match=r"runs/x\*"):
