@@ -77,6 +77,10 @@ def test_comparison_of_other_data_is_refused(tmp_path: Path) -> None:
             compare(a, b)
     write_result(b, "yx", [1, 0])  # the order of the rows does not matter
     assert compare(a, b)[0].images == 2
+    with pytest.raises(ClipcidError, match="There is no metrics file") as missing:
+        compare(a, tmp_path / "bb.json")
+    assert str(b) in str(missing.value.fix)
+    assert str(a) not in str(missing.value.fix)
 
 
 def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
@@ -161,7 +165,7 @@ def test_a_pattern_of_models_is_matched_as_one_of_results(tiny_model: Path, tmp_
 
     runs = tmp_path / "runs"
     assert models(f"{runs}/*") == ["s-1-14fddd61", "s2", "s10"]
-    assert models(f"{runs}/s*", f"{runs}/[s]1") == ["s2", "s10", "s-1"]
+    assert models(f"{runs}/s*", f"{runs}/[s]1") == ["s2", "s10", "s-1-14fddd61"]
     assert models(f"{runs}/s2", f"{runs}/s?0") == ["s2", "s10"]
     with pytest.raises(ClipcidError, match=r"runs/x\*"):
         models(f"{runs}/x*")
