@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import torch
 
 from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K
+from clipcid_cli.algorithms.near.repeated import find_repeated
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output
 from clipcid_cli.formats.results.evaluations import LinearSidecar
@@ -104,6 +106,7 @@ def _write(
         warn_of_skips(plan.splits[split].name, own.skips)
     images = {split: own.to(model.context.device) for split, own in features.items()}
     test = images["test"]
+    warn_of_repeats(images)
     with timed(seconds, "sweep"):
         fits = ProbeFits(images, plan)
         points, best = fits.sweep()
@@ -154,6 +157,18 @@ def _write(
         sweep=[{"c": point.c, "validation_score": point.score, **describe_fit(point.solution)} for point in points],
     )
     return _make_result(sidecar, plan.path, reused=False)
+
+
+def warn_of_repeats(images: dict[str, ImageFeatures]) -> None:
+    """Warn of test images that the probe has seen; by their embeddings, since splits often number their keys alike."""
+    test = images["test"].rows
+    seen = [find_repeated(test, own.rows) for split, own in images.items() if split != "test"]
+    repeated = int(torch.stack(seen).any(dim=0).sum())
+    if repeated:
+        reporting.warn(
+            f"{repeated:,} of {len(test):,} test images are among those of training too, by their embeddings: the result "
+            "flatters the model. Leave them out of one split."
+        )
 
 
 def _make_result(sidecar: LinearSidecar, path: Path, *, reused: bool) -> LinearResult:

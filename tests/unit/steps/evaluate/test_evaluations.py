@@ -30,6 +30,7 @@ from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.comparison import ComparisonResult
+from clipcid_cli.steps.evaluate.linear import warn_of_repeats
 from clipcid_cli.steps.evaluate.probe_fits import ProbeFits
 from clipcid_cli.steps.evaluate.probe_plan import ProbePlan
 from clipcid_cli.steps.evaluate.probe_result import LinearResult
@@ -171,6 +172,9 @@ def test_a_pattern_of_models_is_matched_as_one_of_results(tiny_model: Path, tmp_
         models(f"{runs}/x*")
 
 
+COUNTS = {"train": 20, "val": 3, "test": 8}  # images of each class
+
+
 def make_images(counts: list[int], seed: int = 0) -> ImageFeatures:
     """Make unit rows around one centre for each class."""
     generator = torch.Generator().manual_seed(seed)
@@ -178,6 +182,18 @@ def make_images(counts: list[int], seed: int = 0) -> ImageFeatures:
     centres = torch.randn(len(counts), 6, generator=torch.Generator().manual_seed(9))
     rows = 0.7 * centres[labels] + torch.randn(len(labels), 6, generator=generator)
     return ImageFeatures(torch.nn.functional.normalize(rows, dim=1), labels)
+
+
+def test_images_of_training_in_the_test_are_a_warning() -> None:
+    splits = {name: make_images([count, count], seed) for seed, (name, count) in enumerate(COUNTS.items())}
+    with heard() as told:
+        warn_of_repeats(splits)
+    assert told == []
+    splits["test"].rows[:3] = splits["train"].rows[[4, 30, 7]]
+    splits["test"].rows[2:5] = splits["val"].rows[[5, 1, 2]]
+    with heard() as told:
+        warn_of_repeats(splits)
+    assert "5 of 16 test images are among those of training too" in "\n".join(told)
 
 
 def make_fits(images: ImageFeatures, **settings: Any) -> ProbeFits:
