@@ -21,6 +21,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.samples import ListFormat, Sample, natural_key, read_classes
+from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.formats.skips import Skips
 
 
@@ -59,6 +60,14 @@ def test_patterns_that_name_a_shard_twice_or_an_unknown_variable_are_refused(tin
         open_dataset(f"{tiny_shards}::{tiny_shards}/00001.tar")
     with pytest.raises(ClipcidError, match="environment variable WDS_NAME, which is not set"):
         open_dataset(f"{tiny_shards}/${{NOWHERE}}.tar")
+
+
+def test_what_braces_make_is_one_name_and_never_a_command(tmp_path: Path) -> None:
+    command = f"pipe:touch {tmp_path}/touched"
+    recorded = DataSpec(f"http://127.0.0.1:1/0.tar{{:,/1.tar}}:{command}", "sample", "filepath", "title", "key")
+    with pytest.raises(ClipcidError, match=r"0\.tar::pipe:touch .* holds ::"):
+        open_described(recorded)
+    assert not (tmp_path / "touched").exists()
 
 
 def test_shards_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
