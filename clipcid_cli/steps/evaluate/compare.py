@@ -78,7 +78,10 @@ def compare_results(settings: EvalZeroshotSettings) -> ComparisonResult:
     for judged in differences.values():
         reporting.note(judged.verdict)
     if is_pair and models[0] != models[1]:
-        reporting.note("This compares two checkpoints, not two methods: for methods, give several seeds of each.")
+        reporting.note(
+            "This compares two checkpoints, not two methods: for methods, give several seeds of each, trained as long as "
+            "you mean to train."
+        )
     return ComparisonResult(
         compared=files if is_pair else [files[:num_seeds], files[num_seeds:]],
         models=models if is_pair else [models[:num_seeds], models[num_seeds:]],

@@ -132,6 +132,9 @@ def test_image_folder_with_captions(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(make_image(1))
     (tmp_path / "b" / "9.txt").write_text("a nine\n")
     (tmp_path / "b1" / "1.TXT").write_text("a one\n")
+    (tmp_path / "b1" / "2.txt").write_text("no image has this name")
+    (tmp_path / "about").mkdir()
+    (tmp_path / "about" / "README.txt").write_text("beside no images")
     skips = Skips()
     dataset = open_dataset(tmp_path)
     samples = list_samples(dataset, skips)
@@ -140,6 +143,7 @@ def test_image_folder_with_captions(tmp_path: Path) -> None:
     assert [sample.key for sample in samples] == ["b/9", "b/10", "b1/1", "z"]
     assert [sample.captions for sample in samples] == [("a nine",), (), ("a one",), ()]
     assert skips.examples == {"duplicate_key": ["b/9.png"]}
+    assert skips.changed == {"without_image": 1}
     assert samples[0].image.read() == make_image(1)
 
 
