@@ -37,7 +37,7 @@ class ExportSettings(TrustSettings):
     format: tuple[str, ...] = _output(
         ("open-clip",),
         "Format to write; may be repeated. `open-clip`: a folder for open_clip (local-dir:DIR). `hf`: a folder for "
-        "transformers (CLIPModel, CLIPProcessor). `onnx`: image and text encoder, also for transformers.js, and with "
+        "transformers (AutoModel, AutoProcessor). `onnx`: image and text encoder, also for transformers.js, and with "
         "--classnames a classifier. `web`: the same, and web/, a static folder with a page that classifies pictures in the "
         "browser, and with --search-images one that searches images by text.",
         choices=FORMATS,
