@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -76,6 +77,13 @@ class ExportSettings(TrustSettings):
         within=Range(1),
         operational=True,
     )
+    push: str | None = _output(
+        None,
+        "Also upload the files to this repository of the Hugging Face hub, by one commit; a new repository is private. The "
+        "token is that of `hf auth login` or HF_TOKEN.",
+        metavar="ORG/NAME",
+        operational=True,
+    )
     license: str | None = _output(None, "License of the weights, for the model card; by default unknown.")
     classnames: Path | None = _classes(
         None,
@@ -147,6 +155,10 @@ class ExportSettings(TrustSettings):
         for flag, value in about_web.items():
             if value is not None and "web" not in self.format:
                 raise UsageError(f"{flag} applies only to the page.", "Add --format web.")
+        if self.push is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", self.push):
+            raise UsageError(
+                f"--push {self.push} does not name a repository.", "Give ORG/NAME, such as acme/clip-small."
+            )
         if self.templates is not None and self.classnames is None:
             raise UsageError("--templates needs class names.", "Add --classnames FILE.")
 
