@@ -47,17 +47,17 @@ def read_tokens(path: Path, texts: list[str]) -> Tensor:
 
 
 class HfClip:
-    """A ``CLIPModel`` with its processor, loaded by transformers in float32 from a folder that `write_hf_folder` wrote."""
+    """A model of transformers with its processor, loaded in float32 from a folder that `write_hf_folder` wrote."""
 
     def __init__(self, folder: Path) -> None:
         with quiet_libraries():
             import transformers
 
             transformers.utils.logging.disable_progress_bar()
-            self._model = transformers.CLIPModel.from_pretrained(
+            self._model = transformers.AutoModel.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, torch_dtype=torch.float32
             ).eval()
-            self._processor = transformers.CLIPProcessor.from_pretrained(
+            self._processor = transformers.AutoProcessor.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
         self.engine = f"transformers {transformers.__version__}"

@@ -22,12 +22,8 @@ from clipcid_cli.formats.models.export_folder import (
     quantized_name,
 )
 from clipcid_cli.formats.models.export_sidecar import Parity
-from clipcid_cli.formats.models.hf_folder import (
-    fits_tokenizer_file,
-    hf_problems,
-    write_hf_settings,
-    write_tokenizer_file,
-)
+from clipcid_cli.formats.models.hf_clip import ClipArchitecture
+from clipcid_cli.formats.models.hf_folder import fits_tokenizer_file, write_hf_settings, write_tokenizer_file
 from clipcid_cli.formats.models.onnx_file import (
     DENSE_EMBEDS,
     IMAGE_EMBEDS,
@@ -61,8 +57,8 @@ def write_onnx_files(checker: Checker, folder: Path) -> dict[str, Parity]:
     with quiet_libraries():
         _write_encoders(checker, folder)
         if for_transformers_js and "hf" not in checker.settings.format:
-            log_scale = math.log(checker.model.logit_scale)
-            write_hf_settings(folder, info.config, info.preprocess, log_scale, checker.model.tokenizer.whole)
+            config = ClipArchitecture().make_config(info.config, math.log(checker.model.logit_scale))
+            write_hf_settings(folder, config, info.preprocess, checker.model.tokenizer.whole)
         if fits_tokenizer_file(checker.model.tokenizer.whole):
             write_tokenizer_file(folder, checker.model.tokenizer.whole)
             tokens = compare_tokens("onnx", partial(read_tokens, folder / TOKENIZER), checker)
@@ -81,9 +77,9 @@ def write_onnx_files(checker: Checker, folder: Path) -> dict[str, Parity]:
 
 
 def transformers_js_problems(model: ClipModel) -> list[str]:
-    """Name what keeps transformers.js from running a model: what Hugging Face's settings cannot express of it."""
+    """Name what keeps transformers.js from running a model: what Hugging Face's settings of a CLIP cannot express of it."""
     info = model.info
-    return hf_problems(info.config, info.preprocess, info.tokenizer)
+    return ClipArchitecture().problems(info.config, info.preprocess, info.tokenizer)
 
 
 def _form(name: str, kind: str) -> str:

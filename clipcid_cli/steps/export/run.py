@@ -45,6 +45,7 @@ class ExportResult(msgspec.Struct):
     files: dict[str, str] = {}
     parity: dict[str, Parity] = {}
     seconds: dict[str, float] = {}
+    pushed: str | msgspec.UnsetType = msgspec.UNSET  # address of the commit
 
 
 def run(settings: ExportSettings) -> ExportResult:
@@ -79,7 +80,12 @@ def _run(settings: ExportSettings) -> ExportResult:
 
 def _describe(sidecar: ExportSidecar, source: ModelName, folder: Path) -> ExportResult:
     files = {str(Path(name).with_suffix("")): str(folder / name) for name in sidecar.written}
-    return ExportResult(source.spec, files, sidecar.parity, sidecar.seconds)
+    result = ExportResult(source.spec, files, sidecar.parity, sidecar.seconds)
+    if settings.push is not None:
+        from clipcid_cli.steps.export.push import push
+
+        result.pushed = push(folder, sidecar, settings.push)
+    return result
 
 
 def _export(
