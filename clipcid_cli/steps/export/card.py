@@ -103,7 +103,7 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
     teachers = " + ".join(_short(sidecar.model.spec) for sidecar in embedded if sidecar is not None)
     # What a loss of the user's own reads is not recorded: all that there is.
     is_taught = any(LOSSES[name].needs_teacher if name in LOSSES else bool(teachers) for name in losses)
-    kept = {"Text tower": "the teacher's, unchanged"} if run.made.text_tower == "teacher" else {}
+    kept = {"Text tower": "of the teacher, unchanged"} if run.made.text_tower == "teacher" else {}
     return {
         "Teacher": (teachers or _UNKNOWN) if is_taught or kept else "none",
         **kept,
