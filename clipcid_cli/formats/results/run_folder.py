@@ -46,6 +46,7 @@ class DistillMade(msgspec.Struct):
 
     losses: dict[str, dict[str, Any]]
     ema: float | None = None
+    text_tower: str = "own"
 
 
 class AppliedKeepList(msgspec.Struct):

@@ -38,10 +38,19 @@ _FOLDER_HINT = (
 )
 
 
-def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: int | None = None) -> ClipModel:
-    """Load a CLIP model; an ``architecture`` or ``config`` needs a seed for random weights."""
+def load_model(
+    name: ModelName,
+    device: torch.device | str = "cpu",
+    fresh_seed: int | None = None,
+    config: dict[str, Any] | None = None,
+) -> ClipModel:
+    """Load a CLIP model; an ``architecture`` or ``config`` needs a seed for random weights.
+
+    Args:
+        config: Taken in place of the model's own ``model_cfg``, for random weights.
+    """
     with quiet_libraries():
-        config = _find_config(name)
+        config = config or _find_config(name)
         _validate_transformers(name, config)
         if name.has_weights:
             module, weights = _load_trained(name, config)

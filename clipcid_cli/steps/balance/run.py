@@ -61,7 +61,7 @@ def _preview(settings: BalanceSettings, inputs: BalanceInputs, context: DistCont
     from clipcid_cli.steps.balance.cost import estimate_cost
 
     # Where references are not embedded yet, there is no result with them.
-    if not any(isinstance(rows, EmbedCost) for _, rows in inputs.references):
+    if not any(isinstance(reference.rows, EmbedCost) for reference in inputs.references):
         preview_output(plan_checked(settings, inputs).spec, "this result", "What follows is of a new search.")
     return estimate_cost(settings, inputs, context)
 

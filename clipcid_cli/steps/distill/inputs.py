@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 class Inputs:
     """Everything a run reads."""
 
+    settings: DistillSettings  # with the losses that the inputs can serve
     dataset: Dataset
     usable: UsableSamples
     training: SampleRows
@@ -73,7 +74,12 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
     if folders:
         embeddings = open_stored(settings, folders, scratch or work.path)
     dataset = _open_data(settings, embeddings, scratch)
-    usable = count_usable(dataset, settings.max_bad_fraction)
+    if settings.keeps_text_tower:
+        from clipcid_cli.steps.distill.kept_text import drop_losses_of_captions
+
+        settings = drop_losses_of_captions(settings, embeddings, dataset)
+    captions = settings.shows_captions
+    usable = count_usable(dataset, settings.max_bad_fraction, captions=captions)
     keep_list = choose_keep_list(settings.keep_list, work, "samples", settings.max_bad_fraction)
     listed = None if keep_list is None else keep_list.path
     online = choose_online(settings, embeddings) if settings.online_teacher else None
@@ -87,7 +93,7 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
         clusters = find_clusters(settings, embeddings, online, listed)
 
     fingerprints = dataset.fingerprints() + ([] if listed is None else [record(listed)])
-    sources = Sources(listed, embeddings, online is None, None if clusters is None else clusters.files)
+    sources = Sources(listed, embeddings, online is None, None if clusters is None else clusters.files, captions)
     matched, counts = find_samples(settings, dataset, sources, fingerprints, scratch)
     if counts.bad_rows and sources.required:
         lacking = ", or missing from those of a teacher" if settings.num_teachers > 1 else ""
@@ -107,6 +113,7 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
         chosen = clusters.teach(teacher.embeddings, counts, several_captions, is_decided)
         fingerprints += chosen.fingerprints()
     return Inputs(
+        settings=settings,
         dataset=dataset,
         usable=usable,
         training=open_rows(matched, TRAINING),

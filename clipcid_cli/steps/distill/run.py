@@ -130,9 +130,10 @@ def write(
     if skips.total:
         reporting.warn(f"Unusable samples: {skips.total:,}\n{skips.describe()}")
     with timed(seconds, "write"):
-        written = write_students(folder, trainer.student.model, str(plan.settings.student), trainer.state)
+        written = write_students(folder, trainer.student, trainer.state)
         write_held_out(folder.held_out, inputs.held_out_keys())
-        has_skipped = write_skipped(folder.skipped, list_skipped(inputs.dataset, unreadable))
+        listed = list_skipped(inputs.dataset, unreadable, captions=plan.settings.shows_captions)
+        has_skipped = write_skipped(folder.skipped, listed)
         write_text(folder.report, write_report(trainer))
     result: dict[str, Any] = {
         "steps": plan.steps,

@@ -104,8 +104,10 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
     teachers = " + ".join(_short(sidecar.model.spec) for sidecar in embedded if sidecar is not None)
     # What a loss of the user's own reads is not recorded: all that there is.
     is_taught = any(LOSSES[name].needs_teacher if name in LOSSES else bool(teachers) for name in losses)
+    kept = {"Text tower": "of the teacher, unchanged"} if run.made.text_tower == "teacher" else {}
     return {
-        "Teacher": (teachers or _UNKNOWN) if is_taught else "none",
+        "Teacher": (teachers or _UNKNOWN) if is_taught or kept else "none",
+        **kept,
         "Training data": f"{_short(run.data.spec)}; {counts['used']:,} of {counts['read']:,} samples used",
         "Keep ratio": ratio,
         "Losses": ", ".join(f"{name} × {loss['value']:g}" for name, loss in losses.items()),

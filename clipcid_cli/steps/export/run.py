@@ -75,17 +75,17 @@ def _run(settings: ExportSettings) -> ExportResult:
     inputs = read_inputs(model, dataset, classes, settings)
     validate_measurable(inputs, settings)
     sidecar = _export(source, folder, Checker(model, inputs, settings), gallery, seconds)
-    return _describe(sidecar, source, folder)
-
-
-def _describe(sidecar: ExportSidecar, source: ModelName, folder: Path) -> ExportResult:
-    files = {str(Path(name).with_suffix("")): str(folder / name) for name in sidecar.written}
-    result = ExportResult(source.spec, files, sidecar.parity, sidecar.seconds)
+    result = _describe(sidecar, source, folder)
     if settings.push is not None:
         from clipcid_cli.steps.export.push import push
 
         result.pushed = push(folder, sidecar, settings.push)
     return result
+
+
+def _describe(sidecar: ExportSidecar, source: ModelName, folder: Path) -> ExportResult:
+    files = {str(Path(name).with_suffix("")): str(folder / name) for name in sidecar.written}
+    return ExportResult(source.spec, files, sidecar.parity, sidecar.seconds)
 
 
 def _export(
