@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claimed, list_differences, open_output
+from clipcid_cli.formats.output import Output, OutputSpec, find_output, list_differences, open_output
 from clipcid_cli.formats.sidecar import AnySidecar
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps import reporting
@@ -22,27 +22,21 @@ def claim_output(context: DistContext, spec: OutputSpec[AnySidecar]) -> Iterator
         context.barrier()
 
 
-def preview_output(spec: OutputSpec[AnySidecar], what: str, follows: str = "") -> Output[AnySidecar] | None:
+def preview_output(spec: OutputSpec[AnySidecar], what: str, follows: str) -> None:
     """Say, in a dry run, that an output is there, would be resumed or replaced; refuse one that a run would refuse.
 
     Args:
         what: What the folder holds: ``this run``.
         follows: What the dry run says next, as a sentence.
-
-    Returns:
-        The output; None where there is none of the step.
     """
-    if not is_claimed(spec.folder, spec.step):
-        return None
     output = find_output(spec)
     if output.finished is not None:
-        reporting.note(f"{spec.folder} holds {what} already, finished. {follows}".rstrip())
+        reporting.note(f"{spec.folder} holds {what} already, finished. {follows}")
     elif output.begun is not None:
-        reporting.note(f"{spec.folder} holds {what} unfinished: it is resumed. {follows}".rstrip())
+        reporting.note(f"{spec.folder} holds {what} unfinished: it is resumed. {follows}")
     elif output.differences:
         differences = list_differences(output.differences)
         reporting.note(f"{spec.folder} holds a result of other settings or inputs, which is replaced:\n{differences}")
-    return output
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.files import write_npy
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.output import Output, OutputSpec
+from clipcid_cli.formats.output import Output, OutputSpec, is_claimed
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
     PROGRESS,
@@ -280,7 +280,7 @@ def _plan_clusters(rows: ClusterRows, settings: ClusterSettings) -> ClusterPlan:
                 f"{_MIN_PER_CENTROID * num_clusters:,} ({_MIN_PER_CENTROID} per centroid)."
             )
     plan = ClusterPlan(settings, rows, trained, num_clusters)
-    if settings.dry_run:
+    if settings.dry_run and is_claimed(plan.folder, "cluster"):  # else files of another tool need not be hashed
         preview_output(plan.identify(), "these clusters", "What follows is of a new run.")
     return plan
 

@@ -10,7 +10,7 @@ import msgspec
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.rows import remove_copies
 from clipcid_cli.formats.fingerprint import find_lost
-from clipcid_cli.formats.output import Output, list_differences
+from clipcid_cli.formats.output import Output, is_claimed, list_differences
 from clipcid_cli.formats.results.forest import (
     CURVE,
     ROW_FILES,
@@ -24,6 +24,7 @@ from clipcid_cli.formats.results.forest import (
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED
+from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.compute import compute
@@ -60,8 +61,9 @@ def _preview(settings: BalanceSettings, inputs: BalanceInputs, context: DistCont
     """Say what is there already, and what a new search would take."""
     from clipcid_cli.steps.balance.cost import estimate_cost
 
-    # Where references are not embedded yet, there is no result with them.
-    if not any(isinstance(reference.rows, EmbedCost) for reference in inputs.references):
+    # Else files of another tool need not be hashed; and where references are not embedded yet, no result has them.
+    is_there = is_claimed(WorkDirectory(settings.work).balance, "balance")
+    if is_there and not any(isinstance(reference.rows, EmbedCost) for reference in inputs.references):
         preview_output(plan_checked(settings, inputs).spec, "this result", "What follows is of a new search.")
     return estimate_cost(settings, inputs, context)
 
