@@ -25,7 +25,7 @@ def validate_forms(model: ClipModel, settings: ExportSettings) -> None:
                 f"--format hf: tokenizer.json cannot express the tokenizer of {info.spec}, {info.tokenizer}.",
                 "Export it with --format open-clip or onnx.",
             )
-    if "onnx" in settings.forms and (problems := transformers_js_problems(model)):
+    if "onnx" in settings.forms and (problems := transformers_js_problems(model, settings)):
         reporting.note(f"onnx/, which transformers.js reads, is left out: {'; '.join(problems)}.")
     if "web" in settings.format:
         problems = pixel_problems(info.preprocess)

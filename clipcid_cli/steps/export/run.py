@@ -142,6 +142,7 @@ def _identify(
         "quantize": sorted(settings.quantize),
         "opset": settings.onnx_opset,
         "precision": settings.stored_precision,
+        **({"static": True} if settings.static else {}),
     }
     weights = FileRecord(info.spec, info.parameters, info.weights_hash)
     lists = inputs.classes.fingerprints() if inputs.classes is not None else []

@@ -53,6 +53,11 @@ class ExportSettings(TrustSettings):
         "size; `int8` quarters it and needs labeled or captioned images to measure the loss of accuracy.",
         choices=QUANTIZED,
     )
+    static: bool = _output(
+        False,
+        "Fix the batch of the ONNX encoders at one image or text, as accelerators of phones need it.",
+        operational=True,  # it counts where it is on
+    )
     dense: bool = _output(
         False,
         "Add a second output to image_encoder.onnx, dense_embeds [N, h, w, D]: the projected patch embeddings of a ViT, not "
@@ -146,11 +151,17 @@ class ExportSettings(TrustSettings):
             "--quantize": bool(self.quantize),
             "--dense": self.dense,
             "--opset": self.opset is not None,
+            "--static": self.static,
             "--classnames": self.classnames is not None,
         }
         for flag, given in about_onnx.items():
             if given and "onnx" not in self.forms:
                 raise UsageError(f"{flag} applies only to ONNX files.", "Add --format onnx.")
+        if self.static and (self.classnames is not None or "web" in self.format):
+            raise UsageError(
+                "--static fixes the batch of the encoders at one, and a classifier and the page take several at once.",
+                "Omit --classnames and --format web, or export them in another run with another --out.",
+            )
         about_web = {"--npm-packages": self.npm_packages, "--search-images": self.search_images}
         for flag, value in about_web.items():
             if value is not None and "web" not in self.format:
