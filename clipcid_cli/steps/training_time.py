@@ -17,8 +17,13 @@ def step_seconds(
     device = device.reached()
     products = own * clip.training_operations + clip.optimizer_operations
     moved = own * clip.training_bytes(mixed=device.is_mixed) + clip.update_bytes
-    losses = clip.loss_operations(own, batch, candidates)
-    return products / device.product + moved / device.bandwidth + losses / device.exact
+    exact = clip.loss_operations(own, batch)
+    if device.is_gpu:
+        products += clip.cluster_operations(own, candidates, of_parts=True)
+        moved += clip.cluster_bytes(own, candidates)
+    else:
+        exact += clip.cluster_operations(own, candidates)
+    return products / device.product + moved / device.bandwidth + exact / device.exact
 
 
 def encode_seconds(operations: float, bytes_moved: float, device: Device) -> float:
