@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
-from clipcid_cli.algorithms.costs import BATCH_OF_DEVICE, Clip
+from clipcid_cli.algorithms.costs import BATCH_OF_DEVICE, Clip, describe_clip
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.devices import Device
+from clipcid_cli.runtime.models.names import find_config, parse_model
+
+
+def describe_model(spec: str) -> Clip:
+    """Return the sizes of a named model, without loading it."""
+    config = find_config(parse_model(spec))
+    if config is None:
+        raise ClipcidError(
+            f"The operations of {spec} are not known before it is downloaded.",
+            "Plan with its architecture, such as ViT-L-14.",
+        )
+    return describe_clip(config)
 
 
 def step_seconds(

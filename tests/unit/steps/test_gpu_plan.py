@@ -8,16 +8,14 @@ from typing import Any
 
 import pytest
 
-from clipcid_cli.algorithms.costs import describe_clip
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.runtime.devices import DEVICES, Device
-from clipcid_cli.runtime.models.names import find_config, parse_model
 from clipcid_cli.steps.gpu_plan import GpuPlan, run
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
-from clipcid_cli.steps.training_time import step_seconds
+from clipcid_cli.steps.training_time import describe_model, step_seconds
 
 LAION, KEPT = 400_000_000, 225_200_000
 
@@ -75,7 +73,7 @@ def test_what_takes_longer(longer: dict[str, Any], shorter: dict[str, Any]) -> N
 
 
 def test_the_cluster_loss_costs_a_gpu_less_than_float32() -> None:
-    clip = describe_clip(find_config(parse_model("ViT-B-32")) or {})
+    clip = describe_model("ViT-B-32")
 
     def added(device: Device) -> float:
         with_centroids = step_seconds(clip, device, 4096, 32_768, candidates=100_000)
