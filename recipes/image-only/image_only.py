@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "ablation"))
 
-from ablation import machine  # noqa: E402
-from inputs import QUICKSTART, TEACHER, clipcid, cut_sets  # noqa: E402
+from ablation import machine
+from inputs import QUICKSTART, TEACHER, clipcid, cut_sets
 
 SEEDS = (0, 1, 2)
 KEPT = ("--text-tower", "teacher")
