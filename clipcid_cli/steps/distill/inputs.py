@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -79,13 +80,14 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
 
         settings = drop_losses_of_captions(settings, embeddings, dataset)
     captions = settings.shows_captions
-    usable = count_usable(dataset, settings.max_bad_fraction, captions=captions)
+    may_lack = bool(settings.student_caption_key)  # few data are translated whole
+    usable = count_usable(dataset, settings.max_bad_fraction, captions=captions, may_lack_captions=may_lack)
     keep_list = choose_keep_list(settings.keep_list, work, "samples", settings.max_bad_fraction)
     listed = None if keep_list is None else keep_list.path
     online = choose_online(settings, embeddings) if settings.online_teacher else None
     if online is None and embeddings is not None:
         for member in embeddings.members:
-            validate_keys(member, dataset)
+            validate_keys(member, dataset, captions=not settings.student_caption_key)
     clusters = None
     if settings.needs_clusters:
         from clipcid_cli.steps.distill.clusters import find_clusters
@@ -128,9 +130,11 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
 def _open_data(settings: DistillSettings, embeddings: Embeddings | None, scratch: Path | None) -> Dataset:
     work = WorkDirectory(settings.work)
     if settings.data is not None:
-        dataset = open_named(settings, settings.data, work.indexes)
+        dataset = open_named(settings.read_for_student(), settings.data, work.indexes)
     else:
         described = recorded_data(work.find_embeddings() if embeddings is None else embeddings.folder)
+        if settings.student_caption_key:
+            described = msgspec.structs.replace(described, caption_key=settings.student_caption_key)
         dataset = open_described(described, work.indexes, **settings.trust)
         reporting.note(f"Data: {dataset.spec}, from which the embeddings were made.")
     if scratch is not None and dataset.index is None:

@@ -56,8 +56,14 @@ def index_of(dataset: Dataset) -> DataIndex:
     return dataset.index
 
 
-def count_usable(dataset: Dataset, max_bad_fraction: float, *, captions: bool = True) -> UsableSamples:
-    """Count the samples that can be trained on, with `captions` or without, from the records of the data's index."""
+def count_usable(
+    dataset: Dataset, max_bad_fraction: float, *, captions: bool = True, may_lack_captions: bool = False
+) -> UsableSamples:
+    """Count the samples that can be trained on, with `captions` or without, from the records of the data's index.
+
+    Args:
+        may_lack_captions: Whether any number of samples may have none.
+    """
     index = index_of(dataset)
     skips = Skips()
     without_caption = Skips()
@@ -68,15 +74,19 @@ def count_usable(dataset: Dataset, max_bad_fraction: float, *, captions: bool = 
             places = np.flatnonzero(part.num_captions == 0)
             named = list(map(dataset.shards[shard].describe, part.keys.take(pa.array(places[:_NAMED])).to_pylist()))
             without_caption.merge(Skips({"no_caption": len(places)}, {"no_caption": named}))
-    skips.merge(without_caption)
+    if not may_lack_captions:
+        skips.merge(without_caption)
     total = sum(listed.with_captions if captions else listed.samples for listed in index.records)
     read = sum(listed.read for listed in index.records)
     if not total:
+        where = f" {' or '.join(dataset.caption_keys)}" if dataset.caption_keys else ""
         raise ClipcidError(
-            f"{dataset.spec}: none of {read:,} samples has a caption.",
+            f"{dataset.spec}: none of {read:,} samples has a caption{where}.",
             "Training needs captions: a .txt file next to each image, or what --caption-key names.",
         )
     skips.check(read, max_bad_fraction, dataset.spec)
+    if may_lack_captions:
+        skips.merge(without_caption)
     return UsableSamples(total, skips, read)
 
 

@@ -154,20 +154,21 @@ def _validate_made_by(teacher: ModelName, embeddings: Embeddings, settings: Dist
         )
 
 
-def validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
-    """Refuse embeddings whose keys or captions are of another form than the data's."""
+def validate_keys(embeddings: Embeddings, dataset: Dataset, *, captions: bool = True) -> None:
+    """Refuse embeddings whose keys or, where they should be the same, `captions` are of another form than the data's."""
     if embeddings.sidecar is None:
         return
     recorded = embeddings.sidecar.made
     keys = recorded.keys
-    if embeddings.has_texts and recorded.caption_key != dataset.caption_keys:
+    captions = captions and embeddings.has_texts
+    if captions and recorded.caption_key != dataset.caption_keys:
         wanted = " ".join(f"--caption-key {key}" for key in recorded.caption_key)
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} were made with {wanted or 'no --caption-key'}, the data is read with "
             f"{' '.join(dataset.caption_keys) or 'none'}: captions differ.",
             f"Give {wanted}." if wanted else "Omit --caption-key.",
         )
-    if embeddings.has_texts and recorded.caption_lines != dataset.caption_lines:
+    if captions and recorded.caption_lines != dataset.caption_lines:
         flag = "--caption-lines" if recorded.caption_lines else "--no-caption-lines"
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} were made with {flag}, the data is read without it: captions differ.",

@@ -298,7 +298,12 @@ def choose_teacher(
     num_views = _choose_views(settings, embeddings)
     extra_texts = find_extra_texts(settings, embeddings, judgement.trust)
     first_captions = embeddings.has_texts
-    if settings.shows_captions:
+    if settings.student_caption_key:
+        keys = " or ".join(settings.student_caption_key)
+        reporting.note(
+            f"The student reads captions {keys}, the first of each sample, by the teacher's rows of its own."
+        )
+    elif settings.shows_captions:
         first_captions = _choose_captions(embeddings, counts, varies=extra_texts is not None)
     return StoredTeacher(
         embeddings=embeddings,

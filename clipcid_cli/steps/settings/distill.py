@@ -29,6 +29,7 @@ from clipcid_cli.steps.settings.shared import (
     AugmentationSettings,
     KeptSettings,
     Range,
+    ReadingSettings,
     TrainingDataSettings,
     flag_of,
     given_fields,
@@ -115,6 +116,12 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         within=ABOVE_0,
         metavar="GB",
         operational=True,
+    )
+    student_caption_key: tuple[str, ...] = _input(
+        (),
+        "Where the captions are that the student reads, as for --caption-key: translations of those that the teacher has "
+        "embedded. A sample without one is left out; of several the first is taken.",
+        metavar="KEY",
     )
     views: str | None = _input(
         None,
@@ -304,6 +311,8 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
             raise UsageError("--freeze-image with --freeze-text leaves nothing to train.", "Omit one of the two.")
         if self.keeps_text_tower:
             self._validate_kept_text_tower()
+        if self.student_caption_key:
+            self._validate_student_captions()
         if self.init_towers != "both" and self.init_from is None:
             raise UsageError(f"--init-towers {self.init_towers} needs --init-from.", "Add --init-from MODEL.")
         if self.resume == "latest" and self.overwrite:
@@ -382,6 +391,23 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
                     f"Use --loss {loss.name}=0, or omit --text-tower.",
                 )
 
+    def _validate_student_captions(self) -> None:
+        flag = f"--student-caption-key {self.student_caption_key[0]}"
+        if not self.needs_teacher:
+            raise UsageError(
+                f"{flag}: no loss of the run needs a teacher, which would read other captions.", "Use --caption-key."
+            )
+        for other, is_given in {
+            "--online-teacher": self.online_teacher,
+            "--text-tower teacher": self.keeps_text_tower,
+            f"--extra-texts {self.extra_texts}": bool(self.extra_texts),
+        }.items():
+            if is_given:
+                raise UsageError(
+                    f"{flag} trains a text tower on translations of captions with stored embeddings: not with {other}.",
+                    f"Omit {other}.",
+                )
+
     def _validate_no_flags_of(self, loss: str) -> None:
         given = [flag_of(field) for field in given_fields(self) if field.name in _FLAGS_OF[loss]]
         if given:
@@ -422,7 +448,15 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
     def shows_extra_texts(self, trust: float = 1.0) -> bool:
         """Whether further texts are shown, where there are any."""
         taken = any(loss.compares_features for loss in self.loss_entries(trust))
-        return taken and self.extra_texts != 0 and self.trains_text and not self.online_teacher
+        are_read = self.trains_text and not (self.online_teacher or self.student_caption_key)
+        return taken and self.extra_texts != 0 and are_read
+
+    def read_for_student(self) -> DistillSettings:
+        """Return the settings by which the student's captions are read, where the teacher has read others."""
+        if not self.student_caption_key:
+            return self
+        unnamed = ReadingSettings.caption_column
+        return dataclasses.replace(self, caption_key=self.student_caption_key, caption_column=unnamed)
 
     @property
     def keeps_text_tower(self) -> bool:
