@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from clipcid_cli.algorithms.costs import Clip
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
