@@ -327,6 +327,7 @@ def _replace_calls() -> None:
         "synchronize": lambda *_: _current.add_waits("synchronize"),
         "manual_seed_all": lambda _: None,
         "memory_reserved": lambda *_: 0,
+        "memory_allocated": lambda *_: 0,
         "mem_get_info": lambda *_: (79 * 2**30, 80 * 2**30),
         "get_device_properties": lambda *_: Properties,
         "Stream": Stream,

@@ -5,30 +5,34 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from itertools import islice
-
-import torch
+from functools import partial
+from itertools import chain, islice
+from typing import NamedTuple
 
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.pipeline import estimate_host_memory, threads_for_batches
+from clipcid_cli.runtime.pipeline import threads_for_batches
+from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.embed.encoder import EmbedEncoder
+from clipcid_cli.steps.embed.memory import validate_memory
 from clipcid_cli.steps.embed.plan import EmbedPlan
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.encode import encode, list_batches
 
 # Batches of each thread after the first, which also allocates and starts the workers.
 _TIMED = 3
+# Samples that are decoded alone, and the share of the time from which on decoding is what a run waits for.
+_DECODED = 32
+_MOST = 0.7
 
 
 def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext) -> EmbedCost:
     """Say what embedding takes of disk and memory, and how long at the pace of the first batches."""
     samples = context.on_rank0(plan.dataset.estimate_samples)
-    batch = encoder.decoder(())
-    item = sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor))
-    memory = context.on_all(lambda: estimate_host_memory(item, item, encoder.workers))
-    seconds = context.on_all(lambda: _time_sample(encoder, plan)) * samples / context.size
+    memory = context.on_all(lambda: validate_memory(plan, encoder, samples))
+    paces = context.gather(context.on_all(lambda: _time_batches(encoder, plan)))
+    speed = sum(1 / pace.seconds for pace in paces)
     folder = plan.folder.absolute()
     disk = next(place for place in (folder, *folder.parents) if place.exists())
     return EmbedCost(
@@ -37,15 +41,29 @@ def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext) 
         images=samples,
         bytes=samples * encoder.bytes_per_sample,
         bytes_per_image=encoder.bytes_per_sample,
-        seconds={"encode": round(seconds, 1)},
+        seconds={"encode": round(samples / speed, 1)},
         free_bytes=shutil.disk_usage(disk).free,
+        images_per_second=round(speed, 1),
+        decoded_per_second=round(sum(max(1, encoder.workers) / pace.decode_seconds for pace in paces), 1),
+        bound_by="data" if any(pace.is_bound_by_data(encoder.workers) for pace in paces) else "model",
         host_memory_bytes=memory.total,
         shared_memory_bytes=memory.shared,
     )
 
 
-def _time_sample(encoder: EmbedEncoder, plan: EmbedPlan) -> float:
-    """Read, decode and encode a few batches, and return the seconds of a sample."""
+class _Pace(NamedTuple):
+    """Seconds of a sample."""
+
+    seconds: float  # as in a run, where decoding and encoding overlap
+    decode_seconds: float  # to read and decode it on one core
+
+    def is_bound_by_data(self, workers: int) -> bool:
+        """Tell whether decoding by so many workers is most of it."""
+        return self.decode_seconds / max(1, workers) > _MOST * self.seconds
+
+
+def _time_batches(encoder: EmbedEncoder, plan: EmbedPlan) -> _Pace:
+    """Read, decode and encode a few batches."""
     device = encoder.model.device
     threads = threads_for_batches(device)
     shards = plan.dataset.shards
@@ -55,11 +73,14 @@ def _time_sample(encoder: EmbedEncoder, plan: EmbedPlan) -> float:
 
     batches = list_batches(plan.dataset, range(len(shards)), stream, encoder.samples_at_once, plan.reject)
     few = islice(batches, threads * (1 + _TIMED))
+    first = next(few)
+    decoding = time_trial(partial(encoder.decoder, first.samples[:_DECODED]), warm_up=0)
     began = time.perf_counter()
     ends = list[tuple[float, int]]()
-    for _, encoded in encode(few, encoder.decoder, encoder, device, encoder.workers):
+    for _, encoded in encode(chain([first], few), encoder.decoder, encoder, device, encoder.workers):
         ends.append((time.perf_counter(), len(encoded.samples)))
     if len(ends) > threads:  # the first of each thread are no measure
         began = ends[threads - 1][0]
         ends = ends[threads:]
-    return (ends[-1][0] - began) / max(1, sum(size for _, size in ends))
+    seconds = (ends[-1][0] - began) / max(1, sum(size for _, size in ends))
+    return _Pace(seconds, decoding.seconds / max(1, len(first.samples[:_DECODED])))
