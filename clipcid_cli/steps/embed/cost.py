@@ -14,6 +14,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.pipeline import threads_for_batches
 from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.embed.encoder import EmbedEncoder
 from clipcid_cli.steps.embed.memory import validate_memory
 from clipcid_cli.steps.embed.plan import EmbedPlan
@@ -22,17 +23,20 @@ from clipcid_cli.steps.encode import encode, list_batches
 
 # Batches of each thread after the first, which also allocates and starts the workers.
 _TIMED = 3
-# Samples that are decoded alone, and the share of the time from which on decoding is what a run waits for.
-_DECODED = 32
-_MOST = 0.7
+_DECODED = 32  # samples that are decoded alone
 
 
 def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext) -> EmbedCost:
-    """Say what embedding takes of disk and memory, and how long at the pace of the first batches."""
+    """Say what embedding takes of disk and memory, and how long at the pace of the first batches and of decoding."""
     samples = context.on_rank0(plan.dataset.estimate_samples)
     memory = context.on_all(lambda: validate_memory(plan, encoder, samples))
     paces = context.gather(context.on_all(lambda: _time_batches(encoder, plan)))
-    speed = sum(1 / pace.seconds for pace in paces)
+    workers = encoder.workers
+    speed = sum(1 / pace.of_run(workers) for pace in paces)
+    supply = sum(max(1, workers) / pace.decoding for pace in paces)
+    is_bound_by_data = any(pace.is_bound_by_data(workers) for pace in paces)
+    more = " More cores and --workers decode more." if is_bound_by_data else ""
+    reporting.note(f"Decoding alone: about {supply:,.0f} images/s.{more}")
     folder = plan.folder.absolute()
     disk = next(place for place in (folder, *folder.parents) if place.exists())
     return EmbedCost(
@@ -44,25 +48,29 @@ def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext) 
         seconds={"encode": round(samples / speed, 1)},
         free_bytes=shutil.disk_usage(disk).free,
         images_per_second=round(speed, 1),
-        decoded_per_second=round(sum(max(1, encoder.workers) / pace.decode_seconds for pace in paces), 1),
-        bound_by="data" if any(pace.is_bound_by_data(encoder.workers) for pace in paces) else "model",
+        decoded_per_second=round(supply, 1),
+        bound_by="data" if is_bound_by_data else "model",
         host_memory_bytes=memory.total,
         shared_memory_bytes=memory.shared,
     )
 
 
-class _Pace(NamedTuple):
+class Pace(NamedTuple):
     """Seconds of a sample."""
 
-    seconds: float  # as in a run, where decoding and encoding overlap
-    decode_seconds: float  # to read and decode it on one core
+    batches: float  # of the first batches, most of which workers had decoded before they were timed
+    decoding: float  # to read and decode it on one core
+
+    def of_run(self, workers: int) -> float:
+        """Return the seconds of a sample of a run: those of what is slower, decoding by so many workers or the model."""
+        return max(self.batches, self.decoding / workers) if workers else self.batches
 
     def is_bound_by_data(self, workers: int) -> bool:
-        """Tell whether decoding by so many workers is most of it."""
-        return self.decode_seconds / max(1, workers) > _MOST * self.seconds
+        """Tell whether a run waits for decoding; without workers, whether that takes most of the time."""
+        return self.decoding / workers > self.batches if workers else self.decoding > self.batches / 2
 
 
-def _time_batches(encoder: EmbedEncoder, plan: EmbedPlan) -> _Pace:
+def _time_batches(encoder: EmbedEncoder, plan: EmbedPlan) -> Pace:
     """Read, decode and encode a few batches."""
     device = encoder.model.device
     threads = threads_for_batches(device)
@@ -74,7 +82,7 @@ def _time_batches(encoder: EmbedEncoder, plan: EmbedPlan) -> _Pace:
     batches = list_batches(plan.dataset, range(len(shards)), stream, encoder.samples_at_once, plan.reject)
     few = islice(batches, threads * (1 + _TIMED))
     first = next(few)
-    decoding = time_trial(partial(encoder.decoder, first.samples[:_DECODED]), warm_up=0)
+    decoding = time_trial(partial(encoder.decoder, first.samples[:_DECODED]))
     began = time.perf_counter()
     ends = list[tuple[float, int]]()
     for _, encoded in encode(chain([first], few), encoder.decoder, encoder, device, encoder.workers):
@@ -83,4 +91,4 @@ def _time_batches(encoder: EmbedEncoder, plan: EmbedPlan) -> _Pace:
         began = ends[threads - 1][0]
         ends = ends[threads:]
     seconds = (ends[-1][0] - began) / max(1, sum(size for _, size in ends))
-    return _Pace(seconds, decoding.seconds / max(1, len(first.samples[:_DECODED])))
+    return Pace(seconds, decoding.seconds / max(1, len(first.samples[:_DECODED])))
