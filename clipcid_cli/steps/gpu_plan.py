@@ -212,7 +212,7 @@ def plan_balance(settings: BalanceSettings) -> GpuPlan:
     if settings.neighbors == "partitioned":
         raise UsageError(
             "--gpus plans the exact search: what partitions take on GPUs is not known.",
-            "Omit --neighbors partitioned, or --gpus to time a tile here.",
+            "Omit --neighbors partitioned, or --gpus to count its pairs here.",
         )
     gpus = _choose_gpus(settings.gpus, settings.precision)
     known = _look_up(settings)
