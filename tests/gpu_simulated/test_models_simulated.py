@@ -173,6 +173,7 @@ def alone(distill_prepared: Path, tiny_shards: Path, tiny_model: Path, tmp_path_
     embedding = ["embed", str(tiny_shards), "--model", str(tiny_model), "--device", "cuda", "--out", "refused"]
     few = [[*embedding, "--views", "1"], [*small[:-1], "refused", "--batch-size", "8"]]
     commands["kept"] = ("-c", KEPT)
+    commands["grows"] = ("-c", "import os\nassert os.environ['PYTORCH_ALLOC_CONF'] == 'expandable_segments:True'")
     commands["refused"] = ("-c", MEMORY.format(total=20_000_000, free=100_000, commands=few))
     commands["small"] = ("-c", MEMORY.format(total=20_000_000, free=20_000_000, commands=[small]))
     commands["large"] = ("-c", MEMORY.format(total=80 * 2**30, free=80 * 2**30, commands=[]))
