@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import shard_members, write_tar
-from distill_data import losses
+from distill_data import STUDENT, losses
 from simulation import KINDS, run_all, total
 
+from clipcid_cli.algorithms.costs import describe_clip
 from clipcid_cli.algorithms.losses.registry import PRESETS
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
@@ -192,6 +193,15 @@ def test_budget_of_a_step(alone: Any) -> None:
             taken = total(did[f"{form} {many}"][kind]) - total(did[f"{form} {few}"][kind])
             assert taken / (many - few) <= budget, (form, kind)
     assert did["ema 9"]["operators"]["aten::_foreach_lerp_"] == 9
+
+
+def test_a_step_is_timed_on_the_device_and_compared_with_its_data_sheet(alone: Any) -> None:
+    place, _ = alone
+    lines = (place / WORK / "distill" / "adamw 9" / "train.jsonl").read_text().splitlines()
+    clip = describe_clip(STUDENT)
+    for line in map(json.loads, lines):
+        assert line["seconds_forward_backward"] > line["seconds_optimizer"] > 0
+        assert line["mfu"] == pytest.approx(line["samples_per_second"] * clip.training_operations / 989e12, rel=0.01)
 
 
 def test_what_does_not_fit_is_refused_before_the_work(alone: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -282,6 +283,7 @@ class Batches:
         self._seed = seed
         self._context = context
         self._num_parts = count_parts(batch_size // context.size)
+        self.copy_seconds = 0.0  # spent so far to join batches and copy them to the device
 
     def __len__(self) -> int:
         return self._samples.total
@@ -327,10 +329,12 @@ class Batches:
 
     def finish(self, dealt: DealtBatch, parts: Sequence[TrainingBatch]) -> TrainingBatch:
         """Join a process's parts on the device and add the cluster targets of the global batch."""
+        began = time.perf_counter()
         batch = TrainingBatch.join(parts, self._context.device)
         if self._clusters is not None:
             own = slice(*self._context.rank_range(len(dealt.rows)))
             batch.image_clusters, batch.text_clusters = self._clusters.targets(dealt.rows, dealt.step, own)
+        self.copy_seconds += time.perf_counter() - began
         return batch
 
     def keys(self, step: int) -> list[str]:
