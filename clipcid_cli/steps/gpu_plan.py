@@ -25,6 +25,7 @@ from clipcid_cli.steps.settings.distill import DEFAULT_EPOCHS, DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
 from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import TrainingDataSettings
+from clipcid_cli.steps.training_memory import SHARE_OF_DEFAULT, planned_states, training_memory
 from clipcid_cli.steps.training_time import describe_model, encode_seconds, step_seconds
 
 # Bytes of an image file of 256 pixels with its caption, and images a core decodes a second (docs/scale.md).
@@ -40,7 +41,6 @@ _IMAGES_OF_CLUSTER, _MOST_CLUSTERS = 225, 1_000_000
 _BYTES_OF_LISTS = 65
 _ENCODED_AT_ONCE = 256
 _BYTES_OF_WEIGHT = 4  # a parameter that only lies there, in float32
-_BYTES_OF_ENCODER = 6  # a parameter's weight, in float32 and as products read it
 _NEAREST, _BYTES_OF_NEAREST = 16, 6
 
 
@@ -103,7 +103,12 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     kept = None if settings.keep_list == "none" else known.kept
     images = _count_images(settings, kept or known.images)
     trained = max(1, round(images * (1 - settings.val_fraction)))
-    batch = settings.batch_size or settings.default_batch_size(trained, gpus.total, on_gpus=gpus.are_gpus)
+    teachers = [describe_model(name) for name in settings.teacher] if settings.online_teacher else []
+    centroids = _default_clusters(images) if settings.needs_clusters else 0
+    states = held_bytes + planned_states(settings, clip, gpus.device.memory, centroids)
+    needs = training_memory(settings, clip, states, mixed=gpus.device.is_mixed, teachers=teachers)
+    fitting = needs.largest(SHARE_OF_DEFAULT * gpus.device.memory) if gpus.are_gpus else None
+    batch = settings.batch_size or settings.default_batch_size(trained, gpus.total, fitting)
     steps = settings.steps or max(1, (settings.epochs or DEFAULT_EPOCHS) * trained // batch)
     own = math.ceil(batch / gpus.total)
     candidates = _count_candidates(settings, images)
@@ -111,12 +116,9 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     operations = batch * clip.training_operations + gpus.total * clip.optimizer_operations
     # Beside the step: layers that are computed again, and a teacher that encodes the same samples.
     again = [clip] if settings.grad_checkpointing else []
-    again += [describe_model(name) for name in settings.teacher] if settings.online_teacher else []
-    for model in again:
+    for model in (*again, *teachers):
         taken += encode_seconds(own * model.operations, own * model.encoding_bytes(), gpus.device)
         operations += batch * model.operations
-    kept_bytes = clip.kept_bytes(mixed=gpus.device.is_mixed, recomputed=settings.grad_checkpointing)
-    free = _SHARE_OF_MEMORY * gpus.device.memory - clip.state_bytes - held_bytes
     plan = _finish(
         "distill",
         gpus,
@@ -125,13 +127,13 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
         operations=float(steps) * operations,
         bytes_read=float(steps) * batch * (_IMAGE_BYTES + _count_row_bytes(settings, known.width)),
         disk_bytes=3.0 * (clip.checkpoint_bytes + held_bytes),
-        memory_bytes=clip.state_bytes + held_bytes + own / settings.accum_freq * kept_bytes,
+        memory_bytes=needs.needed(own),
         price=settings.price,
     )
     plan.images_per_second = batch / taken
     plan.decode_cores = math.ceil(batch / taken / _DECODED_BY_CORE)
     plan.steps, plan.batch_size, plan.seconds_per_step = steps, batch, taken
-    plan.largest_batch_per_gpu = max(0, math.floor(settings.accum_freq * free / kept_bytes))
+    plan.largest_batch_per_gpu = needs.largest(_SHARE_OF_MEMORY * gpus.device.memory)
     return plan
 
 
@@ -175,7 +177,6 @@ def plan_embed(settings: EmbedSettings) -> GpuPlan:
     seconds = images * encode_seconds(operations, moved, gpus.device) / gpus.total
     row_bytes = 2 * clip.embed_dim * (shown + texts) + 136 * settings.views
     batch = settings.batch_size or _ENCODED_AT_ONCE
-    layer = 2 * clip.image.kept // max(1, clip.image.layers - 1)  # what one layer holds of an image
     plan = _finish(
         "embed",
         gpus,
@@ -184,7 +185,7 @@ def plan_embed(settings: EmbedSettings) -> GpuPlan:
         operations=float(images) * operations,
         bytes_read=float(images) * _IMAGE_BYTES,
         disk_bytes=float(images) * row_bytes,
-        memory_bytes=_BYTES_OF_ENCODER * clip.parameters + batch * float(layer),
+        memory_bytes=float(clip.encoder_bytes(batch)),
         price=settings.price,
     )
     plan.images_per_second = images / seconds
@@ -222,7 +223,7 @@ def plan_balance(settings: BalanceSettings) -> GpuPlan:
     if settings.neighbors == "partitioned":
         raise UsageError(
             "--gpus plans the exact search: what partitions take on GPUs is not known.",
-            "Omit --neighbors partitioned, or --gpus to time a tile here.",
+            "Omit --neighbors partitioned, or --gpus to count its pairs here.",
         )
     gpus = _choose_gpus(settings.gpus, settings.precision)
     known = _look_up(settings)

