@@ -42,7 +42,7 @@ _BYTES_OF_LISTS = 65
 # and report (docs/scale.md).
 _COMPARED_IN_PARTITIONS = 5.1
 _AUDITED = 30_000
-_READS_IN_PARTITIONS = 9
+_READS_IN_PARTITIONS = 10
 _HOST_SECONDS_OF_ROW = 30e-6
 _ENCODED_AT_ONCE = 256
 _BYTES_OF_ENCODER = 6  # a parameter's weight, in float32 and as products read it
