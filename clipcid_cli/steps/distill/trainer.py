@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import closing
 
 from clipcid_cli.errors import ClipcidError
