@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from clipcid_cli.algorithms.costs import Clip
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
@@ -45,6 +46,7 @@ _AUDITED = 30_000
 _READS_IN_PARTITIONS = 10
 _HOST_SECONDS_OF_ROW = 30e-6
 _ENCODED_AT_ONCE = 256
+_BYTES_OF_WEIGHT = 4  # a parameter that only lies there, in float32
 _BYTES_OF_ENCODER = 6  # a parameter's weight, in float32 and as products read it
 _NEAREST, _BYTES_OF_NEAREST = 16, 6
 
@@ -107,7 +109,7 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     """Compute what training takes."""
     gpus = _choose_gpus(settings.gpus, settings.precision)
     known = _look_up(settings)
-    clip = describe_model(str(settings.student))
+    clip, held_bytes = _describe_student(settings)
     kept = None if settings.keep_list == "none" else known.kept
     images = _count_images(settings, kept or known.images)
     trained = max(1, round(images * (1 - settings.val_fraction)))
@@ -124,7 +126,7 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
         taken += encode_seconds(own * model.operations, own * model.encoding_bytes(), gpus.device)
         operations += batch * model.operations
     kept_bytes = clip.kept_bytes(mixed=gpus.device.is_mixed, recomputed=settings.grad_checkpointing)
-    free = _SHARE_OF_MEMORY * gpus.device.memory - clip.state_bytes
+    free = _SHARE_OF_MEMORY * gpus.device.memory - clip.state_bytes - held_bytes
     plan = _finish(
         "distill",
         gpus,
@@ -132,8 +134,8 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
         steps * taken,
         operations=float(steps) * operations,
         bytes_read=float(steps) * batch * (_IMAGE_BYTES + _count_row_bytes(settings, known.width)),
-        disk_bytes=3.0 * clip.checkpoint_bytes,
-        memory_bytes=clip.state_bytes + own / settings.accum_freq * kept_bytes,
+        disk_bytes=3.0 * (clip.checkpoint_bytes + held_bytes),
+        memory_bytes=clip.state_bytes + held_bytes + own / settings.accum_freq * kept_bytes,
         price=settings.price,
     )
     plan.images_per_second = batch / taken
@@ -141,6 +143,16 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     plan.steps, plan.batch_size, plan.seconds_per_step = steps, batch, taken
     plan.largest_batch_per_gpu = max(0, math.floor(settings.accum_freq * free / kept_bytes))
     return plan
+
+
+def _describe_student(settings: DistillSettings) -> tuple[Clip, int]:
+    """Describe what is trained, and return the bytes of what is held beside it: a text tower that is the teacher's."""
+    clip = describe_model(str(settings.student))
+    if not settings.keeps_text_tower:
+        return clip, 0
+    embedded = find_embedded_model(WorkDirectory(settings.work))
+    teacher = describe_model(next(iter(settings.teacher), embedded or DEFAULT_MODEL))
+    return clip.image_alone(teacher.embed_dim), _BYTES_OF_WEIGHT * teacher.text.parameters
 
 
 def _count_candidates(settings: DistillSettings, images: int) -> int:
