@@ -59,9 +59,7 @@ class GpuPlan(msgspec.Struct, kw_only=True):
     gpus: str
     images: int
     hours: float
-    host_hours: float | None = (
-        None  # of them, those in which the host works and GPUs wait; None where it is not counted
-    )
+    host_hours: float | None = None  # of them, in which GPUs wait for the host; None where that is not counted
     operations: float  # of products, on all GPUs
     peak_share: float | None  # of the data sheet's rate of products; None on a measured device
     cost: float | None  # at ``--price``
