@@ -83,6 +83,14 @@ def test_a_bisection_for_stars_that_is_stopped_goes_on(
     balance(tmp_path / "stopped", embeddings, keep=0.5, linkage="star")
     assert read_bytes(tmp_path / "stopped") == read_bytes(tmp_path / "whole")
     assert whole <= len(made) <= whole + 2  # each start makes the cover that the last one ended with
+    # What is left of a run is of no use for another share.
+    balance(tmp_path / "other", embeddings, keep=0.4, linkage="star")
+    stops.add(len(made) + 5)
+    with pytest.raises(KeyboardInterrupt):
+        balance(tmp_path / "stopped", embeddings, keep=0.6, linkage="star")
+    stops.clear()
+    balance(tmp_path / "stopped", embeddings, keep=0.4, linkage="star")
+    assert read_bytes(tmp_path / "stopped") == read_bytes(tmp_path / "other")
 
 
 def test_stars_that_miss_the_target_without_ties_are_not_said_to_tie(tmp_path: Path) -> None:
