@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
+from clipcid_cli.algorithms.near.plan import hash_arrays
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
     best_rows,
@@ -23,7 +25,8 @@ from clipcid_cli.algorithms.sets.star import (
     count_kept,
     is_kept,
 )
-from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.arrays import Arrays, array_journal
+from clipcid_cli.formats.fingerprint import hash_json
 from clipcid_cli.formats.results.forest import SetTable
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.forest import find_forest
@@ -32,6 +35,8 @@ from clipcid_cli.steps.balance.rows import BalanceRows
 
 # Rules of --select that look at the rows of a set; the others score each image by itself.
 _BY_ROWS = ("central", "medoid")
+# What took longer to measure is saved: hundreds of millions of rows are read for it.
+_LONG_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +111,55 @@ def single_curve(rows: BalanceRows, forest: Edges, threshold: float | None) -> C
 
 def _measure_sets(run: BalanceRun, division: Division) -> Sets:
     """Choose representatives where there are none yet, and measure the sets; rows that filters dropped have none."""
-    rows, labels, threshold = run.rows, division.labels, division.threshold
+    threshold = division.threshold
+    representatives_N, distances_N, *columns = _load_or_measure(run, division)
+    table = SetTable(*columns)
+    num_kept = count_kept(representatives_N)
+    beyond = 0.0
+    if threshold is not None:
+        beyond = ratio_beyond(distances_N, threshold, run.rows.num_searched - num_kept)
+    return Sets(
+        labels=division.labels,
+        representatives=representatives_N,
+        distances=distances_N,
+        threshold=threshold,
+        curve=run.context.on_rank0(division.make_curve),
+        num_kept=num_kept,
+        largest=int(table.size.max(initial=1)),
+        table=table,
+        uncovered_ratio=beyond,
+    )
+
+
+def _load_or_measure(run: BalanceRun, division: Division) -> Arrays:
+    """Measure the sets, or load what a killed run has measured where that took long; the same on every process.
+
+    Returns:
+        The representative of each row, integers [N], and its distance to it, float32 [N]; then the columns of the table.
+    """
+    rows, labels = run.rows, division.labels
+    journal = array_journal(run.work / ".sets")
+
+    def name() -> str:
+        """Return what decides the sets and what is measured of them: unfinished work may be of other settings."""
+        decisive = (labels, division.representatives, rows.is_searched)
+        hashes = [None if array is None else hash_arrays(array) for array in decisive]
+        return hash_json([run.inputs, run.settings.select, *hashes])
+
+    saved_as = run.context.on_rank0(name)
+
+    def load() -> Arrays:
+        saved = journal.read(saved_as)
+        return () if saved is None else tuple(saved[str(place)] for place in range(len(saved)))
+
+    if saved := run.shared.publish(load):
+        return saved
+    began = time.monotonic()
     groups = Groups.publish(run.shared, lambda: Groups.from_sets(labels))
     measure = partial(_measure, run, division.representatives)
     parts = work_on_groups(run.shared, rows.images, rows.numbers, groups, measure)
 
     def join() -> Arrays:
-        """Return the representative of each row, and its distance to it; then the columns of the table."""
         members, is_first = groups.rows, groups.bounds[:-1]
         chosen, distance, farthest, diameter, is_exact = map(np.concatenate, zip(*parts, strict=True))
         representatives_N = labels.copy()
@@ -124,24 +171,12 @@ def _measure_sets(run: BalanceRun, division: Division) -> Sets:
         reach = distances_N[farthest]
         sizes = np.diff(groups.bounds)
         table = (members[is_first], sizes, chosen[is_first], farthest, reach, diameter, is_exact)
-        return representatives_N, distances_N, *table
+        arrays = (representatives_N, distances_N, *table)
+        if time.monotonic() > began + _LONG_SECONDS:
+            journal.append(saved_as, {str(place): array for place, array in enumerate(arrays)})
+        return arrays
 
-    representatives_N, distances_N, *table = run.shared.publish(join)
-    num_kept = count_kept(representatives_N)
-    beyond = 0.0
-    if threshold is not None:
-        beyond = ratio_beyond(distances_N, threshold, rows.num_searched - num_kept)
-    return Sets(
-        labels=labels,
-        representatives=representatives_N,
-        distances=distances_N,
-        threshold=threshold,
-        curve=run.context.on_rank0(division.make_curve),
-        num_kept=num_kept,
-        largest=int(np.diff(groups.bounds).max(initial=1)),
-        table=SetTable(*table),
-        uncovered_ratio=beyond,
-    )
+    return run.shared.publish(join)
 
 
 def _measure(run: BalanceRun, representatives: IntArray | None, share: Share) -> Arrays:

@@ -10,10 +10,12 @@ import numpy as np
 from clipcid_cli.algorithms.near.cutoff import FARTHEST
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import row_type
+from clipcid_cli.algorithms.near.plan import hash_arrays
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components
 from clipcid_cli.algorithms.sets.star import StarCover, find_star_cutoff, label_by_smallest, star_cover, star_curve
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.fingerprint import hash_json
 from clipcid_cli.formats.journal import record_journal
 from clipcid_cli.runtime.timing import SavePace, timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
@@ -25,7 +27,6 @@ from clipcid_cli.steps.balance.stored_forest import Forest
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
 _STAR_STEP = 1.05
 _CURVE_POINTS = 24
-_BOUNDS = "bounds"
 # Pairs of a star cover, and the memory that each takes while they are sorted and covered (measured).
 _MAX_COLLECTED = 2**26
 _BYTES_A_PAIR = 75
@@ -48,19 +49,22 @@ class _Bounds(msgspec.Struct, frozen=True):
 class _Progress:
     """The bounds of a bisection, saved now and then: of many pairs a cover takes half a minute."""
 
-    def __init__(self, run: BalanceRun) -> None:
+    def __init__(self, run: BalanceRun, threshold: float, num_kept: int) -> None:
+        """Name what decides the bounds: unfinished work is taken over by runs of other settings and more files."""
         self._context = run.context
         self._journal = record_journal(run.work / ".stars", _Bounds)
         self._pace = SavePace(expected=0.0)
+        decisive = [run.inputs, run.settings.forest_kind, hash_arrays(run.rows.unique), threshold, num_kept]
+        self._name = hash_json(decisive)
 
     def read(self) -> _Bounds | None:
         """Return those that a killed run saved last; the same on every process."""
-        return self._context.on_rank0(lambda: self._journal.read(_BOUNDS))
+        return self._context.on_rank0(lambda: self._journal.read(self._name))
 
     def save(self, reach: float, above: float, within: float) -> None:
         if self._context.is_main and self._pace.is_due():
             with self._pace.saving():
-                self._journal.append(_BOUNDS, _Bounds(reach, above, within))
+                self._journal.append(self._name, _Bounds(reach, above, within))
 
 
 def divide_by_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int) -> tuple[Division, Forest]:
@@ -93,7 +97,7 @@ def divide_by_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept:
     # Always the same steps, so that the cut-off does not depend on how far the forest reaches.
     # Below the threshold single linkage keeps more than asked, and stars never fewer than it.
     below = float(np.nextafter(np.float32(threshold), np.float32(-1.0)))
-    progress = _Progress(run)
+    progress = _Progress(run, threshold, num_kept)
     bounds = progress.read() or _Bounds.beyond(threshold, below)
     while cover is None:
         if bounds.reach > forest.cutoff:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from balance_data import balance, check_keep_list, make_rows, read_keep, write_e
 
 from clipcid_cli.algorithms.sets import star
 from clipcid_cli.algorithms.sets.star import star_cover
-from clipcid_cli.steps.balance import stars
+from clipcid_cli.steps.balance import compute, sets, stars
 
 NUM_ROWS = 300
 
@@ -83,6 +84,32 @@ def test_a_bisection_for_stars_that_is_stopped_goes_on(
     balance(tmp_path / "stopped", embeddings, keep=0.5, linkage="star")
     assert read_bytes(tmp_path / "stopped") == read_bytes(tmp_path / "whole")
     assert whole <= len(made) <= whole + 2  # each start makes the cover that the last one ended with
+    # What is left of a run is of no use for another share.
+    balance(tmp_path / "other", embeddings, keep=0.4, linkage="star")
+    stops.add(len(made) + 5)
+    with pytest.raises(KeyboardInterrupt):
+        balance(tmp_path / "stopped", embeddings, keep=0.6, linkage="star")
+    stops.clear()
+    balance(tmp_path / "stopped", embeddings, keep=0.4, linkage="star")
+    assert read_bytes(tmp_path / "stopped") == read_bytes(tmp_path / "other")
+
+
+def test_sets_that_took_long_are_not_measured_again(
+    embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    balance(tmp_path / "whole", embeddings, keep=0.5)
+    balance(tmp_path / "other", embeddings, keep=0.5, select="medoid")
+    monkeypatch.setattr(sets, "_LONG_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(compute, "compare_linkages", Mock(side_effect=KeyboardInterrupt))
+        for work in ("stopped", "begun"):
+            with pytest.raises(KeyboardInterrupt):
+                balance(tmp_path / work, embeddings, keep=0.5)
+    balance(tmp_path / "begun", embeddings, keep=0.5, select="medoid")  # of another choice
+    assert read_bytes(tmp_path / "begun") == read_bytes(tmp_path / "other")
+    monkeypatch.setattr(sets, "work_on_groups", Mock(side_effect=AssertionError))
+    balance(tmp_path / "stopped", embeddings, keep=0.5)
+    assert read_bytes(tmp_path / "stopped") == read_bytes(tmp_path / "whole")
 
 
 def test_stars_that_miss_the_target_without_ties_are_not_said_to_tie(tmp_path: Path) -> None:
