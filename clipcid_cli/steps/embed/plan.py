@@ -31,11 +31,13 @@ from clipcid_cli.formats.output import (
 from clipcid_cli.formats.sidecar import DataSpec, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.array_task import choose_task
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.models import choose_embeddings, find_embedded_model, find_mismatch
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
+from clipcid_cli.steps.settings.shared import url_of
 
 EMBED = "embed"
 """Name of the sidecar of embeddings."""
@@ -136,7 +138,7 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
     """Look at the data, the model's name and the output."""
     name = with_default_tag(parse_model(_choose_model(settings)))
     dataset = _open_data(settings, name)
-    folder = settings.out or choose_embeddings(settings.work, name)
+    folder = _choose_folder(settings, name)
     if settings.text:
         if not _has_captions(dataset):
             raise _no_captions_error(dataset, without_text)
@@ -181,6 +183,14 @@ def _compare_reading(there: DataSpec, dataset: Dataset) -> dict[str, str]:
         return {}
     before, after = ({flag: getattr(spec, name) for name, flag in _OF_ROWS.items()} for spec in (there, now))
     return compare_settings(before, after)
+
+
+def _choose_folder(settings: EmbedSettings, name: ModelName) -> Path:
+    """Return the folder of the embeddings; of those that are sent to an object store, where each shard is made."""
+    if settings.out is None:
+        return choose_embeddings(settings.work, name)
+    url = url_of(settings.out)
+    return settings.out if url is None else WorkDirectory(settings.work).sending(url, choose_task(settings.part or ""))
 
 
 def _choose_model(settings: EmbedSettings) -> str:
