@@ -14,17 +14,9 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.index import repeated_key
 from clipcid_cli.formats.data.object_store import ObjectStore
 from clipcid_cli.formats.embeddings.manifest import ShardRecord, merge_skips
-from clipcid_cli.formats.embeddings.parts import (
-    PartRecord,
-    fetch_shards,
-    part_journal,
-    read_runs,
-    read_sent,
-    read_sent_parts,
-    refuse_running,
-    validate_complete,
-)
+from clipcid_cli.formats.embeddings.parts import PartRecord, part_journal, refuse_running, validate_complete
 from clipcid_cli.formats.embeddings.rows import METADATA
+from clipcid_cli.formats.embeddings.sent_parts import fetch_shards, read_runs, read_sent, read_sent_parts
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar, read_embed_sidecar
 from clipcid_cli.formats.embeddings.writer import FINISHED, EmbeddingWriter, read_finished
 from clipcid_cli.formats.join import find_repeat

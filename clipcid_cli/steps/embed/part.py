@@ -10,15 +10,8 @@ from typing import Any
 
 from clipcid_cli.formats.data.object_store import ObjectStore
 from clipcid_cli.formats.embeddings.manifest import merge_skips
-from clipcid_cli.formats.embeddings.parts import (
-    PARTS,
-    Part,
-    PartRecord,
-    SendingWriter,
-    hold_part,
-    part_journal,
-    validate_same,
-)
+from clipcid_cli.formats.embeddings.parts import PARTS, Part, PartRecord, hold_part, part_journal
+from clipcid_cli.formats.embeddings.sent_parts import SendingWriter, validate_same
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
 from clipcid_cli.formats.output import RUN_FILE, Output, OutputSpec, open_output
