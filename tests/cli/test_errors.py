@@ -76,7 +76,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("embed pairs --crop-scale 0.3", 2, "--crop-scale was given, but no --views"),
     ("embed pairs --color-jitter 0.3 --text-variants 8", 2, "--color-jitter was given, but no --views"),
     ("embed pairs --part 8/8", 2, "--part cannot be '8/8'"),
-    ("embed pairs --part 0/8 --dry-run", 2, "--part and --dry-run are two runs"),
+    ("embed pairs --part 0/8 --dry-run", 2, "--dry-run estimates what all data takes"),
     ("embed pairs --out s3://bucket/emb", 2, "--out is a URL, s3://bucket/emb, to which only parts are written"),
     ("embed pairs --part 0/8 --out https://host/emb", 2, "--out is https://host/emb, which is no object store"),
     ("embed pairs --join emb", 2, "--join takes no DATA"),

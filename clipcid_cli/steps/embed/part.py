@@ -15,7 +15,6 @@ from clipcid_cli.formats.embeddings.sent_parts import SendingWriter, validate_sa
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
 from clipcid_cli.formats.output import RUN_FILE, Output, OutputSpec, open_output
-from clipcid_cli.runtime.array_task import choose_task
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps.embed.encoder import EmbedEncoder
 from clipcid_cli.steps.embed.plan import EmbedPlan
@@ -30,8 +29,8 @@ def embed_part(
 ) -> EmbedResult:
     """Embed the shards of the part that the settings name, for a folder or an object store."""
     settings = plan.settings
-    assert settings.part is not None, "asked for a part"
-    part = Part(*choose_task(settings.part))
+    assert plan.task is not None, "asked for a part"
+    part = Part(*plan.task)
     url = None if settings.out is None else url_of(settings.out)
     place = None if url is None else ObjectStore(url)
     shards = part.shards(len(plan.shards))

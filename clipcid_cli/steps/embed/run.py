@@ -66,7 +66,7 @@ def make_embeddings(settings: EmbedSettings, context: DistContext, without_text:
         from clipcid_cli.steps.embed.cost import estimate_cost
 
         return estimate_cost(encoder, plan, context)
-    if settings.part is not None:
+    if plan.task is not None:
         from clipcid_cli.steps.embed.part import embed_part
 
         return embed_part(plan, encoder, spec, context)

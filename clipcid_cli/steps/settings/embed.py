@@ -149,11 +149,12 @@ class EmbedSettings(AugmentationSettings, TrainingDataSettings, GpuPlanSettings)
                     f"--part cannot be {self.part!r}.",
                     "Give the number of the part, from 0, and how many there are: --part 0/8 to --part 7/8, or auto/8.",
                 )
-            for flag, is_given in {"--dry-run": self.dry_run, "--join": self.join is not None}.items():
-                if is_given:
-                    raise UsageError(
-                        f"--part and {flag} are two runs.", f"Give {flag} alone; parts take it no further."
-                    )
+            if self.dry_run:
+                raise UsageError(
+                    "--dry-run estimates what all data takes, not a part of it.", "Omit --part; a part takes its share."
+                )
+            if self.join is not None:
+                raise UsageError("--part embeds, --join joins what was embedded.", "Omit one of the two.")
         url = None if self.out is None else url_of(self.out)
         if url is not None:
             self._validate_url("--out", url)
