@@ -13,7 +13,7 @@ from clipcid_cli.commands.summary import (
     format_skipped,
     print_facts,
 )
-from clipcid_cli.steps.embed.result import EmbedCost, Embedded
+from clipcid_cli.steps.embed.result import EmbedCost, Embedded, EmbedPart
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 
@@ -39,6 +39,11 @@ def show(result: Embedded, console: Console) -> None:
         "skipped": format_skipped(result.skipped) or "none",
         "speed": f"{rate:,.0f} images/s" if rate else "embedded earlier",
     }
+    if isinstance(result, EmbedPart):
+        shards = count(result.shards, "shard")
+        facts["images"] += f" in {shards}"
+        print_facts(console, f"Embedded part {result.part}", facts, result.files)
+        return
     print_facts(console, "Embedded", facts, result.files)
 
 
@@ -57,5 +62,7 @@ Examples:
   clipcid embed photos/ --model ViT-B-32:laion2b_s34b_b79k --no-text
   clipcid embed photos/ --views 4 --view-kind mix --text-variants 4
   clipcid embed "laion/{00000..00099}.tar" --model my-clip/ --out my-clip-emb/
+  clipcid embed laion/ --part 0/8 --out s3://bucket/laion
+  clipcid embed --join s3://bucket/laion --out laion-emb/
 """,
 )

@@ -41,7 +41,8 @@ from clipcid_cli.shown import redact_all
 
 WORK = "--work"
 
-_RUN = ".run.json"
+RUN_FILE = ".run.json"
+"""Settings and inputs of unfinished work, in its folder."""
 # What a setting holds of a file's content.
 _HASH = re.compile(r"(?:blake2b(?:-sampled)?:)?[0-9a-f]{12,}")
 _TOLD = 8
@@ -122,7 +123,7 @@ class Output(Generic[AnySidecar]):
             self.work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(self.root, error) from error
-        write_json(self.root / _RUN, msgspec.to_builtins(self.spec.run))
+        write_json(self.root / RUN_FILE, msgspec.to_builtins(self.spec.run))
 
     def commit(self, **entries: Any) -> AnySidecar:
         """Write the sidecar with these entries, which makes the output complete, and move everything to its place."""
@@ -222,7 +223,7 @@ def open_output(spec: OutputSpec[AnySidecar], *, waits: bool = False) -> Iterato
         output = find_output(spec)
         for root in works:  # nothing to resume, or left by a run that was killed while it removed its folder
             if not spec.resumes or (
-                output.finished is not None and (root == output.root or not (root / _RUN).exists())
+                output.finished is not None and (root == output.root or not (root / RUN_FILE).exists())
             ):
                 shutil.rmtree(root, ignore_errors=True)
         try:
@@ -343,10 +344,10 @@ def _find_link(folder: Path) -> Path | None:
 
 
 def _read_run(work: Path) -> Run | None:
-    if not (work / _RUN).exists():  # killed right after it was made
+    if not (work / RUN_FILE).exists():  # killed right after it was made
         return None
-    with reading(work / _RUN, "the settings of an unfinished run", f"Remove {work}."):
-        return msgspec.convert(json.loads(read_regular(work / _RUN, LARGEST_SIDECAR)), Run)
+    with reading(work / RUN_FILE, "the settings of an unfinished run", f"Remove {work}."):
+        return msgspec.convert(json.loads(read_regular(work / RUN_FILE, LARGEST_SIDECAR)), Run)
 
 
 def other_run_error(holds: str, serious: dict[str, str], elsewhere: str = WORK) -> ClipcidError:
@@ -366,7 +367,7 @@ def list_differences(differences: dict[str, str]) -> str:
 
 def _compare(there: Run, now: Run, may_differ: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return all differences of two runs, and those that are errors."""
-    differences = _find_differences(there, now)
+    differences = find_differences(there, now)
     serious = {
         name: difference
         for name, difference in differences.items()
@@ -380,7 +381,7 @@ def compare_settings(there: dict[str, Any], now: dict[str, Any]) -> dict[str, st
     return _compare_values("settings", there, now)
 
 
-def _find_differences(there: Run, now: Run) -> dict[str, str]:
+def find_differences(there: Run, now: Run) -> dict[str, str]:
     """Return for each setting and input that differs how, as `compare_settings` does."""
     differences = compare_settings(there.settings, now.settings)
     if len(there.inputs) == len(now.inputs):

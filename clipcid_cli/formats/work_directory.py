@@ -45,6 +45,10 @@ class WorkDirectory:
     def embeddings(self, model_slug: str) -> Path:
         return self.path / "embeddings" / model_slug
 
+    def sending(self, url: str, part: Sequence[int]) -> Path:
+        """Return the folder in which the shards of a part are made that are sent to an object store."""
+        return self.path / ".sending" / hash_json([url, *part])
+
     def second_moment(self, identity: str) -> Path:
         """Return the file of the second moment of embeddings, in which `distill` finds principal axes."""
         return self.path / ".second-moments" / f"{identity}.npy"

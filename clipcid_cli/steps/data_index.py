@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -91,12 +91,22 @@ def note_captions(dataset: Dataset, read: Skips | None = None) -> dict[str, dict
     Returns:
         The entries of the sidecar's counts, as far as there are such captions.
     """
-    read_skips = read or Skips()
-    if read is None and dataset.index is not None:
+    return note_counted_captions(dataset.caption_keys, read or count_captions(dataset))
+
+
+def count_captions(dataset: Dataset) -> Skips:
+    """Return what the index has counted; nothing where there is none."""
+    counted = Skips()
+    if dataset.index is not None:
         for record in dataset.index.records:
-            read_skips.merge(record.skips)
+            counted.merge(record.skips)
+    return counted
+
+
+def note_counted_captions(caption_keys: Sequence[str], read_skips: Skips) -> dict[str, dict[str, int]]:
+    """Say what was counted of captions, and return it, as `note_captions` does."""
     counts = dict[str, dict[str, int]]()
-    if dataset.caption_keys and read_skips.without:
+    if caption_keys and read_skips.without:
         counts["without_caption"] = read_skips.without
         numbers = ", ".join(f"{count:,} of {key}" for key, count in sorted(read_skips.without.items()))
         reporting.note(f"Samples without a caption: {numbers}.")

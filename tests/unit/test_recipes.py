@@ -18,6 +18,8 @@ import pytest
 from conftest import clipcid_command
 
 from clipcid_cli import __version__
+from clipcid_cli.commands.embed import command as embed_command
+from clipcid_cli.runtime.array_task import choose_task
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.py"))
@@ -121,15 +123,55 @@ def test_a_job_whose_time_is_over_saves_and_goes_back_to_the_queue(tmp_path: Pat
 def test_the_manifest_starts_what_every_host_runs_with_variables_it_reads() -> None:
     yaml = pytest.importorskip("yaml")
     folder = ROOT / "recipes" / "many-hosts"
-    job = yaml.safe_load((folder / "pytorchjob.yaml").read_text())
+    runtime, job = yaml.safe_load_all((folder / "trainjob.yaml").read_text())
+    assert job["spec"]["runtimeRef"] == {"kind": runtime["kind"], "name": runtime["metadata"]["name"]}
     host = (folder / "host.sh").read_text()
-    for replica in job["spec"]["pytorchReplicaSpecs"].values():
-        (container,) = replica["template"]["spec"]["containers"]
+    for replica in runtime["spec"]["template"]["spec"]["replicatedJobs"]:
+        (container,) = replica["template"]["spec"]["template"]["spec"]["containers"]
         assert (ROOT / container["command"][-1].split()[-1]).is_file()
         given = {each["name"] for each in container["env"]} | {"HEAD", "HOSTS"}
         assert given - {"HF_HUB_OFFLINE"} <= set(re.findall(r"^#   ([A-Z ]+)  ", host, re.MULTILINE)) | set(
             re.findall(r"\$\{([A-Z_]+):?", host)
         )
+
+
+def test_parts_are_run_by_lines_that_embed_reads(tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    folder = ROOT / "recipes" / "anywhere"
+    (container,) = yaml.safe_load((folder / "indexed-job.yaml").read_text())["spec"]["template"]["spec"]["containers"]
+    task = yaml.safe_load((folder / "sky.yaml").read_text())
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, does in {"srun": '"$@"', "clipcid": 'printf "%s\\n" "$@" > "$SAID"'}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{does}\n")
+        (programs / name).chmod(0o755)
+
+    def run(words: list[str], **variables: str) -> list[str]:
+        said = tmp_path / "said"
+        path = f"{programs}:{os.environ['PATH']}"
+        subprocess.run(
+            words, env={"PATH": path, "SAID": str(said), "CLIPCID_VENV": str(tmp_path)} | variables, check=True
+        )
+        return said.read_text().splitlines()
+
+    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "8"}
+    given = {"DATA": "laion", "TEACHER": "ViT-L-14", "OUT": "emb"}
+    array = ["bash", str(folder / "parts.sbatch")]
+    lines = [
+        run(array, **slurm, **given),
+        run(array, **slurm, **given, PARTS="8"),
+        run(["bash", "-c", task["run"]], **task["envs"]),
+        [*container["command"][1:], *container["args"]],
+    ]
+    tasks = [
+        {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_MIN": "0"},
+        {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "2"},
+        {"SKYPILOT_JOB_RANK": "5", "SKYPILOT_NUM_JOBS": "8"},
+        {"JOB_COMPLETION_INDEX": "5"},
+    ]
+    for line, variables in zip(lines, tasks, strict=True):
+        context = embed_command.make_context("embed", line[1:])
+        assert choose_task(context.params["part"], variables) == (5, 8)
 
 
 def test_an_environment_without_pip_runs_the_checkout_on_this_pythons_packages(tmp_path: Path) -> None:

@@ -32,6 +32,11 @@ def is_web(spec: str) -> bool:
     return scheme_of(spec) in WEB_SCHEMES
 
 
+def is_written(url: str) -> bool:
+    """Tell whether objects can be written behind a URL: web servers only send, and what is on this disk is a folder."""
+    return not is_web(url) and scheme_of(url) not in ("file", "local")
+
+
 def strip_file_scheme(spec: str) -> str:
     """Return the path that a ``file://`` address names, whatever it looks like then; anything else as it is."""
     match = _FILE.match(spec)

@@ -209,10 +209,10 @@ def read_remote(url: str, offset: int, size: int) -> bytes:
             from clipcid_cli.formats.data import web
 
             return web.read_part(filesystem, inner, offset, size)
-        data: bytes = filesystem.cat_file(inner, offset or None, offset + size)
+        data: bytes = filesystem.cat_file(inner, start=offset or None, end=offset + size)
         return data
 
-    data = _ask(url, read)
+    data = ask(url, read)
     if len(data) < size:
         raise OSError(f"{url} ends {size - len(data)} bytes early")
     return data
@@ -233,7 +233,7 @@ def read_image(url: str, max_bytes: int, listed_in: str | None = None) -> bytes:
 
             with web.named_by(listed_in):
                 return web.read_whole(filesystem, inner, max_bytes)
-        data: bytes = filesystem.cat_file(inner, None, max_bytes + 1)
+        data: bytes = filesystem.cat_file(inner, end=max_bytes + 1)
         validate_size(url, len(data), max_bytes)
         return data
 
@@ -242,7 +242,7 @@ def read_image(url: str, max_bytes: int, listed_in: str | None = None) -> bytes:
     if failing is not None and failing.count >= FAILURES and time.monotonic() < failing.until:
         raise _failing_error(url)
     try:
-        data = _ask(url, read, patient=False)
+        data = ask(url, read, patient=False)
     except _UnansweredError:
         failing = _failing.setdefault(server, _Failing())
         failing.count += 1
@@ -270,7 +270,7 @@ def describe_file(path: str) -> FileRecord:
     """
     size, version = 0, redact(path)
     if not is_pipe(path):
-        size, version = _describe(_ask(path, lambda filesystem, inner: filesystem.info(inner)))
+        size, version = _describe(ask(path, lambda filesystem, inner: filesystem.info(inner)))
     digest = hashlib.blake2b(f"{size} {version}".encode("utf-8", "surrogateescape"), digest_size=16)
     return FileRecord(redact(path), size, f"blake2b-remote:{digest.hexdigest()}")
 
@@ -293,7 +293,7 @@ def list_folder(url: str) -> list[str]:
         return [str(filesystem.unstrip_protocol(name)) for name in filesystem.ls(inner, detail=False)]
 
     try:
-        return _ask(url, list_names)
+        return ask(url, list_names)
     except TooManyBytesError as error:
         raise ClipcidError(
             f"{url} cannot be listed as a folder: {error}.", "Name its shards by a pattern: …/{00000..00099}.tar"
@@ -343,12 +343,16 @@ def expect_answers(url: str) -> None:
     _answered.add(server_of(url))
 
 
-def _ask(url: str, question: Callable[[Any, str], Result], patient: bool = True) -> Result:
-    """Ask the file system of a URL about the path within it; again where the connection breaks."""
-    return _retry(url, lambda: question(*_open_filesystem(url)), patient)
+def ask(url: str, question: Callable[[Any, str], Result], patient: bool = True, done: str = "fetched") -> Result:
+    """Ask the file system of a URL about the path within it; again where the connection breaks.
+
+    Args:
+        done: What cannot be done to it then, for the error.
+    """
+    return _retry(url, lambda: question(*_open_filesystem(url)), patient, done)
 
 
-def _retry(path: str, attempt: Callable[[], Result], patient: bool = True) -> Result:
+def _retry(path: str, attempt: Callable[[], Result], patient: bool = True, done: str = "fetched") -> Result:
     """Return what `attempt` does, tried again after each of `_WAITS`.
 
     With `patient` also after `_LATER_WAITS`, where the server says that it is overloaded or has answered before; without,
@@ -366,9 +370,9 @@ def _retry(path: str, attempt: Callable[[], Result], patient: bool = True) -> Re
                 waits += _LATER_WAITS
             note_received()
             if _is_lasting(error, status):
-                raise _fetch_error(path, error, attempts) from error
+                raise _fetch_error(path, error, attempts, done) from error
             if attempts > len(waits) or (not patient and isinstance(error, TimeoutError)):
-                raise _fetch_error(path, error, attempts, _UnansweredError) from error
+                raise _fetch_error(path, error, attempts, done, _UnansweredError) from error
             time.sleep(waits[attempts - 1])
         else:
             note_received()
@@ -378,7 +382,11 @@ def _retry(path: str, attempt: Callable[[], Result], patient: bool = True) -> Re
 
 
 def _status_of(error: Exception) -> int | None:
-    status = getattr(error.__cause__ or error, "status", None)
+    cause = error.__cause__ or error
+    status = getattr(cause, "status", None)
+    response = getattr(cause, "response", None)
+    if status is None and isinstance(response, dict):  # of S3's client
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     return status if isinstance(status, int) else None
 
 
@@ -389,7 +397,9 @@ def _is_lasting(error: Exception, status: int | None) -> bool:
     return isinstance(error.__cause__ or error, _LASTING)
 
 
-def _fetch_error(path: str, error: Exception, attempts: int, kind: type[ClipcidError] = ClipcidError) -> ClipcidError:
+def _fetch_error(
+    path: str, error: Exception, attempts: int, done: str, kind: type[ClipcidError] = ClipcidError
+) -> ClipcidError:
     reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
     again = f" (tried {attempts} times)" if attempts > 1 else ""
     if is_pipe(path):
@@ -403,5 +413,5 @@ def _fetch_error(path: str, error: Exception, attempts: int, kind: type[ClipcidE
             "Run the same command again once nothing writes to it.",
         )
     return kind(
-        f"{path} could not be fetched{again}: {reason[:300]}", "Check the address, the network and the credentials."
+        f"{path} could not be {done}{again}: {reason[:300]}", "Check the address, the network and the credentials."
     )

@@ -46,6 +46,11 @@ class ShardRecord(msgspec.Struct, frozen=True):
     files: dict[str, FileRecord]
     from_16_bit: int = 0  # images of 16 bits of grey, which were scaled
     keys: str = "sample"  # or ``shard``, where keys begin with the shard's name
+    # Until all shards are finished, and not in the manifest: captions that are missing, by key, and those that are used
+    # otherwise than as they are stored, by how; and the list of skipped samples.
+    without_caption: dict[str, int] = {}
+    captions: dict[str, int] = {}
+    listed: FileRecord | None = None
 
 
 def read_manifest(folder: Path, fix: str) -> list[ShardRecord]:
@@ -61,6 +66,7 @@ def merge_skips(records: Iterable[ShardRecord]) -> Skips:
     """Count the samples of all shards that could not be used."""
     skips = Skips()
     for record in records:
+        skips.merge(Skips(without=record.without_caption, changed=record.captions))
         for skipped in record.skipped:
             skips.merge(Skips({skipped.reason: skipped.count}, {skipped.reason: skipped.examples}))
     return skips

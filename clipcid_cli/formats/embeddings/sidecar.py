@@ -34,6 +34,16 @@ class EmbedMade(msgspec.Struct):
     seed: int = 0
 
 
+class EmbedFacts(msgspec.Struct, kw_only=True):
+    """What the sidecar says of model, data and machine."""
+
+    model: ModelRecord
+    data: DataSpec
+    missing_fraction: float | None  # of truncated data
+    device: str
+    pillow: str
+
+
 class EmbedSidecar(Sidecar, kw_only=True):
     """``embed.json``, of a folder of embeddings whose manifest names the files."""
 

@@ -102,6 +102,9 @@ class EmbeddingWriter:
             skipped=skipped,
             files={part: fingerprint.record(self._path(part, index), self.folder) for part in parts},
             keys=self._keys,
+            without_caption=shard.skipped.without,
+            captions=shard.skipped.changed,
+            listed=fingerprint.record(self._skipped_path(index), self.folder) if skipped else None,
         )
         self._journal.append(self._label(index), record)
 
@@ -140,6 +143,23 @@ class EmbeddingWriter:
                 _link(folder / file.path, self._path(part, index))
                 files[part] = msgspec.structs.replace(file, path=self._name(part, index))
             self._journal.append(self._label(index), msgspec.structs.replace(earlier, files=files))
+
+    def names(self, index: int, record: ShardRecord) -> list[str]:
+        """Name the files of a shard, relative to the folder: its record is the last."""
+        parts = [part for part in (*Kind, METADATA) if part in record.files]
+        listed = [self._skipped_path(index)] if record.skipped else []
+        paths = [*(self._path(part, index) for part in parts), *listed, self._journal.path(self._label(index))]
+        return [str(path.relative_to(self.folder)) for path in paths]
+
+    def accepts(self, index: int, record: ShardRecord) -> bool:
+        """Tell whether a record is one of this shard, as these settings make it."""
+        is_listed = (record.listed is not None) == bool(record.skipped)
+        has_rows = {Kind.IMAGES, METADATA} <= record.files.keys()
+        return is_listed and has_rows and record.identity == self._identities[index] and record.keys == self._keys
+
+    def record_shard(self, index: int, record: ShardRecord) -> None:
+        """Record that a shard is finished whose files are in their places."""
+        self._journal.append(self._label(index), record)
 
     def rename_keys(self) -> None:
         """Give shards that are finished with keys of the other kind those of this plan; their rows stay.
@@ -231,6 +251,11 @@ def read_unfinished(folder: Path, step: str) -> list[FileRecord]:
     journals = (record_journal(work / _RECORDS, ShardRecord) for work in find_works(folder, step))
     records = [named for journal in journals for named in journal.parts()]
     return [record.input for _, record in sorted(records, key=lambda named: natural_key(named[0]))]
+
+
+def read_finished(work: Path) -> dict[int, ShardRecord]:
+    """Return the records of the finished shards in a work folder, by the shards' numbers."""
+    return {int(name): record for name, record in record_journal(work / _RECORDS, ShardRecord).parts()}
 
 
 def _printable(name: str) -> str:

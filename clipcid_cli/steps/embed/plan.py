@@ -31,11 +31,13 @@ from clipcid_cli.formats.output import (
 from clipcid_cli.formats.sidecar import DataSpec, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.array_task import choose_task
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.models import choose_embeddings, find_embedded_model, find_mismatch
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
+from clipcid_cli.steps.settings.shared import url_of
 
 EMBED = "embed"
 """Name of the sidecar of embeddings."""
@@ -72,6 +74,7 @@ class EmbedPlan:
     shards: list[FileRecord]  # content and name of each shard
     # The sidecar of finished embeddings that match the request; None where there is something to do.
     finished: EmbedSidecar | None = None
+    task: tuple[int, int] | None = None  # which part is embedded, of how many; None for all
     is_begun: bool = False  # whether an unfinished run on the very same data has left its work
     # Whether all shards that are embedded already are still there, so that others may be added to them.
     may_grow: bool = False
@@ -135,14 +138,15 @@ class EmbedPlan:
 def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
     """Look at the data, the model's name and the output."""
     name = with_default_tag(parse_model(_choose_model(settings)))
+    task = None if settings.part is None else choose_task(settings.part)
     dataset = _open_data(settings, name)
-    folder = settings.out or choose_embeddings(settings.work, name)
+    folder = _choose_folder(settings, name, task)
     if settings.text:
         if not _has_captions(dataset):
             raise _no_captions_error(dataset, without_text)
         _note_lines(dataset)
         _warn_of_empty_keys(dataset)
-    plan = EmbedPlan(settings, without_text, folder, name, dataset, describe_shards(dataset))
+    plan = EmbedPlan(settings, without_text, folder, name, dataset, describe_shards(dataset), task=task)
     _validate_own_folder(folder)
     with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
         return _look_at_output(plan)
@@ -181,6 +185,20 @@ def _compare_reading(there: DataSpec, dataset: Dataset) -> dict[str, str]:
         return {}
     before, after = ({flag: getattr(spec, name) for name, flag in _OF_ROWS.items()} for spec in (there, now))
     return compare_settings(before, after)
+
+
+def _choose_folder(settings: EmbedSettings, name: ModelName, task: tuple[int, int] | None) -> Path:
+    """Return the folder of the embeddings; of those that are sent to an object store, where each shard is made."""
+    if settings.out is None:
+        return choose_embeddings(settings.work, name)
+    url = url_of(settings.out)
+    if url is None:
+        return settings.out
+    from clipcid_cli.formats.data.object_store import ObjectStore  # few runs write to one
+
+    ObjectStore(url).names()  # an error where it cannot be asked
+    assert task is not None, "only parts are sent"
+    return WorkDirectory(settings.work).sending(url, task)
 
 
 def _choose_model(settings: EmbedSettings) -> str:

@@ -15,6 +15,13 @@ class EmbedResult(msgspec.Struct):
     files: dict[str, str]
 
 
+class EmbedPart(EmbedResult, kw_only=True):
+    """What is embedded of a part; `images` and `skipped` are those of all its shards, whenever they were embedded."""
+
+    part: str  # as ``2/8``
+    shards: int  # of the part
+
+
 class EmbedCost(msgspec.Struct):
     """What embedding would take, estimated from a few batches."""
 
@@ -32,4 +39,4 @@ class EmbedCost(msgspec.Struct):
     shared_memory_bytes: int
 
 
-Embedded = EmbedResult | EmbedCost
+Embedded = EmbedResult | EmbedPart | EmbedCost

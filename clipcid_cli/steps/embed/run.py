@@ -6,10 +6,12 @@ import dataclasses
 import time
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_pipe
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, read_manifest
+from clipcid_cli.formats.embeddings.parts import refuse_running
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, remove_leftovers
@@ -20,12 +22,12 @@ from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.pipeline import Background
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.data_index import ensure_index, stream_shard
+from clipcid_cli.steps.data_index import count_captions, ensure_index, stream_shard
 from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder
 from clipcid_cli.steps.embed.memory import validate_memory
 from clipcid_cli.steps.embed.plan import EMBED, EmbedPlan, make_plan
 from clipcid_cli.steps.embed.result import Embedded, EmbedResult
-from clipcid_cli.steps.embed.write import Timings, commit, make_rows
+from clipcid_cli.steps.embed.write import Timings, commit, make_rows, state_facts
 from clipcid_cli.steps.encode import Encoded, encode, list_batches
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -38,6 +40,10 @@ _EARLY_CHECK = 10_000
 def run(settings: EmbedSettings) -> Embedded:
     """Embed a data set."""
     with open_dist_context(settings.device) as context:
+        if settings.join is not None:
+            from clipcid_cli.steps.embed.join import join_parts
+
+            return context.on_rank0(lambda: join_parts(settings))
         return make_embeddings(settings, context)
 
 
@@ -48,7 +54,7 @@ def make_embeddings(settings: EmbedSettings, context: DistContext, without_text:
         if not settings.dry_run:
             context.on_rank0(lambda: _remove_leftovers(plan))
         reporting.note(f"{plan.folder} already holds the embeddings of {plan.dataset.spec} with {plan.name.spec}.")
-        return _describe(plan, plan.finished)
+        return describe(plan.folder, plan.finished)
     shards = "1 shard" if len(plan.shards) == 1 else f"{len(plan.shards):,} shards"
     reporting.note(f"Embedding {plan.dataset.spec} ({shards}) with {plan.name.spec}.")
     if settings.dry_run or not plan.is_begun:
@@ -61,15 +67,19 @@ def make_embeddings(settings: EmbedSettings, context: DistContext, without_text:
         from clipcid_cli.steps.embed.cost import estimate_cost
 
         return estimate_cost(encoder, plan, context)
+    if plan.task is not None:
+        from clipcid_cli.steps.embed.part import embed_part
+
+        return embed_part(plan, encoder, spec, context)
     with claim_output(context, spec) as output:
         if output.finished is not None:
-            return _describe(plan, output.finished)
+            return describe(plan.folder, output.finished)
         writer = EmbeddingWriter(output.work, plan.decide_rows(spec.settings), plan.shards, plan.dataset.keys)
         context.on_rank0(lambda: _start(output, writer))
-        timings = _embed_missing(plan, encoder, writer, context)
+        timings = embed_missing(plan, encoder, writer, context, range(len(plan.shards)))
         plan = dataclasses.replace(plan, dataset=ensure_index(plan.dataset, context, encoder.workers))
-        sidecar = context.on_rank0(lambda: commit(plan, encoder, output, writer.finish(), timings))
-    return _describe(plan, sidecar)
+        sidecar = context.on_rank0(lambda: _commit(plan, encoder, output, writer, timings))
+    return describe(plan.folder, sidecar)
 
 
 def _remove_leftovers(plan: EmbedPlan) -> None:
@@ -80,6 +90,7 @@ def _remove_leftovers(plan: EmbedPlan) -> None:
 
 def _start(output: Output[EmbedSidecar], writer: EmbeddingWriter) -> None:
     """Make the work folder, and take over what an earlier output has of the same shards."""
+    refuse_running(output.root)
     output.start()
     if (output.folder / MANIFEST).exists():
         with suppress(ClipcidError):  # it is damaged: all shards are embedded again
@@ -87,18 +98,20 @@ def _start(output: Output[EmbedSidecar], writer: EmbeddingWriter) -> None:
     writer.rename_keys()
 
 
-def _embed_missing(
-    plan: EmbedPlan, encoder: EmbedEncoder, writer: EmbeddingWriter, context: DistContext
+def embed_missing(
+    plan: EmbedPlan, encoder: EmbedEncoder, writer: EmbeddingWriter, context: DistContext, shards: range
 ) -> list[Timings]:
-    """Embed the shards that are not finished, divided among the processes; each is written while the next is encoded.
+    """Embed those of some shards that are not finished; each is written while the next is encoded.
+
+    The processes divide them among themselves.
 
     Returns:
         Of each process, how its time went.
     """
-    missing, expected = context.on_rank0(lambda: _find_missing(plan, writer))
+    missing, expected = context.on_rank0(lambda: _find_missing(plan, writer, shards))
     if missing:
         context.on_all(lambda: validate_memory(plan, encoder, expected))
-    total = len(plan.shards)
+    total = len(shards)
     if len(missing) < total:
         reporting.note(f"{total - len(missing)} of {total} shards are already embedded.")
     own = missing[context.rank :: context.size]
@@ -128,14 +141,13 @@ def _embed_missing(
     return context.gather(timings)
 
 
-def _find_missing(plan: EmbedPlan, writer: EmbeddingWriter) -> tuple[list[int], float | None]:
+def _find_missing(plan: EmbedPlan, writer: EmbeddingWriter, shards: range) -> tuple[list[int], float | None]:
     """Return the numbers of the shards that are not finished, and about how many samples they have; None if unknown."""
     dataset = plan.dataset
-    total = len(plan.shards)
-    missing = [shard_index for shard_index in range(total) if writer.read_record(shard_index) is None]
+    missing = [shard_index for shard_index in shards if writer.read_record(shard_index) is None]
     if dataset.index is None and any(is_pipe(shard.file) for shard in dataset.shards):
         return missing, None  # nothing is known of the output of a command
-    return missing, dataset.estimate_samples() * len(missing) / total
+    return missing, dataset.estimate_samples() * len(missing) / len(plan.shards)
 
 
 class _Seen:
@@ -156,9 +168,28 @@ class _Seen:
             self._skipped.check(self._read, self._plan.settings.max_bad_fraction, self._plan.dataset.spec)
 
 
-def _describe(plan: EmbedPlan, sidecar: EmbedSidecar) -> EmbedResult:
+def _commit(
+    plan: EmbedPlan,
+    encoder: EmbedEncoder,
+    output: Output[EmbedSidecar],
+    writer: EmbeddingWriter,
+    timings: list[Timings],
+) -> EmbedSidecar:
+    return commit(
+        output,
+        state_facts(plan, encoder),
+        writer.finish(),
+        timings,
+        count_captions(plan.dataset) if plan.settings.text else None,
+        max_bad_fraction=plan.settings.max_bad_fraction,
+        without_text=plan.without_text,
+    )
+
+
+def describe(folder: Path, sidecar: EmbedSidecar) -> EmbedResult:
+    """Return what finished embeddings in a folder are."""
     counts = sidecar.counts
-    files = {"embeddings": str(plan.folder)}
-    files |= skipped_file(sidecar, plan.folder)
-    files["sidecar"] = str(sidecar_path(plan.folder, EMBED))
+    files = {"embeddings": str(folder)}
+    files |= skipped_file(sidecar, folder)
+    files["sidecar"] = str(sidecar_path(folder, EMBED))
     return EmbedResult(counts["images"], counts["skipped"], sidecar.images_per_second, sidecar.seconds, files)

@@ -14,14 +14,14 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, merge_skips
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
+from clipcid_cli.formats.embeddings.sidecar import EmbedFacts, EmbedSidecar
 from clipcid_cli.formats.embeddings.writer import ShardRows
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.skipped import SKIPPED
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.data_index import note_captions
+from clipcid_cli.steps.data_index import note_counted_captions
 from clipcid_cli.steps.embed.encoder import EmbedEncoder
 from clipcid_cli.steps.embed.plan import EmbedPlan
 from clipcid_cli.steps.encode import Batch, Encoded, join
@@ -76,51 +76,78 @@ def make_rows(encoder: EmbedEncoder, shard: Shard, parts: Sequence[Encoded], las
     )
 
 
+def measure(timings: Sequence[Timings]) -> dict[str, Any]:
+    """Return the entries of a result that say how long processes took; they ran at the same time."""
+    embedded = sum(process.embedded for process in timings)
+    elapsed = max(process.elapsed for process in timings)
+    phases = ("read", "encode", "write")
+    return {
+        "seconds": {phase: fmean(getattr(process, phase) for process in timings) for phase in phases},
+        "images_per_second": round(embedded / elapsed, 1) if embedded else None,
+    }
+
+
+def state_facts(plan: EmbedPlan, encoder: EmbedEncoder) -> EmbedFacts:
+    """State what the sidecar says of model, data and machine."""
+    truncation = plan.dataset.truncation
+    return EmbedFacts(
+        model=encoder.model.info,
+        data=plan.dataset.describe(),
+        missing_fraction=None if truncation is None else round(truncation.fraction, 4),
+        device=encoder.model.device.type,
+        pillow=PIL.__version__,
+    )
+
+
 def commit(
-    plan: EmbedPlan,
-    encoder: EmbedEncoder,
     output: Output[EmbedSidecar],
+    facts: EmbedFacts,
     records: Sequence[ShardRecord],
     timings: Sequence[Timings],
+    captions: Skips | None,
+    *,
+    max_bad_fraction: float,
+    without_text: str = "",
 ) -> EmbedSidecar:
-    """Check the embeddings of all shards together and commit them."""
+    """Check the embeddings of all shards together and commit them.
+
+    Args:
+        captions: What was counted of them; None where they are not embedded.
+        without_text: As of `EmbedPlan`.
+    """
     rows = sum(shard.rows for shard in records)
     skips = merge_skips(records)
     if not rows:
         output.discard()  # it must not stand in the way of other data
         read = sum(shard.read for shard in records)
         raise ClipcidError(
-            f"None of the {read:,} samples in {plan.dataset.spec} can be used:\n{skips.describe()}", "Fix the data."
+            f"None of the {read:,} samples in {facts.data.spec} can be used:\n{skips.describe()}", "Fix the data."
         )
-    embedded = sum(process.embedded for process in timings)
-    elapsed = max(process.elapsed for process in timings)
-    speed = round(embedded / elapsed, 1) if embedded else None
     written = [output.work / name for name in (MANIFEST, SKIPPED)]
     outputs = [record(path, output.work) for path in written if path.exists()]
-    model = encoder.model.info
+    fix = without_text if "no_caption" in skips.counts else ""
+    skips.check(sum(shard.read for shard in records), max_bad_fraction, facts.data.spec, fix)
     return output.commit(
         outputs=outputs,
-        model=model,
-        counts={"images": rows, **_count_images(plan, records, skips)},
-        seconds={phase: fmean(getattr(process, phase) for process in timings) for phase in ("read", "encode", "write")},
-        images_per_second=speed,
-        data=plan.dataset.describe(),
-        run={"processes": len(timings), "device": encoder.model.device.type, "pillow": PIL.__version__},
+        model=facts.model,
+        counts={"images": rows, **_count_images(facts, records, skips, captions)},
+        **measure(timings),
+        data=facts.data,
+        run={"processes": len(timings), "device": facts.device, "pillow": facts.pillow},
     )
 
 
-def _count_images(plan: EmbedPlan, records: Sequence[ShardRecord], skips: Skips) -> dict[str, Any]:
-    """Count the samples that were read, skipped and adapted, and say so; refuse too many that were skipped."""
+def _count_images(
+    facts: EmbedFacts, records: Sequence[ShardRecord], skips: Skips, captions: Skips | None
+) -> dict[str, Any]:
+    """Count the samples that were read, skipped and adapted, and say so."""
     read = sum(shard.read for shard in records)
-    fix = plan.without_text if "no_caption" in skips.counts else ""
-    skips.check(read, plan.settings.max_bad_fraction, plan.dataset.spec, fix)
     adapted = {how: sum(getattr(shard, how) for shard in records) for how in _ADAPTED}
     for how, count in adapted.items():
         if count:
             reporting.note(f"Images with {_ADAPTED[how]}: {count:,}.")
-    captions = note_captions(plan.dataset) if plan.settings.text else {}
+    of_captions = {} if captions is None else note_counted_captions(facts.data.caption_key, captions)
     if skips.total:
         reporting.warn(f"Samples skipped: {skips.total:,}\n{skips.describe()}")
-    counts = {"read": read, "skipped": dict(sorted(skips.counts.items())), **adapted, **captions}
-    truncation = plan.dataset.truncation
-    return counts if truncation is None else counts | {"missing_fraction": round(truncation.fraction, 4)}
+    counts = {"read": read, "skipped": dict(sorted(skips.counts.items())), **adapted, **of_captions}
+    return counts if facts.missing_fraction is None else counts | {"missing_fraction": facts.missing_fraction}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import UsageError
+from clipcid_cli.formats.data.addresses import is_written
 from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import (
     AT_LEAST_1,
@@ -19,9 +21,11 @@ from clipcid_cli.steps.settings.shared import (
     flag_of,
     given_fields,
     group,
+    url_of,
 )
 
 DEFAULT_MODEL = "ViT-L-14"
+_PART = re.compile(r"(?:auto|(?:auto|(\d{1,9}))/([1-9]\d{0,8}))")
 VIEW_KINDS = ("crop", "strong", "mix")
 
 # What other steps take from the table or the variables of `embed` where they embed; they read data as their own flags say.
@@ -32,6 +36,7 @@ _TAKEN = (
 _configured = [dict[str, Any]()]
 
 _embed = group("Embedding")
+_parts = group("Parts")
 _augment = group("Augmentation")
 
 
@@ -63,8 +68,25 @@ class EmbedSettings(AugmentationSettings, TrainingDataSettings, GpuPlanSettings)
     text: bool = _embed(True, "Also embed the captions.")
     out: Path | None = _embed(
         None,
-        "Output folder; by default embeddings/<model> in the work directory.",
+        "Output folder; by default embeddings/<model> in the work directory. With --part also the URL of a folder in an "
+        "object store, such as s3://bucket/laion.",
         operational=True,
+        may_be_url=True,
+    )
+    part: str | None = _parts(
+        None,
+        "Embed only this part of the shards, of N parts that are numbered from 0: those whose number is I modulo N. Parts "
+        "may run anywhere, at any time, and again. `auto` takes both from SLURM's or SkyPilot's variables, `auto/N` the "
+        "number alone, also from Kubernetes'.",
+        metavar="I/N",
+        operational=True,
+    )
+    join: Path | None = _parts(
+        None,
+        "Join the parts that were written to this --out: in place, or from an object store to the local --out.",
+        metavar="PLACE",
+        operational=True,
+        may_be_url=True,
     )
     batch_size: int | None = group("How it runs")(
         None,
@@ -101,6 +123,7 @@ class EmbedSettings(AugmentationSettings, TrainingDataSettings, GpuPlanSettings)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._validate_parts()
         if self.views and self.fast_decode:
             raise UsageError(
                 "--views needs full-resolution images, which --fast-decode does not decode.", "Omit one of the two."
@@ -116,6 +139,47 @@ class EmbedSettings(AugmentationSettings, TrainingDataSettings, GpuPlanSettings)
         for kind in self.view_kinds:
             if kind not in VIEW_KINDS:
                 raise UsageError(f"--view-kind cannot be {kind!r}.", f"Choose from: {', '.join(VIEW_KINDS)}.")
+
+    def _validate_parts(self) -> None:
+        """Refuse a part that is none, and flags that parts and joining do without."""
+        if self.part is not None:
+            match = _PART.fullmatch(self.part)
+            if match is None or (match[1] and int(match[1]) >= int(match[2])):
+                raise UsageError(
+                    f"--part cannot be {self.part!r}.",
+                    "Give the number of the part, from 0, and how many there are: --part 0/8 to --part 7/8, or auto/8.",
+                )
+            if self.dry_run:
+                raise UsageError(
+                    "--dry-run estimates what all data takes, not a part of it.", "Omit --part; a part takes its share."
+                )
+            if self.join is not None:
+                raise UsageError("--part embeds, --join joins what was embedded.", "Omit one of the two.")
+        url = None if self.out is None else url_of(self.out)
+        if url is not None:
+            self._validate_url("--out", url)
+            if self.part is None:
+                raise UsageError(
+                    f"--out is a URL, {url}, to which only parts are written.",
+                    f"Add --part 0/1, then run clipcid embed --join {url}; or give a local path.",
+                )
+            if self.overwrite:
+                raise UsageError("--overwrite removes nothing behind a URL.", "Give another --out.")
+        if self.join is not None:
+            self._validate_join(self.join)
+
+    def _validate_join(self, place: Path) -> None:
+        url = url_of(place)
+        if url is not None:
+            self._validate_url("--join", url)
+        elif self.out is not None:
+            raise UsageError("--join joins the parts in a folder in place.", "Omit --out.")
+        if self.data is not None or self.dry_run:
+            raise UsageError("--join takes no DATA and no --dry-run: the parts record all.", "Omit them.")
+
+    def _validate_url(self, flag: str, url: str) -> None:
+        if not is_written(url):
+            raise UsageError(f"{flag} is {url}, which is no object store.", "Give s3://, gs://, …, or a local path.")
 
     @classmethod
     def asked_by(cls, step: ReadingSettings, **chosen: Any) -> EmbedSettings:

@@ -19,7 +19,7 @@ from clipcid_cli.errors import DEFAULT_WORK, UsageError
 from clipcid_cli.runtime.libraries import NO_SPINS
 
 _KEY = "clipcid"
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of which a Path keeps one slash
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # of which a Path keeps one slash
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
 
 # About 0.1 ms: it bridges thousands of short parallel sections, and leaves the core to another process otherwise.
@@ -62,6 +62,7 @@ class Setting:
     metavar: str | None = None
     # Whether it leaves the outputs' content as it is (number of workers, verbosity, …): it then never makes one stale.
     operational: bool = False
+    may_be_url: bool = False  # of a path
 
 
 def option(default: Any, help: str, **more: Any) -> Any:  # noqa: A002  # the word click and every reader use for it
@@ -115,8 +116,8 @@ def validate_values(settings: Any) -> None:
                     f"{flag} is {str(item)!a}, which is not UTF-8.",
                     "Rename the folder or file: parquet files can only be opened by names that are text.",
                 )
-            if isinstance(item, Path) and _URL.match(str(item)):
-                url = str(item).replace(":/", "://")
+            url = url_of(item) if isinstance(item, Path) and not setting.may_be_url else None
+            if url is not None:
                 raise UsageError(
                     f"{flag} is a URL, {url}: only data is read from URLs; folders and files must be on a disk.",
                     "Give a local path, or that of a mounted bucket.",
@@ -131,6 +132,12 @@ def validate_values(settings: Any) -> None:
                 raise UsageError(
                     f"{flag} {item:g} is not in the range {setting.within}.", f"Give {flag} a value in that range."
                 )
+
+
+def url_of(path: Path) -> str | None:
+    """Return the URL that was given as a path; None of a path."""
+    match = _URL.match(str(path))
+    return None if match is None else f"{match[1]}://{str(path)[match.end() :]}"
 
 
 def output_settings(settings: Any) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""Parts of embeddings: shards that processes which do not know of one another write to one folder or object store.
+
+    .embed-<identity>/             what unfinished embeddings of these settings and this data have anyway
+        .run.json                  settings and data
+        .shards/0003.json          the record of a shard, written after its files
+        .parts/2-of-8.json         what a part knows that the sidecar of all will say
+        .parts/2-of-8.lock         held while the part runs, in a folder
+
+Whoever finishes the folder, a join or a run without parts, finds the shards finished. `sent_parts.py` has those in a store.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats import fingerprint
+from clipcid_cli.formats.embeddings.manifest import ShardRecord
+from clipcid_cli.formats.embeddings.sidecar import EmbedFacts
+from clipcid_cli.formats.files import lock, write_error
+from clipcid_cli.formats.journal import Journal, record_journal
+from clipcid_cli.formats.sidecar import Run
+
+PARTS = ".parts"
+_MISSING_LOOKED_AT = 2**20  # shards, to name the parts that they are of
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of so many: it has the shards whose number is `index` modulo `count`."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.index}-of-{self.count}"
+
+    def shards(self, total: int) -> range:
+        return range(total)[self.index :: self.count]
+
+
+class PartRecord(msgspec.Struct, kw_only=True):
+    """What is recorded of a part when it begins and when it ends."""
+
+    index: int
+    count: int
+    shards: int  # of all parts
+    facts: EmbedFacts
+    deciding: dict[str, Any]  # the settings that decide the rows of a shard
+    timings: list[dict[str, int | float]] = []  # of each process of its last run; none before its end
+
+
+def part_journal(work: Path) -> Journal[PartRecord]:
+    """Return the journal of the parts in a work folder."""
+    return record_journal(work / PARTS, PartRecord)
+
+
+@contextmanager
+def hold_part(work: Path, part: Part) -> Iterator[None]:
+    """Hold a part of a work folder; one that another process holds is refused."""
+    path = work / PARTS / f"{part.label}.lock"
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            stack.enter_context(lock(path, wait=False))
+        except BlockingIOError as error:
+            raise _running_error(work, str(part)) from error
+        except OSError as error:
+            raise write_error(path, error) from error
+        yield
+        path.unlink(missing_ok=True)
+
+
+def refuse_running(work: Path) -> None:
+    """Refuse to finish a work folder while a part is written to it."""
+    for path in (work / PARTS).glob("*.lock"):
+        try:
+            with lock(path, wait=False):
+                path.unlink(missing_ok=True)
+        except BlockingIOError as error:
+            raise _running_error(work, path.stem.replace("-of-", "/")) from error
+
+
+def _running_error(work: Path, part: str) -> ClipcidError:
+    return ClipcidError(
+        f"Part {part} of {work.parent} is being embedded by another process.", "Wait for it, or stop it."
+    )
+
+
+def validate_complete(place: str, parts: Sequence[PartRecord], records: dict[int, ShardRecord], run: Run) -> None:
+    """Refuse parts that do not agree, of which some are missing, or whose shards are not the data that was recorded."""
+    if not parts:
+        raise ClipcidError(f"{place} has no record of a part.", "Run the parts first: clipcid embed DATA --part I/N")
+    shards = sorted({part.shards for part in parts})
+    if len(shards) > 1:
+        raise ClipcidError(
+            f"The parts in {place} are of {shards[0]:,} and of {shards[1]:,} shards.",
+            "Run all parts on the same data, to another --out.",
+        )
+    total = shards[0]
+    lacking = (index for index in range(total) if index not in records)
+    missing = list(islice(lacking, _MISSING_LOOKED_AT))
+    if missing:
+        count = max(part.count for part in parts)
+        of = [str(Part(index, count)) for index in sorted({shard % max(1, count) for shard in missing})]
+        named = ", ".join(of[:8]) + (f" and {len(of) - 8} more" if len(of) > 8 else "")
+        raise ClipcidError(
+            f"{total - len(records):,} of {total:,} shards are missing in {place}, of "
+            f"{'part' if len(of) == 1 else 'parts'} {named}.",
+            f"Run {'it' if len(of) == 1 else 'them'} again: clipcid embed DATA --part {of[0]} …",
+        )
+    together = fingerprint.record_together("", [records[index].input for index in range(total)])
+    if len(records) != total or [file.content for file in run.inputs] != [together.content]:
+        raise ClipcidError(
+            f"The {len(records):,} shards in {place} are not those of the data, of {total:,} shards: they have "
+            f"{together.size:,} bytes, the data {sum(file.size for file in run.inputs):,}.",
+            "Embed again to another --out.",
+        )
