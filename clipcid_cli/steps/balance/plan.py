@@ -97,7 +97,11 @@ class BalancePlan:
 
 def make_plan(settings: BalanceSettings, inputs: BalanceInputs) -> BalancePlan:
     """Decide, on the first process, what is balanced and written; refuse what would fail after hours of search."""
-    data = check_inputs(settings, inputs)
+    return plan_checked(settings, inputs, check_inputs(settings, inputs))
+
+
+def plan_checked(settings: BalanceSettings, inputs: BalanceInputs, data: Dataset | None = None) -> BalancePlan:
+    """Decide it for inputs that have been checked."""
     references = [_plan_reference(reference) for reference in inputs.references]
     spec = _identify(settings, inputs, references)
     if not settings.overwrite:
