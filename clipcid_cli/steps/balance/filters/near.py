@@ -61,13 +61,14 @@ def find_far(run: BalanceRun) -> FarImages:
 
 def _find_within(run: BalanceRun, threshold: float) -> Nearest:
     targets = run.references_of("--near")
-    nearest = compare(run, targets, threshold, "near").up_to(threshold)
+    sampled_RS = sample_distances(run, targets)
+    nearest = compare(run, targets, threshold, "near", sampled_RS).up_to(threshold)
     if not nearest.is_near.any():
-        sampled = sample_distances(run, targets)
-        images = "the images" if len(sampled) == len(run.rows.unique) else f"{len(sampled):,} sampled ones"
+        size = sampled_RS.shape[1]
+        images = "the images" if size == len(run.rows.unique) else f"{size:,} sampled ones"
         raise ClipcidError(
             f"None of the {run.rows.num_searched:,} images is within {threshold:g} of a target: "
-            f"the nearest of {images} is {sampled[0]:.4f} away.",
+            f"the nearest of {images} is {sampled_RS.min():.4f} away.",
             "Give a larger --near-distance, or the share to keep: --near-keep R.",
         )
     return nearest
@@ -77,15 +78,16 @@ def _find_share(run: BalanceRun, share: float) -> Nearest:
     """Find the share of the rows that is nearest to the targets, with all that are as near as the last of them."""
     targets = run.references_of("--near")
     needed = max(1, round(share * run.rows.num_searched))
-    sampled = sample_distances(run, targets)
-    cutoff = first_cutoff(sampled, np.ones(len(sampled)), share)
-    comparison = compare(run, targets, cutoff, "near")
+    sampled_RS = sample_distances(run, targets)
+    nearest_S = np.sort(sampled_RS.min(axis=0))
+    cutoff = first_cutoff(nearest_S, np.ones(len(nearest_S)), share)
+    comparison = compare(run, targets, cutoff, "near", sampled_RS)
     while (count := run.context.on_rank0(comparison.count_near)) < needed:
         reporting.note(
             f"{count:,} of the {needed:,} images to keep are within {cutoff:.4f}: farther ones are compared."
         )
-        cutoff = wider_cutoff(sampled, cutoff, count, needed)
-        comparison = compare(run, targets, cutoff, "near")
+        cutoff = wider_cutoff(nearest_S, cutoff, count, needed)
+        comparison = compare(run, targets, cutoff, "near", sampled_RS)
     return comparison.up_to(run.context.on_rank0(lambda: _distance_of(comparison, needed)))
 
 

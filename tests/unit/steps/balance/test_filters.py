@@ -106,11 +106,11 @@ def distances_to(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.concatenate([np.sqrt(((part - others.astype(np.float64)) ** 2).sum(-1)) for part in parts]).astype("f4")
 
 
-@pytest.mark.parametrize("amount", [{"near_keep": 0.25}, {"near_distance": 0.55}], ids=["share", "distance"])
+@pytest.mark.parametrize("amount", [{"near_keep": 0.25}, {"near_distance": 0.55}, {"near_distance": 1.12}])
 def test_of_what_other_filters_leave_the_images_near_a_target_are_balanced(
     tmp_path: Path, amount: dict[str, float]
 ) -> None:
-    rows = read_real("rows")[::2]
+    rows = read_real("rows")[::3]
     rows[100:140] = rows[300]  # copies are as near as the first of them
     targets = read_real("references")
     keys = [f"target {row}" for row in range(len(targets))]
@@ -135,7 +135,7 @@ def test_of_what_other_filters_leave_the_images_near_a_target_are_balanced(
     named = [keys[at::2][which[at][row]] for row, at in enumerate(place[is_near])]
     assert keep["near_key"].dropna().tolist() == named
     assert result["near"] == {
-        "threshold": float(threshold) if "near_keep" in amount else 0.55,
+        "threshold": amount.get("near_distance", float(threshold)),
         "kept": is_near.sum(),
         "dropped": (is_left & ~is_near).sum(),
         "references": [
@@ -149,7 +149,8 @@ def test_of_what_other_filters_leave_the_images_near_a_target_are_balanced(
         ],
     }
     assert result["searched"] == result["near"]["kept"]
-    assert result["dropped_by"] == keep["dropped_by"].value_counts().to_dict() | {"caption": 0, "cluster": 0}
+    dropped = dict.fromkeys(("reference", "caption", "far", "repeat", "cluster"), 0)
+    assert result["dropped_by"] == dropped | keep["dropped_by"].value_counts().to_dict()
     assert f"{is_near.sum():,} of {is_left.sum():,} images are within" in told
     # Sets are made of what is left alone: as of these rows by themselves.
     balance(tmp_path / "alone", write_embeddings(tmp_path / "left", rows[is_near]), threshold=0.4)
