@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.distant import close_copies
@@ -23,6 +22,7 @@ from clipcid_cli.steps.distill.batches import Batches, BatchMaker
 from clipcid_cli.steps.distill.checkpoints import Checkpoints
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
+from clipcid_cli.steps.distill.pace import Pace, full_speed
 from clipcid_cli.steps.distill.plan import DistillPlan
 from clipcid_cli.steps.distill.space import choose_space
 from clipcid_cli.steps.distill.step import SentRecord, StepRecord, TrainStep
@@ -36,28 +36,6 @@ _STEPS_BETWEEN_WORDS = 8
 
 # After this time there is a checkpoint, however many steps were made: a kill costs no more.
 _SECONDS_BETWEEN_CHECKPOINTS = 480.0
-
-
-class _Pace:
-    """How fast a run goes, from its first step here on, and what part of the time it waits for batches."""
-
-    def __init__(self, first: int, batch_size: int) -> None:
-        self._first = first
-        self._batch_size = batch_size
-        self._started = time.monotonic()
-        self._waited = 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time of what is done meanwhile as waiting."""
-        before = time.monotonic()
-        yield
-        self._waited += time.monotonic() - before
-
-    def measure(self, step: int) -> tuple[float, float]:
-        """Return the samples a second up to a step that has just ended, and the share of the time that was waited."""
-        seconds = time.monotonic() - self._started
-        return (step - self._first) * self._batch_size / seconds, self._waited / seconds
 
 
 class Trainer:
@@ -137,15 +115,16 @@ class Trainer:
             interruption.ends_when_saved(lambda: f"from step {self.checkpoints.saved_step:,}"),
             closing(self.checkpoints),
         ):
-            pace = _Pace(first, plan.batch_size)
+            speed = full_speed(plan, self.student, self.context)
+            pace = Pace(first, plan.batch_size, lambda: self.batches.copy_seconds, speed)
             sent: SentRecord | None = None
             for step in range(first + 1, plan.steps + 1):
-                with pace.waiting():
+                with pace.phase("data_wait"):
                     batch = next(batches)
                 self.step(batch)
                 progress.advance(plan.batch_size)
                 if sent is not None:  # of the step before: the GPU has this one to make while that is read
-                    self._log(self.read(sent), pace, progress)
+                    self._log(self._read(sent, pace), pace, progress)
                     sent = None
                 intervals = (plan.log_every, plan.eval_every, plan.checkpoint_every)
                 logs, evaluates, saves = (step % every == 0 or step == plan.steps for every in intervals)
@@ -154,14 +133,16 @@ class Trainer:
                 if logs or evaluates or saves:
                     sent = self.make_step.send()
                 if sent is not None and (evaluates or saves or self.context.device.type == "cpu"):
-                    record = self.read(sent)
+                    record = self._read(sent, pace)
                     sent = None
                     if logs:
                         self._log(record, pace, progress)
                 if evaluates:
-                    self._evaluate()
+                    with pace.phase("evaluation"):
+                        self._evaluate()
                 if saves:
-                    self._save()
+                    with pace.phase("checkpoint"):
+                        self._save()
                 if ends or step == plan.steps:
                     self.checkpoints.finish()
                 if ends:
@@ -184,14 +165,20 @@ class Trainer:
         self.losses = record.losses
         return record
 
-    def _log(self, record: StepRecord, pace: _Pace, progress: reporting.Progress) -> None:
-        speed, waiting = pace.measure(record.step)
-        self.log.add(record.line() | {"samples_per_second": round(speed, 1), "data_wait_share": round(waiting, 3)})
+    def _read(self, sent: SentRecord, pace: Pace) -> StepRecord:
+        record = self.read(sent)
+        pace.add(record.seconds)
+        return record
+
+    def _log(self, record: StepRecord, pace: Pace, progress: reporting.Progress) -> None:
+        measured = pace.measure(record.step)
+        self.log.add(record.line() | measured.line())
         progress.show(
             **record.losses,
             lr=record.lr,
             **{f"σ {name}": scale for name, scale in record.scales.items()},
-            waiting=f"{waiting:.0%}",
+            waiting=f"{measured.waiting:.0%}",
+            **({} if measured.mfu is None else {"MFU": f"{measured.mfu:.0%}"}),
             memory=f"{memory_in_use(self.context.device) / 2**30:.1f} GiB",
         )
 
