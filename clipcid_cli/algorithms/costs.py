@@ -31,6 +31,10 @@ _BYTES_OF_UPDATE = 28
 # Products of a process's rows with all rows of the batch: logits of images and captions, of the student and the teacher.
 _SIMILARITIES = 4
 _TOWERS = 2
+# The cluster loss on a GPU makes each product of three of half precision (``losses/half_products.py``), and reads and writes
+# so many bytes for each logit: 36 in the forward pass, 56 in the backward pass.
+_PARTS = 3
+_BYTES_OF_LOGIT = 92
 # Rounds of Muon, each with two products of a × b matrices and one of a × a (``training/optimisers.py``).
 _ROUNDS = 5
 # Weights, gradients, two moments (one of Muon's matrices), and a copy of the weights in the format of products.
@@ -92,6 +96,9 @@ class Tower:
                 yield min(self.width, self.hidden), max(self.width, self.hidden)
 
 
+_NO_TOWER = Tower(tokens=0, width=0, layers=1, hidden=0, embed_dim=0, patch=0, table=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """Both towers of a model, and its images."""
@@ -125,6 +132,10 @@ class Clip:
         """Operations of Muon in a step."""
         matrices = (*self.image.matrices(), *self.text.matrices())
         return _ROUNDS * sum(4 * short * short * long + 2 * short**3 for short, long in matrices)
+
+    def image_alone(self, embed_dim: int) -> Clip:
+        """Return it without a text tower, for embeddings of another width."""
+        return dataclasses.replace(self, image=dataclasses.replace(self.image, embed_dim=embed_dim), text=_NO_TOWER)
 
     def training_bytes(self, *, mixed: bool = True) -> int:
         """Return the bytes that training on a pair reads and writes besides those of products."""
@@ -167,16 +178,22 @@ class Clip:
         """Bytes that the optimiser reads and writes in a step."""
         return _BYTES_OF_UPDATE * self.parameters
 
-    def loss_operations(self, own: int, batch: int, candidates: int = 0) -> int:
-        """Return the operations of the losses of a step, in float32.
+    def loss_operations(self, own: int, batch: int) -> int:
+        """Return the operations of the losses of a step but for the cluster loss, in float32.
 
         Args:
             own: Samples of the process.
             batch: Samples of all processes.
-            candidates: Centroids that samples are compared with.
         """
-        compared = _SIMILARITIES * batch + _TOWERS * candidates
-        return _WITH_BACKWARD * 2 * own * compared * self.embed_dim
+        return _WITH_BACKWARD * 2 * own * _SIMILARITIES * batch * self.embed_dim
+
+    def cluster_operations(self, own: int, candidates: int, *, of_parts: bool = False) -> int:
+        """Return the operations of the cluster loss of a step: in float32, or those of its parts in half precision."""
+        return _WITH_BACKWARD * 2 * own * _TOWERS * candidates * self.embed_dim * (_PARTS if of_parts else 1)
+
+    def cluster_bytes(self, own: int, candidates: int) -> int:
+        """Return the bytes that a GPU reads and writes for the cluster loss of a step."""
+        return _BYTES_OF_LOGIT * own * _TOWERS * candidates
 
     @property
     def image_bytes(self) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from clipcid_cli.algorithms.costs import Clip, describe_clip
+from clipcid_cli.algorithms.costs import Clip
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
@@ -25,7 +25,7 @@ from clipcid_cli.steps.settings.distill import DEFAULT_EPOCHS, DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
 from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import TrainingDataSettings
-from clipcid_cli.steps.training_time import encode_seconds, step_seconds
+from clipcid_cli.steps.training_time import describe_model, encode_seconds, step_seconds
 
 # Bytes of an image file of 256 pixels with its caption, and images a core decodes a second (docs/scale.md).
 _IMAGE_BYTES = 25_000
@@ -39,6 +39,7 @@ _IMAGES_OF_CLUSTER, _MOST_CLUSTERS = 225, 1_000_000
 # Keep list and forest of an image (docs/scale.md).
 _BYTES_OF_LISTS = 65
 _ENCODED_AT_ONCE = 256
+_BYTES_OF_WEIGHT = 4  # a parameter that only lies there, in float32
 _BYTES_OF_ENCODER = 6  # a parameter's weight, in float32 and as products read it
 _NEAREST, _BYTES_OF_NEAREST = 16, 6
 
@@ -98,7 +99,7 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     """Compute what training takes."""
     gpus = _choose_gpus(settings.gpus, settings.precision)
     known = _look_up(settings)
-    clip = _describe(str(settings.student))
+    clip, held_bytes = _describe_student(settings)
     kept = None if settings.keep_list == "none" else known.kept
     images = _count_images(settings, kept or known.images)
     trained = max(1, round(images * (1 - settings.val_fraction)))
@@ -110,12 +111,12 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     operations = batch * clip.training_operations + gpus.total * clip.optimizer_operations
     # Beside the step: layers that are computed again, and a teacher that encodes the same samples.
     again = [clip] if settings.grad_checkpointing else []
-    again += [_describe(name) for name in settings.teacher] if settings.online_teacher else []
+    again += [describe_model(name) for name in settings.teacher] if settings.online_teacher else []
     for model in again:
         taken += encode_seconds(own * model.operations, own * model.encoding_bytes(), gpus.device)
         operations += batch * model.operations
     kept_bytes = clip.kept_bytes(mixed=gpus.device.is_mixed, recomputed=settings.grad_checkpointing)
-    free = _SHARE_OF_MEMORY * gpus.device.memory - clip.state_bytes
+    free = _SHARE_OF_MEMORY * gpus.device.memory - clip.state_bytes - held_bytes
     plan = _finish(
         "distill",
         gpus,
@@ -123,8 +124,8 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
         steps * taken,
         operations=float(steps) * operations,
         bytes_read=float(steps) * batch * (_IMAGE_BYTES + _count_row_bytes(settings, known.width)),
-        disk_bytes=3.0 * clip.checkpoint_bytes,
-        memory_bytes=clip.state_bytes + own / settings.accum_freq * kept_bytes,
+        disk_bytes=3.0 * (clip.checkpoint_bytes + held_bytes),
+        memory_bytes=clip.state_bytes + held_bytes + own / settings.accum_freq * kept_bytes,
         price=settings.price,
     )
     plan.images_per_second = batch / taken
@@ -132,6 +133,16 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     plan.steps, plan.batch_size, plan.seconds_per_step = steps, batch, taken
     plan.largest_batch_per_gpu = max(0, math.floor(settings.accum_freq * free / kept_bytes))
     return plan
+
+
+def _describe_student(settings: DistillSettings) -> tuple[Clip, int]:
+    """Describe what is trained, and return the bytes of what is held beside it: a text tower that is the teacher's."""
+    clip = describe_model(str(settings.student))
+    if not settings.keeps_text_tower:
+        return clip, 0
+    embedded = find_embedded_model(WorkDirectory(settings.work))
+    teacher = describe_model(next(iter(settings.teacher), embedded or DEFAULT_MODEL))
+    return clip.image_alone(teacher.embed_dim), _BYTES_OF_WEIGHT * teacher.text.parameters
 
 
 def _count_candidates(settings: DistillSettings, images: int) -> int:
@@ -155,7 +166,7 @@ def plan_embed(settings: EmbedSettings) -> GpuPlan:
     known_model = None if settings.data is not None else find_embedded_model(WorkDirectory(settings.work))
     model = settings.model or known_model or DEFAULT_MODEL
     reporting.note(f"Model: {model}.")
-    clip = _describe(model)
+    clip = describe_model(model)
     images = _count_images(settings, _look_up(settings).images)
     shown, texts = 1 + settings.views, (1 + settings.text_variants) * settings.text
     operations = shown * clip.image.operations + texts * clip.text.operations
@@ -273,16 +284,6 @@ def _choose_gpus(given: str | None, precision: str) -> _Gpus:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return _Gpus(f"{count}x{name}", count, measure_device(device, precision), device.type == "cuda")
-
-
-def _describe(spec: str) -> Clip:
-    config = find_config(parse_model(spec))
-    if config is None:
-        raise ClipcidError(
-            f"The operations of {spec} are not known before it is downloaded.",
-            "Plan with its architecture, such as ViT-L-14.",
-        )
-    return describe_clip(config)
 
 
 def _width_of(spec: str) -> int:

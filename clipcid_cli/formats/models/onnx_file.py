@@ -285,6 +285,7 @@ def _parse(text: Template, constants: Mapping[str, Any], **words: Any) -> Any:
     """Make a graph of its text, with further constants of float32."""
     from onnx import numpy_helper, parser
 
+    # The words are this module's numbers and names: class names are metadata, and no part of the text.
     graph = parser.parse_graph(text.substitute(words))
     for name, values in constants.items():
         graph.initializer.append(numpy_helper.from_array(np.asarray(values, dtype="float32"), name))

@@ -138,6 +138,7 @@ def make_plan(
 ) -> DistillPlan:
     """Plan a run, on the first process."""
     inputs = find_inputs(settings, embeddings, scratch)
+    settings = inputs.settings
     batch_size = choose_batch_size(settings, inputs.training.total, context)
     extra_texts = inputs.teacher.num_extra_texts(batch_size)
     if extra_texts % context.size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -128,6 +129,16 @@ def test_without_npm_the_command_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ClipcidError, match="npm pack onnxruntime-web@"):
         validate_packages(None)
+
+
+def test_npm_does_not_stand_in_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose .npmrc and package.json, perhaps a stranger's, it would obey."""
+    (tmp_path / "npm").write_text('#!/bin/sh\nread line < package.json\necho "in $PWD: $line" >&2\nexit 1\n')
+    (tmp_path / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(ClipcidError, match=r"in /.*: \{\}") as failed:
+        write_engine(tmp_path / "web", None)
+    assert str(Path.cwd()) not in failed.value.message
 
 
 def test_another_file_under_a_packages_name_is_refused(tmp_path: Path) -> None:

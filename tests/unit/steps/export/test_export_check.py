@@ -285,6 +285,7 @@ def render(info: ModelRecord, source: ModelName, **settings: Any) -> str:
 def test_metrics_are_those_of_the_same_weights(model: ClipModel, tiny_model: Path, tmp_path: Path) -> None:
     write_evaluation(tmp_path, "own", "blake2b:aa", 0.5)
     write_evaluation(tmp_path, "same", "blake2b:aa", 0.5, config=record(tiny_model / "open_clip_config.json").hash)
+    write_evaluation(tmp_path, "copied", "blake2b:aa", 0.5, dataset="own")
     write_evaluation(tmp_path, "others", "blake2b:bb", 0.25)
     write_evaluation(tmp_path, "sampled", "blake2b-sampled:aa", 0.75)
     own = msgspec.structs.replace(model.info, weights_hash="blake2b:aa")
@@ -292,6 +293,7 @@ def test_metrics_are_those_of_the_same_weights(model: ClipModel, tiny_model: Pat
     for source in (tagged, parse_model(str(tiny_model))):
         card = render(own, source, work=tmp_path)
         assert "| own | zeroshot_classification | acc1 | 1,234 | 0.5000 | aa01, bb02 |" in card
+        assert card.count("| own |") == 1
         assert "| same |" in card
         assert "| others |" not in card
         assert "| sampled |" not in card
