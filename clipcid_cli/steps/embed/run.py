@@ -24,6 +24,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import count_captions, ensure_index, stream_shard
 from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder
+from clipcid_cli.steps.embed.memory import validate_memory
 from clipcid_cli.steps.embed.plan import EMBED, EmbedPlan, make_plan
 from clipcid_cli.steps.embed.result import Embedded, EmbedResult
 from clipcid_cli.steps.embed.write import Timings, commit, make_rows, state_facts
@@ -108,6 +109,8 @@ def embed_missing(
         Of each process, how its time went.
     """
     missing, expected = context.on_rank0(lambda: _find_missing(plan, writer, shards))
+    if missing:
+        context.on_all(lambda: validate_memory(plan, encoder, expected))
     total = len(shards)
     if len(missing) < total:
         reporting.note(f"{total - len(missing)} of {total} shards are already embedded.")
