@@ -46,7 +46,7 @@ def write_image_tower(folder: Path, family: str) -> Path:
     return folder / "student.json"
 
 
-@pytest.mark.parametrize("family", ["ViT", "SigLIP", "XLM-R"])
+@pytest.mark.parametrize("family", ["ViT", "SigLIP", pytest.param("XLM-R", marks=pytest.mark.slow)])
 def test_open_clip_loads_both_towers(family: str, tmp_path: Path) -> None:
     """CLIP's text tower, a custom one with a tokenizer of its own, and one of transformers."""
     source = write_family(tmp_path / "family", FAMILIES[family])
