@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from clipcid_cli.algorithms.costs import Clip, describe_clip
+from clipcid_cli.algorithms.costs import Clip
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
@@ -25,7 +25,7 @@ from clipcid_cli.steps.settings.distill import DEFAULT_EPOCHS, DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
 from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import TrainingDataSettings
-from clipcid_cli.steps.training_time import encode_seconds, step_seconds
+from clipcid_cli.steps.training_time import describe_model, encode_seconds, step_seconds
 
 # Bytes of an image file of 256 pixels with its caption, and images a core decodes a second (docs/scale.md).
 _IMAGE_BYTES = 25_000
@@ -111,7 +111,7 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     operations = batch * clip.training_operations + gpus.total * clip.optimizer_operations
     # Beside the step: layers that are computed again, and a teacher that encodes the same samples.
     again = [clip] if settings.grad_checkpointing else []
-    again += [_describe(name) for name in settings.teacher] if settings.online_teacher else []
+    again += [describe_model(name) for name in settings.teacher] if settings.online_teacher else []
     for model in again:
         taken += encode_seconds(own * model.operations, own * model.encoding_bytes(), gpus.device)
         operations += batch * model.operations
@@ -137,11 +137,11 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
 
 def _describe_student(settings: DistillSettings) -> tuple[Clip, int]:
     """Describe what is trained, and return the bytes of what is held beside it: a text tower that is the teacher's."""
-    clip = _describe(str(settings.student))
+    clip = describe_model(str(settings.student))
     if not settings.keeps_text_tower:
         return clip, 0
     embedded = find_embedded_model(WorkDirectory(settings.work))
-    teacher = _describe(next(iter(settings.teacher), embedded or DEFAULT_MODEL))
+    teacher = describe_model(next(iter(settings.teacher), embedded or DEFAULT_MODEL))
     return clip.image_alone(teacher.embed_dim), _BYTES_OF_WEIGHT * teacher.text.parameters
 
 
@@ -166,7 +166,7 @@ def plan_embed(settings: EmbedSettings) -> GpuPlan:
     known_model = None if settings.data is not None else find_embedded_model(WorkDirectory(settings.work))
     model = settings.model or known_model or DEFAULT_MODEL
     reporting.note(f"Model: {model}.")
-    clip = _describe(model)
+    clip = describe_model(model)
     images = _count_images(settings, _look_up(settings).images)
     shown, texts = 1 + settings.views, (1 + settings.text_variants) * settings.text
     operations = shown * clip.image.operations + texts * clip.text.operations
@@ -284,16 +284,6 @@ def _choose_gpus(given: str | None, precision: str) -> _Gpus:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return _Gpus(f"{count}x{name}", count, measure_device(device, precision), device.type == "cuda")
-
-
-def _describe(spec: str) -> Clip:
-    config = find_config(parse_model(spec))
-    if config is None:
-        raise ClipcidError(
-            f"The operations of {spec} are not known before it is downloaded.",
-            "Plan with its architecture, such as ViT-L-14.",
-        )
-    return describe_clip(config)
 
 
 def _width_of(spec: str) -> int:

@@ -227,6 +227,6 @@ def select_losses(preset: str, overrides: Mapping[str, float], trust: float = 1.
 
 def load_loss(name: str) -> Callable[..., Any]:
     """Import and return the function of a loss."""
-    module, function = LOSSES[name].function.split(":")
+    module, function = LOSSES[name].function.split(":")  # of the table above: what a user names is looked up there
     loaded: Callable[..., Any] = getattr(importlib.import_module(f"clipcid_cli.algorithms.losses.{module}"), function)
     return loaded

@@ -184,6 +184,8 @@ def _own_text_tower(config: dict[str, Any], name: ModelName) -> dict[str, Any]:
 def _create(name: ModelName, source: str, config: dict[str, Any], **options: Any) -> torch.nn.Module:
     try:
         import_towers(config)
+        # Weights run nothing: open_clip reads them by safetensors or with `weights_only`. `validate_passed_on` has refused
+        # settings that would run code, and `import_towers` refuses code on a hub.
         return cast(torch.nn.Module, open_clip.create_model(source, precision="fp32", device="cpu", **options))
     except Exception as error:  # open_clip raises whatever PyTorch, safetensors or json do for a file that does not fit
         raise ClipcidError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
@@ -29,6 +30,7 @@ from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.distill.training_batch import HOST, TrainingBatch
 from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.shard_copies import fetch_part_ahead
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.distill.clusters import ClusterLookup
@@ -296,7 +298,9 @@ class Batches:
 
     def deal(self, steps: range) -> Iterator[DealtBatch]:
         """Say what workers shall make of each step's batch; a start anywhere deals the same."""
-        order = SampleOrder(self._seed, self._samples.sizes.tolist(), index_of(self._inputs.dataset).fetch_ahead)
+        index = index_of(self._inputs.dataset)
+        fetch = partial(fetch_part_ahead, index, context=self._context)
+        order = SampleOrder(self._seed, self._samples.sizes.tolist(), fetch)
         own = slice(*self._context.rank_range(self._batch_size))
         for step in steps:
             first = step * self._batch_size

@@ -72,7 +72,7 @@ def count_usable(
         if captions and listed.with_captions < listed.samples:
             part = index.part(shard)
             places = np.flatnonzero(part.num_captions == 0)
-            named = part.keys.take(pa.array(places[:_NAMED])).to_pylist()
+            named = list(map(dataset.shards[shard].describe, part.keys.take(pa.array(places[:_NAMED])).to_pylist()))
             without_caption.merge(Skips({"no_caption": len(places)}, {"no_caption": named}))
     if not may_lack_captions:
         skips.merge(without_caption)
@@ -97,19 +97,33 @@ def list_skipped(dataset: Dataset, unreadable: Mapping[str, str], *, captions: b
     """
     index = index_of(dataset)
     reasons = {key: reason.partition(": ")[0] for key, reason in unreadable.items()}
-    bad = pa.array(reasons, pa.string())
     for shard, listed in enumerate(index.records):
         lacks_captions = captions and listed.with_captions < listed.samples
         if listed.skips.total == 0 and not lacks_captions and not reasons:
             continue  # its part need not be read
         part = index.part(shard)
         name = dataset.shards[shard].name
-        keys = part.keys.combine_chunks()
         yield make_table(part.skipped)
+        keys = part.keys.combine_chunks()
         if lacks_captions:
             yield list_rows(keys.filter(pa.array(part.num_captions == 0)), name, "no_caption")
-        unread = keys.filter(pc.is_in(keys, value_set=bad)).to_pylist()
-        yield make_table([(key, name, reasons[key]) for key in unread])
+        yield make_table([(key, name, reasons[key]) for key in _select(keys, reasons)])
+
+
+def count_unreadable(dataset: Dataset, unreadable: Mapping[str, str]) -> Skips:
+    """Count unreadable images by the reason that is given of each key, and name them as other skipped samples are."""
+    index = index_of(dataset)
+    skips = Skips()
+    for shard, opened in enumerate(dataset.shards if unreadable else ()):
+        for key in _select(index.part(shard).keys.combine_chunks(), unreadable):
+            skips.add(unreadable[key], opened.describe(key))
+    return skips
+
+
+def _select(keys: pa.Array, some: Mapping[str, str]) -> list[str]:
+    """Return the keys that are among `some`."""
+    chosen: list[str] = keys.filter(pc.is_in(keys, value_set=pa.array(some, pa.string()))).to_pylist()
+    return chosen
 
 
 @dataclasses.dataclass(frozen=True)

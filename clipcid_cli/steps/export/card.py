@@ -65,7 +65,8 @@ def render_card(
         license=settings.license or _UNKNOWN,
         library=_LIBRARIES[settings.format[0]],
         facts=facts,
-        metrics=list(_find_metrics(work, info.weights_hash, source)),
+        # The same weights may have been measured in two folders, as in the run's and in an export.
+        metrics=list(dict.fromkeys(_find_metrics(work, info.weights_hash, source))),
         precision=settings.stored_precision,
         parity=parity,
         dense=settings.dense,
@@ -116,7 +117,7 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
 
 def _find_metrics(
     work: WorkDirectory, weights_hash: str, source: ModelName
-) -> Iterator[tuple[str, str, str, int, float, str]]:
+) -> Iterator[tuple[str, str, str, int, str, str]]:
     """Yield what was measured on these very weights: data set, task, metric, images, value, hashes of the prompts.
 
     The data set is named with the variant, as ``photos (caption-lines)``. Where both are folders, they have the same
@@ -139,7 +140,7 @@ def _find_metrics(
         data = f"{content.dataset} ({variant})" if variant else content.dataset
         for name, value in content.metrics.items():
             if isinstance(value, int | float):
-                yield data, content.task, name, sidecar.counts["images"], float(value), prompts
+                yield data, content.task, name, sidecar.counts["images"], f"{value:.4f}", prompts
 
 
 def _read(folder: Path, step: str, kind: type[AnySidecar]) -> AnySidecar | None:
