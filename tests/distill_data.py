@@ -30,10 +30,8 @@ FULL_PRESETS = tuple(
 def losses(run: Path) -> list[dict[str, Any]]:
     """Read what training logged, without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in line.items() if name not in ("samples_per_second", "data_wait_share")}
-        for line in lines
-    ]
+    timed = ("samples_per_second", "data_wait_share", "mfu", "seconds_")
+    return [{name: value for name, value in line.items() if not name.startswith(timed)} for line in lines]
 
 
 def student_bytes(run: Path) -> bytes:

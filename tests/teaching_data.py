@@ -30,6 +30,7 @@ from clipcid_cli.steps.distill.space import choose_space
 from clipcid_cli.steps.distill.teachers import OnlineTeacher, RunningModel, Teacher, TeacherRows
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
 from clipcid_cli.steps.embed import run as embed
+from clipcid_cli.steps.embed.result import Embedded
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -59,10 +60,10 @@ def write_student(folder: Path) -> Path:
     return path
 
 
-def embed_data(data: Path, model: Path, out: Path, **settings: Any) -> None:
+def embed_data(data: Path, model: Path, out: Path, **settings: Any) -> Embedded:
     """Run `embed` in this process: fp32, batches of 8, no workers unless told otherwise."""
     given = {"precision": "fp32", "batch_size": 8, "workers": 0, "device": "cpu"} | settings
-    embed.run(EmbedSettings(data=str(data), model=str(model), out=out, **given))
+    return embed.run(EmbedSettings(data=str(data), model=str(model), out=out, **given))
 
 
 def read_params(embeddings: Embeddings, row: int, view: int) -> npt.NDArray[np.float32]:
@@ -98,7 +99,11 @@ class Run:
         maker = BatchMaker(self.settings, inputs, Processor.from_model(student))
         batches = Batches(inputs, maker, None, inputs.training.total, self.settings.seed, ALONE)
         [dealt] = batches.deal(range(epoch, epoch + 1))
-        return dealt.rows.tolist(), batches.finish(dealt, batches.make(dealt))
+        parts = batches.make(dealt)
+        for work, part in zip(dealt.work, parts, strict=True):
+            taken = sum(value.nbytes for value in vars(part).values() if isinstance(value, Tensor))
+            assert maker.count_bytes(len(work.items), len(work.extra_texts)) == taken
+        return dealt.rows.tolist(), batches.finish(dealt, parts)
 
     def teach(self, batch: TrainingBatch, width: int = 32, online: ClipModel | None = None) -> tuple[Tensor, ...]:
         """Return what the teacher tells a student of some width: rows of images, of captions and of further texts."""

@@ -19,11 +19,16 @@ BATCH_OF_DEVICE = 512
 """Samples a device trains on in a step, where nothing else is said."""
 
 # In rows of the width: what a layer reads and writes in the forward pass (two norms 4, products 4 + 2 + 10, attention 4,
-# residuals 6, the MLP's activation 8), and what the backward pass needs of it.
+# residuals 6, the MLP's activation 8).
 _MOVED = 38
-_KEPT = 17
 # Bytes of a number under autocast, where norms and residuals stay in float32; of one in float32.
 _MIXED_BYTES, _FULL_BYTES = 3, 4
+# Bytes that a layer keeps for the backward pass, in rows of the width: what norms read (2 numbers of 4 bytes), and what
+# products, attention and the MLP's activation read (14 of 2 bytes under autocast). Of a layer that is computed again, its
+# input.
+_MIXED_KEPT, _FULL_KEPT, _INPUT_KEPT = 36, 64, 4
+# Of an MLP in 16 bits: its input before and after the norm, four times the width before and after the activation.
+_LAYER_HELD = 22
 # The backward pass has two products for each one of the forward pass, and moves twice as much.
 _WITH_BACKWARD = 3
 # What the optimiser reads and writes of a parameter: itself, its gradient, its moments.
@@ -41,6 +46,8 @@ _ROUNDS = 5
 _BYTES_OF_PARAMETER = 18
 # Weights and moments.
 _BYTES_OF_CHECKPOINT = 12
+# A weight in float32 and, in 16 bits, as products read it.
+_BYTES_OF_ENCODER = 6
 
 _SUPPORTED = "a CLIP of open_clip's ViT and text transformer, such as ViT-B-32, ViT-B-16 or ViT-L-14"
 
@@ -82,10 +89,20 @@ class Tower:
         """Numbers that the forward pass of a sample reads and writes."""
         return _MOVED * self.tokens * self.width * (self.layers - 1)
 
-    @property
-    def kept(self) -> int:
-        """Numbers of a sample that the forward pass keeps for the backward pass."""
-        return _KEPT * self.tokens * self.width * (self.layers - 1)
+    def kept_bytes(self, *, mixed: bool = True, recomputed: bool = False) -> int:
+        """Return the bytes of a sample that wait for the backward pass on a device.
+
+        Args:
+            recomputed: Whether layers are computed again in the backward pass: then what waits is the input of each layer,
+                and all of one.
+        """
+        layer = _MIXED_KEPT if mixed else _FULL_KEPT
+        kept = _INPUT_KEPT * self.layers + layer if recomputed else layer * self.layers
+        return kept * self.tokens * self.width
+
+    def layer_bytes(self) -> int:
+        """Return the bytes of a sample that a layer holds at once where nothing is kept: its MLP, in 16 bits."""
+        return _LAYER_HELD * self.tokens * self.width
 
     def matrices(self) -> Iterator[tuple[int, int]]:
         """Yield the sides of the matrices within the layers, the smaller one first."""
@@ -161,17 +178,13 @@ class Clip:
         return _BYTES_OF_CHECKPOINT * self.parameters
 
     def kept_bytes(self, *, mixed: bool = True, recomputed: bool = False) -> int:
-        """Return the bytes of a pair that wait for the backward pass on a device.
+        """Return the bytes of a pair that wait for the backward pass on a device; see `Tower.kept_bytes`."""
+        towers = self.image, self.text
+        return sum(tower.kept_bytes(mixed=mixed, recomputed=recomputed) for tower in towers)
 
-        Args:
-            recomputed: Whether layers are computed again in the backward pass: then what waits is the input of each layer,
-                and all of one.
-        """
-        numbers = self.image.kept + self.text.kept
-        if recomputed:
-            layers = max(2, min(self.image.layers, self.text.layers))
-            numbers = numbers // _KEPT + numbers // (layers - 1)
-        return numbers * _bytes_of_number(mixed=mixed)
+    def encoder_bytes(self, at_once: int) -> int:
+        """Return the bytes that encoding so many images at once takes on a device: weights, and what a layer holds."""
+        return _BYTES_OF_ENCODER * self.parameters + at_once * self.image.layer_bytes()
 
     @property
     def update_bytes(self) -> int:
@@ -207,8 +220,8 @@ def describe_clip(config: dict[str, Any], tokens_of_text: int = TOKENS_OF_CAPTIO
     Args:
         tokens_of_text: Of a caption, up to the one whose row becomes its feature; at most the context is counted.
     """
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    is_known = isinstance(vision.get("layers", 12), int) and not vision.get("timm_model_name")
+    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    is_known = bool(vision) and isinstance(vision.get("layers", 12), int) and not vision.get("timm_model_name")
     if not is_known or text.get("hf_model_name"):
         raise ClipcidError(
             "The operations of this model are not known: its towers are of timm, of transformers or of convolutions.",

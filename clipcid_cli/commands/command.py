@@ -28,7 +28,7 @@ from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.files import read_regular
 from clipcid_cli.formats.trust import validate_work
 from clipcid_cli.runtime.interruption import starts_over
-from clipcid_cli.runtime.libraries import importing, set_openmp_spins
+from clipcid_cli.runtime.libraries import importing, let_gpu_memory_grow, set_openmp_spins
 from clipcid_cli.steps.reporting import Reporter, reporting_to
 from clipcid_cli.steps.settings.embed import embedding_as
 from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
@@ -85,6 +85,7 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
     """Run a step and print its result: one JSON object on stdout with ``--json``, a summary on stderr without."""
     # They spin long by default; two processes that compute and decode on few cores then slow each other many times over.
     set_openmp_spins(settings.openmp_spins)
+    let_gpu_memory_grow()
     from clipcid_cli.commands.console import ConsoleReporter, make_console
 
     console = make_console()

@@ -24,8 +24,11 @@ def show(result: Embedded, console: Console) -> None:
             "images": f"about {result.images:,} in {count(result.shards, 'shard')}",
             "disk": f"{format_bytes(result.bytes)}, {result.bytes_per_image:,} bytes per image",
             "time": f"about {format_seconds(result.seconds['encode'])}, at the pace of the first batches",
+            "speed": f"about {result.images_per_second:,.0f} images/s",
             "memory": format_host_memory(result.host_memory_bytes, result.shared_memory_bytes),
         }
+        if result.bound_by == "data":
+            facts["speed"] += ", bound by decoding"
         if result.bytes > result.free_bytes:
             facts["disk"] += f": more than the {format_bytes(result.free_bytes)} free"
         print_facts(console, "Would embed", facts)

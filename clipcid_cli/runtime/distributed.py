@@ -313,6 +313,17 @@ def memory_in_use(device: torch.device) -> int:
     return pages * resource.getpagesize()
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Return the bytes of memory that a GPU has; None of a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU's memory that this process could still take: what is free, and what it has freed itself."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def memory_for_rows(device: torch.device, on_cpu: int = 2**31) -> int:
     """Return how many bytes of rows a process may keep on its device: on a GPU 60 % of what is free."""
     if device.type != "cuda":

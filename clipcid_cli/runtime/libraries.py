@@ -17,6 +17,9 @@ NO_SPINS = "0"
 _LOOKS = 5
 _SECONDS_BETWEEN_LOOKS = 0.01
 
+# Variables by which users say how PyTorch takes a GPU's memory, by their present and their former names.
+_ALLOCATION = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD = -1
 _MMAP_MAX = -4
@@ -65,6 +68,16 @@ def set_openmp_spins(spins: str) -> None:
     """
     if "GOMP_SPINCOUNT" not in os.environ:
         os.environ["GOMP_SPINCOUNT"] = NO_SPINS if spins != NO_SPINS and _is_busy() else spins
+
+
+def let_gpu_memory_grow() -> None:
+    """Let PyTorch extend the pieces that it takes of a GPU's memory, unless the user has said how it takes them.
+
+    Texts of a batch have another length in each step: pieces of fixed sizes then leave gaps between them that nothing fits.
+    To be called before torch loads.
+    """
+    if not any(name in os.environ for name in _ALLOCATION):
+        os.environ[_ALLOCATION[0]] = "expandable_segments:True"
 
 
 def _is_busy() -> bool:

@@ -98,7 +98,16 @@ class HostMemory(NamedTuple):
     shared: int
 
 
-def host_memory_of(item_bytes: int, batch_bytes: int, workers: int, num_parts: int = 1) -> HostMemory:
+def host_memory_of(
+    item_bytes: int,
+    batch_bytes: int,
+    workers: int,
+    num_parts: int = 1,
+    *,
+    num_items: int | None = None,
+    training: int = 0,
+    checkpoint: int = 0,
+) -> HostMemory:
     """Estimate what a run takes of this host, with as many other processes like this one.
 
     Args:
@@ -106,27 +115,38 @@ def host_memory_of(item_bytes: int, batch_bytes: int, workers: int, num_parts: i
         batch_bytes: What is held of a batch in this process.
         workers: Of each process.
         num_parts: Items of which a batch is made; those of the next one are copied meanwhile.
+        num_items: Items of this process in the whole run, at most; None where that is not known.
+        training: What each process will take besides.
+        checkpoint: What one process of the host takes while a checkpoint is written.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    shared = processes * item_bytes * (_AHEAD * workers + num_parts) if workers else 0
+    waiting = _AHEAD * workers + num_parts
+    if num_items is not None:
+        waiting = min(waiting, num_items)
+    shared = processes * item_bytes * waiting if workers else 0
     batches = 2 if num_parts == 1 else 3
-    own = memory_in_use(torch.device("cpu")) + batches * batch_bytes + workers * (_WORKER_BYTES + item_bytes)
-    return HostMemory(processes * own + shared, shared)
+    own = memory_in_use(torch.device("cpu")) + batches * batch_bytes + workers * (_WORKER_BYTES + item_bytes) + training
+    return HostMemory(processes * own + shared + checkpoint, shared)
 
 
-def estimate_host_memory(item_bytes: int, batch_bytes: int, workers: int, num_parts: int = 1) -> HostMemory:
-    """Estimate as `host_memory_of` does; an error where this host has less."""
+def validate_host_memory(needed: HostMemory, workers: int, *, trains: bool = False) -> HostMemory:
+    """Return what a run with so many workers a process takes of this host; an error where it has less."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed = host_memory_of(item_bytes, batch_bytes, workers, num_parts)
-    limits = [(needed.total, memory_limit(), "memory")]
+    what = "workers of this host and their batches"
+    smaller = "Use fewer --workers or a smaller --batch-size"
+    if trains:
+        what = "workers of this host, their batches, the training and the copy that a checkpoint is written from"
+        smaller = "Use fewer --workers, a smaller --batch-size or a larger --accum-freq"
+    limits = [(needed.total, memory_limit(), "memory", smaller)]
     with suppress(OSError):  # only Linux has it
-        limits.append((needed.shared, shutil.disk_usage("/dev/shm").free, "free space in /dev/shm"))
-    for takes, there, what in limits:
+        free = shutil.disk_usage("/dev/shm").free
+        limits.append((needed.shared, free, "free space in /dev/shm", f"{smaller}; in a container, more --shm-size"))
+    for takes, there, kind, fix in limits:
         if takes > there:
             raise ClipcidError(
-                f"The {processes} x {workers} workers of this host and their batches take up to {takes / 1e9:,.1f} GB, and "
-                f"it has {there / 1e9:,.1f} GB of {what}.",
-                "Use fewer --workers or a smaller --batch-size; in a container, more --shm-size.",
+                f"The {processes} x {workers} {what} take up to {takes / 1e9:,.1f} GB, and it has {there / 1e9:,.1f} GB of "
+                f"{kind}.",
+                f"{fix}.",
             )
     return needed
 

@@ -19,9 +19,9 @@ import torch
 
 from clipcid_cli.algorithms.kmeans.centroids import first_centroids
 from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters, joint_features, temperature_for_perplexity
-from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
+from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, bytes_of_run, run_lloyd
 from clipcid_cli.algorithms.near.exact import BoolArray, HalfArray, IntArray
-from clipcid_cli.algorithms.near.nearest import integer_dtype, top
+from clipcid_cli.algorithms.near.nearest import bytes_of_products, integer_dtype, top
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -86,15 +86,16 @@ class ClusterResult(msgspec.Struct, omit_defaults=True, kw_only=True):
     files: dict[str, str] = {}  # the path of each file by its name; the sidecar holds the result without them
 
 
-class ClusterCost(msgspec.Struct):
+class ClusterCost(msgspec.Struct, omit_defaults=True):
     """What a run would take."""
 
     images: int
     clusters: int
     flop: int  # that of products of all rows (of ``--train-rows``) with all centroids in each iteration
     # Of a process above the mapped files, most of it a float32 and a low-precision copy of the centroids and their
-    # float64 sums.
+    # float64 sums; on a GPU these are in its memory, with the rows that it keeps and the products that it makes at once.
     memory_bytes: int
+    gpu_memory_bytes: int = 0  # on a CPU none
 
 
 def run(settings: ClusterSettings) -> ClusterResult | ClusterCost:
@@ -500,11 +501,19 @@ def _estimate_cost(plan: ClusterPlan, context: DistContext) -> ClusterCost:
     scan = choose_coarse_dtype("auto", context.device).dtype
     integer_bytes = integer_dtype(context.device, scan, width).itemsize
     kept = min(memory_for_rows(context.device), integer_bytes * width * num_trained // context.size)
-    memory = num_clusters * width * (4 + 8 + integer_bytes) + kept
-    memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
+    working = num_clusters * width * (4 + 8 + integer_bytes) + kept
+    memory = _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
+    on_gpu = 0
+    if context.device.type == "cuda":
+        own = -(-num_trained // context.size)
+        on_gpu = working + bytes_of_products(context.device, own, num_clusters)
+        on_gpu += bytes_of_run(context.device, own, width, integer_bytes)
+    else:
+        memory += working
     flop = 2 * num_trained * num_clusters * width * settings.iterations
+    of_gpu = f", {on_gpu / 2**30:.3g} GiB of its GPU" if on_gpu else ""
     reporting.note(
         f"{num_trained:,} images × {num_clusters:,} clusters × width {width}, at most {settings.iterations} iterations: "
-        f"{flop:.3g} FLOP; {memory / 2**30:.3g} GiB per process, besides the mapped files."
+        f"{flop:.3g} FLOP; {memory / 2**30:.3g} GiB per process{of_gpu}, besides the mapped files."
     )
-    return ClusterCost(images=len(rows), clusters=num_clusters, flop=flop, memory_bytes=memory)
+    return ClusterCost(images=len(rows), clusters=num_clusters, flop=flop, memory_bytes=memory, gpu_memory_bytes=on_gpu)

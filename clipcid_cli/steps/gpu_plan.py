@@ -9,7 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from clipcid_cli.algorithms.costs import Clip
-from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
@@ -25,6 +25,7 @@ from clipcid_cli.steps.settings.distill import DEFAULT_EPOCHS, DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
 from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import TrainingDataSettings
+from clipcid_cli.steps.training_memory import SHARE_OF_DEFAULT, planned_states, training_memory
 from clipcid_cli.steps.training_time import describe_model, encode_seconds, step_seconds
 
 # Bytes of an image file of 256 pixels with its caption, and images a core decodes a second (docs/scale.md).
@@ -38,9 +39,15 @@ _SHARE_OF_KMEANS = 1 / 3
 _IMAGES_OF_CLUSTER, _MOST_CLUSTERS = 225, 1_000_000
 # Keep list and forest of an image (docs/scale.md).
 _BYTES_OF_LISTS = 65
+# Partitioned, a row is compared with √N centroids and with so many times √N rows (measured, docs/gpu.md), rows of the audit
+# with all; rows are read so many times, and copied once; after that the host takes so long for each row to make sets, lists
+# and report (docs/scale.md).
+_COMPARED_IN_PARTITIONS = 5.1
+_AUDITED = 30_000
+_READS_IN_PARTITIONS = 10
+_HOST_SECONDS_OF_ROW = 30e-6
 _ENCODED_AT_ONCE = 256
 _BYTES_OF_WEIGHT = 4  # a parameter that only lies there, in float32
-_BYTES_OF_ENCODER = 6  # a parameter's weight, in float32 and as products read it
 _NEAREST, _BYTES_OF_NEAREST = 16, 6
 
 
@@ -52,6 +59,9 @@ class GpuPlan(msgspec.Struct, kw_only=True):
     gpus: str
     images: int
     hours: float
+    host_hours: float | None = (
+        None  # of them, those in which the host works and GPUs wait; None where it is not counted
+    )
     operations: float  # of products, on all GPUs
     peak_share: float | None  # of the data sheet's rate of products; None on a measured device
     cost: float | None  # at ``--price``
@@ -103,7 +113,12 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     kept = None if settings.keep_list == "none" else known.kept
     images = _count_images(settings, kept or known.images)
     trained = max(1, round(images * (1 - settings.val_fraction)))
-    batch = settings.batch_size or settings.default_batch_size(trained, gpus.total, on_gpus=gpus.are_gpus)
+    teachers = [describe_model(name) for name in settings.teacher] if settings.online_teacher else []
+    centroids = _default_clusters(images) if settings.needs_clusters else 0
+    states = held_bytes + planned_states(settings, clip, gpus.device.memory, centroids)
+    needs = training_memory(settings, clip, states, mixed=gpus.device.is_mixed, teachers=teachers)
+    fitting = needs.largest(SHARE_OF_DEFAULT * gpus.device.memory) if gpus.are_gpus else None
+    batch = settings.batch_size or settings.default_batch_size(trained, gpus.total, fitting)
     steps = settings.steps or max(1, (settings.epochs or DEFAULT_EPOCHS) * trained // batch)
     own = math.ceil(batch / gpus.total)
     candidates = _count_candidates(settings, images)
@@ -111,12 +126,9 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     operations = batch * clip.training_operations + gpus.total * clip.optimizer_operations
     # Beside the step: layers that are computed again, and a teacher that encodes the same samples.
     again = [clip] if settings.grad_checkpointing else []
-    again += [describe_model(name) for name in settings.teacher] if settings.online_teacher else []
-    for model in again:
+    for model in (*again, *teachers):
         taken += encode_seconds(own * model.operations, own * model.encoding_bytes(), gpus.device)
         operations += batch * model.operations
-    kept_bytes = clip.kept_bytes(mixed=gpus.device.is_mixed, recomputed=settings.grad_checkpointing)
-    free = _SHARE_OF_MEMORY * gpus.device.memory - clip.state_bytes - held_bytes
     plan = _finish(
         "distill",
         gpus,
@@ -125,13 +137,13 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
         operations=float(steps) * operations,
         bytes_read=float(steps) * batch * (_IMAGE_BYTES + _count_row_bytes(settings, known.width)),
         disk_bytes=3.0 * (clip.checkpoint_bytes + held_bytes),
-        memory_bytes=clip.state_bytes + held_bytes + own / settings.accum_freq * kept_bytes,
+        memory_bytes=needs.needed(own),
         price=settings.price,
     )
     plan.images_per_second = batch / taken
     plan.decode_cores = math.ceil(batch / taken / _DECODED_BY_CORE)
     plan.steps, plan.batch_size, plan.seconds_per_step = steps, batch, taken
-    plan.largest_batch_per_gpu = max(0, math.floor(settings.accum_freq * free / kept_bytes))
+    plan.largest_batch_per_gpu = needs.largest(_SHARE_OF_MEMORY * gpus.device.memory)
     return plan
 
 
@@ -175,7 +187,6 @@ def plan_embed(settings: EmbedSettings) -> GpuPlan:
     seconds = images * encode_seconds(operations, moved, gpus.device) / gpus.total
     row_bytes = 2 * clip.embed_dim * (shown + texts) + 136 * settings.views
     batch = settings.batch_size or _ENCODED_AT_ONCE
-    layer = 2 * clip.image.kept // max(1, clip.image.layers - 1)  # what one layer holds of an image
     plan = _finish(
         "embed",
         gpus,
@@ -184,7 +195,7 @@ def plan_embed(settings: EmbedSettings) -> GpuPlan:
         operations=float(images) * operations,
         bytes_read=float(images) * _IMAGE_BYTES,
         disk_bytes=float(images) * row_bytes,
-        memory_bytes=_BYTES_OF_ENCODER * clip.parameters + batch * float(layer),
+        memory_bytes=float(clip.encoder_bytes(batch)),
         price=settings.price,
     )
     plan.images_per_second = images / seconds
@@ -218,30 +229,36 @@ def plan_cluster(settings: ClusterSettings) -> GpuPlan:
 
 
 def plan_balance(settings: BalanceSettings) -> GpuPlan:
-    """Compute what the products of the search take; what the host does after it is not counted."""
-    if settings.neighbors == "partitioned":
-        raise UsageError(
-            "--gpus plans the exact search: what partitions take on GPUs is not known.",
-            "Omit --neighbors partitioned, or --gpus to time a tile here.",
-        )
+    """Compute what the search takes: all pairs by their products alone, partitions also by what the host does after them."""
     gpus = _choose_gpus(settings.gpus, settings.precision)
     known = _look_up(settings)
     images = _count_images(settings, known.images)
     width = known.width or _width_of(settings.model or DEFAULT_MODEL)
-    operations = width * images * (images - 1.0)  # two for each pair and number
     row_bytes = 2 * width
+    pairs = images * (images - 1.0) / 2
+    bytes_read = float(images) * row_bytes
+    disk_bytes = float(images) * _BYTES_OF_LISTS
+    host_seconds = 0.0
+    if settings.neighbors == "partitioned":
+        disk_bytes += bytes_read
+        bytes_read *= _READS_IN_PARTITIONS
+        pairs = images * ((1 + _COMPARED_IN_PARTITIONS) * math.sqrt(images) + min(images, _AUDITED))
+        host_seconds = _HOST_SECONDS_OF_ROW * images
+    operations = 2 * width * pairs
     own = images / gpus.total
-    return _finish(
+    plan = _finish(
         "balance",
         gpus,
         images,
-        operations / gpus.device.reached().product / gpus.total,
+        operations / gpus.device.reached().product / gpus.total + host_seconds,
         operations=operations,
-        bytes_read=float(images) * row_bytes,
-        disk_bytes=float(images) * _BYTES_OF_LISTS,
+        bytes_read=bytes_read,
+        disk_bytes=disk_bytes,
         memory_bytes=min(0.6 * gpus.device.memory, own * row_bytes),
         price=settings.price,
     )
+    plan.host_hours = host_seconds / 3600 or None
+    return plan
 
 
 def _finish(

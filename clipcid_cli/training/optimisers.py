@@ -122,6 +122,12 @@ class Recipe:
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return 0.5 * (1 + math.cos(math.pi * done)) * self.lr
 
+    def moment_bytes(self, module: nn.Module) -> int:
+        """Return the bytes that the optimiser keeps of a module's trained parameters: Muon one number of each, AdamW two."""
+        muons = matrices_of(module) if self.optimizer == "muon" else set[str]()
+        trained = {name: parameter.nbytes for name, parameter in module.named_parameters() if parameter.requires_grad}
+        return sum(size if name in muons else 2 * size for name, size in trained.items())
+
     def make_optimizer(
         self, module: nn.Module, of_losses: Iterable[nn.Parameter], dtype: torch.dtype
     ) -> torch.optim.AdamW:

@@ -118,6 +118,17 @@ class TrainState:
         self.step = state["step"]
 
 
+def count_checkpoint_bytes(module: nn.Module, recipe: Recipe, *, ema: bool) -> int:
+    """Return the bytes of a student's checkpoint before its training has begun, without what losses learn."""
+    weights = sum(int(value.nbytes) for value in module.state_dict().values())
+    return weights + recipe.moment_bytes(module) + (count_trained_bytes(module) if ema else 0)
+
+
+def count_trained_bytes(module: nn.Module) -> int:
+    """Return the bytes of the parameters that are trained, as many as their gradients take."""
+    return sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+
+
 class EMA:
     """An exponential moving average of a student's weights, beside the student.
 

@@ -267,6 +267,8 @@ def distill(bench: Bench) -> None:
     line = train(bench, "distill", sizes.student, sizes.batch)
     (bench.scratch / "step.json").write_text(json.dumps(line["seconds"]))
     bench.report("distill", "share of the time spent waiting for data", line["data_wait_share"], "")
+    if "mfu" in line:
+        bench.report("distill", "share of the data sheet's products, MFU", line["mfu"], "")
 
 
 def distill_large(bench: Bench) -> None:

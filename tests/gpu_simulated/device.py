@@ -17,6 +17,7 @@ that with `os._exit`.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -304,11 +305,22 @@ def _replace_calls() -> None:
 
     class Event:
         recorded = 0
+        waited_for = 0  # what the device had been given before the latest event that the host has waited for
+
+        def __init__(self, enable_timing: bool = False) -> None:
+            self.time = 0.0
 
         def record(self) -> None:
             self.recorded = _current.operators.total()
+            self.time = time.perf_counter()
+
+        def elapsed_time(self, end: Event) -> float:
+            if end.recorded > Event.waited_for:
+                raise RuntimeError("Both events must be completed before calculating elapsed time.")
+            return 1e3 * (end.time - self.time)
 
         def synchronize(self) -> None:
+            Event.waited_for = max(Event.waited_for, self.recorded)
             if _current.operators.total() > self.recorded:
                 _current.late_waits["event"] += 1
             else:
@@ -327,7 +339,9 @@ def _replace_calls() -> None:
         "synchronize": lambda *_: _current.add_waits("synchronize"),
         "manual_seed_all": lambda _: None,
         "memory_reserved": lambda *_: 0,
+        "memory_allocated": lambda *_: 0,
         "mem_get_info": lambda *_: (79 * 2**30, 80 * 2**30),
+        "get_device_name": lambda *_: "NVIDIA H100 80GB HBM3",
         "get_device_properties": lambda *_: Properties,
         "Stream": Stream,
         "stream": _streams.use,

@@ -117,11 +117,30 @@ nearest.nearest(of(rows.half(), torch.float16), of(centroids, torch.float16, one
 """
 
 
+# Notes the largest product that each of the searches makes.
+LARGEST = """
+import json, pathlib
+from clipcid_cli.algorithms.near import nearest, search
+
+def watch(module, name):
+    multiply, largest = getattr(module, name), [0]
+    def watched(*arguments):
+        product = multiply(*arguments)
+        largest[0] = max(largest[0], product.nbytes)
+        pathlib.Path(f"{module.__name__}.json").write_text(json.dumps(largest[0]))
+        return product
+    setattr(module, name, watched)
+
+watch(search, "multiply")
+watch(nearest, "_multiply")
+"""
+
+
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What a smaller and a larger run of each kind did, all in one process."""
     place = tmp_path_factory.mktemp("counted")
-    commands: list[tuple[object, ...]] = []
+    commands: list[tuple[object, ...]] = [("-c", LARGEST)]
     for rows in (4096, 8192):
         write_embeddings(place / str(rows), make_rows(rows, 16, num_centroids=2 * rows))
         work = f"work-{rows}"
@@ -129,14 +148,33 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     write_embeddings(place / "embeddings", make_rows(4096, 16, noise=2.0))
     options = ("--embeddings", "embeddings", "--num-clusters", 64, "--device", "cuda")
     commands += [("cluster", *options, "--iterations", count, "--work", f"work-{count}") for count in (3, 8)]
+    dry = ("--dry-run", "--json", "--work", "none")
+    balance, cluster = commands[2], commands[-1]
+    commands += [(*balance[:-4], "--device", "cuda", *dry), (*cluster[:-2], *dry)]
     # Last, as it leaves `nearest` with other chunks.
     commands += [("-c", CHUNKS.replace("NUMBER", count)) for count in ("128", "704")]
     results = run_all("simulated", place, commands)
-    return {"tile": results[:2], "iteration": results[2:4], "chunk": results[4:]}
+    modules = ("search", "nearest")
+    largest = [json.loads((place / f"clipcid_cli.algorithms.near.{module}.json").read_text()) for module in modules]
+    _, *tiles, few, many, balance, cluster, chunk, chunks = results
+    return {
+        "tile": tiles,
+        "iteration": [few, many],
+        "chunk": [chunk, chunks],
+        "dry": [balance, cluster],
+        "largest": largest,
+    }
+
+
+def test_a_dry_run_counts_the_products_of_a_run(counted: dict[str, list[Any]]) -> None:
+    balance, cluster = (json.loads(result["stdout"]) for result in counted["dry"])
+    assert balance["memory"]["device"] == 8192 * 16 * 2 + 2 * 2048**2
+    assert cluster["gpu_memory_bytes"] == 64 * 16 * (4 + 8 + 2) + 4096 * 16 * (2 + 2 + 2) + 4096 * 64 * 4
+    assert counted["largest"] == [2 * 2048**2, 4096 * 64 * 4]
 
 
 @pytest.mark.parametrize("name", BUDGETS)
-def test_budget(name: str, counted: dict[str, list[dict[str, Any]]]) -> None:
+def test_budget(name: str, counted: dict[str, list[Any]]) -> None:
     budget, number = BUDGETS[name]
     few, many = counted[name]
     for kind, allowed in budget.items():

@@ -97,6 +97,11 @@ def run_lloyd(
         yield state
 
 
+def bytes_of_run(device: torch.device, num_rows: int, width: int, integer_bytes: int) -> int:
+    """Return the bytes of the rows that are read and prepared at once, as they are stored and as integers."""
+    return min(num_rows, _RUN_ROWS[device.type]) * width * (2 + integer_bytes)
+
+
 class _RankRows:
     """The share of the rows that a process has: the cluster of each row, and the sums of the rows of each cluster."""
 

@@ -103,6 +103,11 @@ def nearest(rows: Integers, centroids: Integers) -> tuple[torch.Tensor, torch.Te
     return torch.cat(numbers), similarity_N
 
 
+def bytes_of_products(device: torch.device, num_rows: int, num_centroids: int) -> int:
+    """Return the bytes of the products that `nearest` holds at once; they have four bytes on every device."""
+    return 4 * min(num_rows, _PRODUCT_ROWS[device.type]) * min(num_centroids, _PRODUCT_CENTROIDS[device.type])
+
+
 def _multiply(a_BD: torch.Tensor, b_CD: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
     """Return the products of integers: int32, or whole numbers in float32."""
     if a_BD.dtype != torch.float16:

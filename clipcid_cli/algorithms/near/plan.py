@@ -105,9 +105,16 @@ def hash_arrays(*arrays: npt.NDArray[Any]) -> str:
     return digest.hexdigest()
 
 
+def panel_rows_of(num_rows: int, *, all_pairs: bool = True) -> int:
+    """Return the rows of a panel of a search of so many rows, in all pairs or in partitions."""
+    if not all_pairs:
+        return _PANEL
+    return min(_MAX_PANEL, -(-(num_rows // _MIN_PANELS + 1) // _MIN_PANEL) * _MIN_PANEL)
+
+
 def triangle(rows: IntArray, in_memory: int, num_first: int | None = None) -> Plan:
     """Compare all pairs of rows, each once, or all pairs with one of the first rows; `in_memory` rows fit into memory."""
-    panel_rows = min(_MAX_PANEL, -(-(len(rows) // _MIN_PANELS + 1) // _MIN_PANEL) * _MIN_PANEL)
+    panel_rows = panel_rows_of(len(rows))
     starts, stops, ahead = _cut([len(rows) if num_first is None else num_first, len(rows)], panel_rows)
     first = np.arange(len(starts))
     last = np.where(first < ahead, len(starts), first)

@@ -73,6 +73,12 @@ def search_jobs(
         yield queued
 
 
+def bytes_of_scores(device: torch.device, scan_dtype: torch.dtype, panel_rows: int) -> int:
+    """Return the bytes of the scores that are held at once: of parts of two panels on a CPU, of two whole ones on a GPU."""
+    rows = min(panel_rows, _PRODUCT_ROWS) if device.type == "cpu" else panel_rows
+    return rows * (rows + -rows % _STRETCH) * score_dtype(scan_dtype).itemsize
+
+
 def near_pairs(
     a: Block,
     b: Block,

@@ -35,6 +35,9 @@ from clipcid_cli.formats.sidecar import DataSpec, Sidecar
 from clipcid_cli.formats.skipped import SKIPPED
 
 _HELD_OUT = pa.schema({"key": pa.large_string()})
+PHASES = ("data_wait", "copy", "forward_backward", "optimizer", "evaluation", "checkpoint")
+"""What a line of ``train.jsonl`` counts seconds of, as ``seconds_<phase>``."""
+
 # Should the newest checkpoint be damaged on a failing disk, the run is not lost.
 _CHECKPOINTS_KEPT = 2
 # Seconds after which logged lines reach the disk.

@@ -6,14 +6,17 @@ from collections.abc import Iterator
 
 import msgspec
 import numpy as np
+import torch
 
 from clipcid_cli.algorithms.near.block import bytes_an_entry
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.partitions import default_num_partitions
+from clipcid_cli.algorithms.near.plan import panel_rows_of
+from clipcid_cli.algorithms.near.search import bytes_of_scores
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.distributed import DistContext, memory_for_rows
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES
@@ -63,11 +66,12 @@ class CaptionCost(msgspec.Struct):
     inside: float
 
 
-class MemoryCost(msgspec.Struct):
-    """Bytes of mapped files, and of a process without them."""
+class MemoryCost(msgspec.Struct, omit_defaults=True):
+    """Bytes of mapped files, of a process without them, and of its GPU."""
 
     mapped: int
     resident: int
+    device: int = 0  # on a CPU none
 
 
 class BalanceCost(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -112,7 +116,7 @@ def estimate_cost(settings: BalanceSettings, inputs: BalanceInputs, context: Dis
         "partitioned": _count_search(_pairs_in_partitions(searched), embeddings.width),
     }
     chosen = searches[settings.neighbors]
-    entry = bytes_an_entry(choose_coarse_dtype(settings.precision, context.device).dtype)
+    scan = choose_coarse_dtype(settings.precision, context.device).dtype
     cost = BalanceCost(
         images=embeddings.num_rows,
         searched=searched,
@@ -126,7 +130,7 @@ def estimate_cost(settings: BalanceSettings, inputs: BalanceInputs, context: Dis
         near=near or None,
         caption_window=captions,
         clustered_images=None if inputs.clusters is None else inputs.clusters.images,
-        memory=_count_memory(settings, inputs, searched, entry),
+        memory=_count_memory(settings, inputs, searched, context.device, scan),
         disk=_count_disk(settings, inputs, searched),
     )
     for line in _describe(cost):
@@ -193,16 +197,23 @@ def _count_rows(rows: Embeddings | EmbedCost) -> int:
     return rows.num_rows if isinstance(rows, Embeddings) else rows.images
 
 
-def _count_memory(settings: BalanceSettings, inputs: BalanceInputs, searched: int, entry: int) -> MemoryCost:
-    """Count the bytes of mapped rows, and of a process without them, where an entry of a cached row takes some."""
+def _count_memory(
+    settings: BalanceSettings, inputs: BalanceInputs, searched: int, device: torch.device, scan: torch.dtype
+) -> MemoryCost:
+    """Count the bytes of mapped rows, of a process without them, and of its GPU, which keeps panels and makes scores."""
     images, width = inputs.embeddings.num_rows, inputs.embeddings.width
     others = sum(_count_rows(reference.rows) for reference in inputs.references)
-    in_panels = searched if settings.neighbors == "exact" else round((1.0 + _VISITS) * searched)
-    cached = min(CACHE_BYTES, entry * width * max(in_panels, others))
+    is_exact = settings.neighbors == "exact"
+    in_panels = searched if is_exact else round((1.0 + _VISITS) * searched)
+    room = memory_for_rows(device, on_cpu=CACHE_BYTES)
+    cached = min(room, bytes_an_entry(scan) * width * max(in_panels, others))
     kinds = 2 if settings.has_window else 1
-    return MemoryCost(
-        mapped=2 * width * (kinds * images + others), resident=_BYTES_OF_TILES + cached + _BYTES_AN_IMAGE * images
-    )
+    mapped = 2 * width * (kinds * images + others)
+    resident = _BYTES_OF_TILES + _BYTES_AN_IMAGE * images
+    if device.type == "cpu":
+        return MemoryCost(mapped, resident + cached)
+    panel_rows = min(searched, panel_rows_of(searched, all_pairs=is_exact))
+    return MemoryCost(mapped, resident, cached + bytes_of_scores(device, scan, panel_rows))
 
 
 def _count_disk(settings: BalanceSettings, inputs: BalanceInputs, searched: int) -> int:
@@ -245,5 +256,6 @@ def _describe(cost: BalanceCost) -> Iterator[str]:
             inside = f"none of {sampled} is inside the window, so at most {share} of all images are (95 % confidence)."
         yield f"  captions: {inside}"
     resident, mapped = cost.memory.resident / 2**30, cost.memory.mapped / 2**30
-    memory = f"Memory: {resident:.1f} GiB per process, besides the {mapped:.2f} GiB of mapped rows"
+    on_device = f", {cost.memory.device / 2**30:.2f} GiB of its GPU" if cost.memory.device else ""
+    memory = f"Memory: {resident:.1f} GiB per process{on_device}, besides the {mapped:.2f} GiB of mapped rows"
     yield f"{memory}; disk: {cost.disk / 2**20:,.0f} MiB."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -42,6 +44,7 @@ _MAX_ITEMS = 256
 _MAX_IMAGE_BYTES = 512 * 2**20
 # Of more samples, what a worker could keep would hardly ever be seen again.
 _MAX_SAMPLES_KEPT = 200_000
+_INTEGER_BYTES, _FLOAT_BYTES = 8, 4
 _WHITE = Image.new("RGB", (64, 64), (255, 255, 255))
 _WHOLE = Augmentation(1.0)
 
@@ -166,6 +169,23 @@ class BatchMaker:
         self._add_stored_rows(batch, work, np.array(views), np.array(captions))
         return batch
 
+    def count_bytes(self, samples: int, extra_texts: int) -> int:
+        """Return the bytes of the tensors of such a part."""
+        values = sum(3 * math.prod(processor.render.size) for processor in self._shown_to)
+        if self._augmentation.changes_colors:
+            values += 12 * _FLOAT_BYTES
+        if self._masking is not None:
+            values += self._masking.kept * _INTEGER_BYTES
+        lengths = [processor.tokenizer([""]).shape[1] for processor in self._shown_to]
+        values += sum(lengths) * _INTEGER_BYTES
+        towers = sum(kind in self._rows for kind in (Kind.IMAGES, Kind.TEXTS))
+        further = lengths[0] * _INTEGER_BYTES
+        if self._rows:
+            width = self._rows[Kind.IMAGES].shape[-1] * Kind.IMAGES.dtype.itemsize
+            values += towers * width
+            further += width
+        return samples * values + extra_texts * further
+
     def _choose_view(self, item: Item, sample: Sample, bad: list[tuple[str, str]]) -> _View:
         """Choose a stored view, where there are any, else draw one for this epoch.
 
@@ -270,8 +290,8 @@ class Batches:
         self._batch_size = batch_size
         self._seed = seed
         self._context = context
-        # Work items of which this process's part of a batch is made.
-        self._num_parts = -(-batch_size // context.size // _MAX_ITEMS)
+        self._num_parts = count_parts(batch_size // context.size)
+        self.copy_seconds = 0.0  # spent so far to join batches and copy them to the device
 
     def __len__(self) -> int:
         return self._samples.total
@@ -319,10 +339,12 @@ class Batches:
 
     def finish(self, dealt: DealtBatch, parts: Sequence[TrainingBatch]) -> TrainingBatch:
         """Join a process's parts on the device and add the cluster targets of the global batch."""
+        began = time.perf_counter()
         batch = TrainingBatch.join(parts, self._context.device)
         if self._clusters is not None:
             own = slice(*self._context.rank_range(len(dealt.rows)))
             batch.image_clusters, batch.text_clusters = self._clusters.targets(dealt.rows, dealt.step, own)
+        self.copy_seconds += time.perf_counter() - began
         return batch
 
     def keys(self, step: int) -> list[str]:
@@ -348,6 +370,11 @@ class Batches:
         variant_rows = embedded * extra.variants.number + variants
         refs = self._inputs.refs(self._samples, chosen)
         return [ExtraText(*pair) for pair in zip(variant_rows.tolist(), refs, strict=True)]
+
+
+def count_parts(samples: int) -> int:
+    """Return of how many work items a process's samples of a batch are made."""
+    return -(-samples // _MAX_ITEMS)
 
 
 def _cut(pieces: Sequence[Piece], count: int) -> list[Sequence[Piece]]:

@@ -8,18 +8,16 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.runtime.distributed import memory_in_use
 from clipcid_cli.runtime.models.decode import read_size
-from clipcid_cli.runtime.pipeline import HostMemory, estimate_host_memory
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.distill.memory import checkpoint_copy_bytes, host_memory
 from clipcid_cli.steps.distill.result import DistillCost
 from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.distill.trainer import Trainer
-from clipcid_cli.steps.distill.training_batch import TrainingBatch
 
 # The first step also allocates, and compiles with --torchcompile: it counts only where there is time for no other.
 _STEPS = 4
@@ -34,7 +32,6 @@ class _Steps(NamedTuple):
     timed: int  # how many of them
     batch_seconds: float  # to prepare a batch on one core, the median
     step_seconds: float  # to train on it, the median
-    host_memory: HostMemory
 
 
 def measure_cost(trainer: Trainer) -> DistillCost:
@@ -42,6 +39,8 @@ def measure_cost(trainer: Trainer) -> DistillCost:
     plan = trainer.plan
     reporting.note(f"Timing steps of {plan.batch_size:,} samples.")
     measured = _make_steps(trainer)
+    # What steps take on the device is there now; on a CPU that is the host.
+    memory = trainer.context.on_all(lambda: host_memory(plan, trainer.student, trainer.context))
     # Workers prepare batches during the steps; without any, one follows the other.
     data_seconds = measured.batch_seconds / max(1, plan.workers)
     seconds_per_step = max(measured.step_seconds, data_seconds)
@@ -75,8 +74,9 @@ def measure_cost(trainer: Trainer) -> DistillCost:
         samples=plan.steps * plan.batch_size,
         parameters=trainer.student.model.info.parameters,
         memory_bytes=memory_in_use(trainer.context.device),
-        host_memory_bytes=measured.host_memory.total,
-        shared_memory_bytes=measured.host_memory.shared,
+        host_memory_bytes=memory.total,
+        shared_memory_bytes=memory.shared,
+        checkpoint_copy_bytes=checkpoint_copy_bytes(plan, trainer.student),
         seconds_per_step=round(seconds_per_step, 4),
         data_seconds_per_step=round(measured.batch_seconds, 4),
         samples_per_second=round(plan.batch_size / seconds_per_step, 1),
@@ -109,18 +109,9 @@ def _make_steps(trainer: Trainer) -> _Steps:
         if context.broadcast(time.monotonic() - began > _ENOUGH_SECONDS):
             break
     trainer.read(trainer.make_step.send())  # which refuses steps that diverged
-    sizes = [_count_bytes(part) for part in preparation.result]
-    memory = context.on_all(
-        lambda: estimate_host_memory(max(sizes), sum(sizes), trainer.plan.workers, num_parts=len(sizes))
-    )
     first = 1 if len(trained) > 1 else 0
     return _Steps(
         timed=len(trained) - first,
         batch_seconds=statistics.median(prepared[first:]),
         step_seconds=statistics.median(trained[first:]),
-        host_memory=memory,
     )
-
-
-def _count_bytes(part: TrainingBatch) -> int:
-    return sum(value.nbytes for value in vars(part).values() if isinstance(value, torch.Tensor))

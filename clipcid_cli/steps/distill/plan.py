@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipcid_cli.algorithms.losses.rates import default_rate
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.output import OutputSpec
+from clipcid_cli.formats.output import OutputSpec, unfinished
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
-from clipcid_cli.formats.sidecar import sidecar_path
+from clipcid_cli.formats.sidecar import Run, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.records import hash_preprocess
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
+from clipcid_cli.steps.distill.memory import fitting_batch
 from clipcid_cli.steps.distill.own_losses import load_own_loss
 from clipcid_cli.steps.distill.stored import named_teachers
 from clipcid_cli.steps.distill.student import Student
@@ -135,11 +138,22 @@ def make_plan(
     named: NamedData | None,
     scratch: Path | None,
     context: DistContext,
+    memories: Sequence[int | None],
 ) -> DistillPlan:
-    """Plan a run, on the first process."""
+    """Plan a run, on the first process; `memories` are those of the processes' GPUs, None of a CPU."""
     inputs = find_inputs(settings, embeddings, scratch)
     settings = inputs.settings
-    batch_size = choose_batch_size(settings, inputs.training.total, context)
+    parts = [student.model.info.slug, settings.chosen_preset, f"s{settings.seed}"]
+    name = settings.name or "-".join(parts + ["all"] * (inputs.keep_list is None))
+    folder = RunFolder(WorkDirectory(settings.work).distill(name))
+    memory = min([each for each in memories if each is not None], default=None)
+    batch_size = settings.batch_size
+    if batch_size is None and memory is not None:
+        batch_size = _recorded_batch_size(settings, folder)
+    if batch_size is None:
+        fitting = None if memory is None else fitting_batch(settings, student, inputs, memory)
+        batch_size = settings.default_batch_size(inputs.training.total, context.size, fitting)
+    validate_batch_size(settings, batch_size, inputs.training.total, context)
     extra_texts = inputs.teacher.num_extra_texts(batch_size)
     if extra_texts % context.size:
         raise UsageError(
@@ -149,9 +163,6 @@ def make_plan(
     recipe = _choose_recipe(settings, inputs, batch_size, student, context)
     if extra_texts:
         reporting.note(f"Each step the text tower sees {extra_texts:,} further texts.")
-    parts = [student.model.info.slug, settings.chosen_preset, f"s{settings.seed}"]
-    name = settings.name or "-".join(parts + ["all"] * (inputs.keep_list is None))
-    folder = RunFolder(WorkDirectory(settings.work).distill(name))
     # Before the start, which removes what an unfinished run left.
     if named is not None and not sidecar_path(folder.path, "distill").exists():
         named.validate_unmeasured(folder.students(ema=settings.ema is not None))
@@ -171,12 +182,23 @@ def make_plan(
     )
 
 
-def choose_batch_size(settings: DistillSettings, samples: int, context: DistContext) -> int:
-    """Return the size of a global batch, which all processes and parts divide; refuse one that is larger than the data."""
+def _recorded_batch_size(settings: DistillSettings, folder: RunFolder) -> int | None:
+    """Return the batch size of the run that a folder holds, which has another default on other GPUs; None without one."""
+    run: Run | None = None
+    if not settings.overwrite:
+        with suppress(ClipcidError):  # what cannot be read is refused later, with what to do
+            run = unfinished(folder.path, "distill")
+            run = run or read_sidecar(sidecar_path(folder.path, "distill"), DistillSidecar)
+    recorded = None if run is None else run.settings.get("batch_size")
+    if not isinstance(recorded, int):
+        return None
+    reporting.note(f"Batch size: {recorded:,}, as in the run that {folder.path} holds.")
+    return recorded
+
+
+def validate_batch_size(settings: DistillSettings, batch_size: int, samples: int, context: DistContext) -> None:
+    """Refuse a global batch that not all processes and parts divide, or that is larger than the data."""
     divisor = context.size * settings.accum_freq
-    batch_size = settings.batch_size
-    if batch_size is None:
-        batch_size = settings.default_batch_size(samples, context.size, on_gpus=context.device.type == "cuda")
     if batch_size % divisor:
         raise UsageError(
             f"--batch-size {batch_size} does not divide into {context.size} x {settings.accum_freq} equal parts "
@@ -189,7 +211,6 @@ def choose_batch_size(settings: DistillSettings, samples: int, context: DistCont
             f"There are {samples:,} samples to train on, fewer than one batch of {batch_size:,}.",
             f"{lower}, or give more data." if samples else "Give more data.",
         )
-    return batch_size
 
 
 def _choose_recipe(

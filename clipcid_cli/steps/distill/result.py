@@ -39,6 +39,9 @@ class DistillCost(msgspec.Struct):
     memory_bytes: int  # of one process, on its device
     host_memory_bytes: int  # of all processes of a host, with what waits in /dev/shm
     shared_memory_bytes: int
+    checkpoint_copy_bytes: (
+        int  # of the first process's host memory: what a checkpoint is written from, while it is written
+    )
     seconds_per_step: float
     data_seconds_per_step: float  # of one core
     samples_per_second: float

@@ -15,11 +15,12 @@ from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.results.run_folder import DistillSidecar, list_checkpoints, write_held_out
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import skipped_file, write_skipped
-from clipcid_cli.runtime.distributed import DistContext, open_dist_context
+from clipcid_cli.runtime.distributed import DistContext, device_memory, open_dist_context
 from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output, preview_output, scratch_folder
+from clipcid_cli.steps.distill.memory import validate_memory
 from clipcid_cli.steps.distill.plan import DistillPlan, make_plan, validate_named
 from clipcid_cli.steps.distill.report import write_report
 from clipcid_cli.steps.distill.result import DistillCost, Distilled
@@ -44,7 +45,8 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
         embeddings = find_embeddings(settings, context)
         if isinstance(embeddings, EmbedCost):
             return embeddings
-        plan = context.on_rank0(lambda: make_plan(settings, student, embeddings, named, scratch, context))
+        memories = context.gather(device_memory(context.device))
+        plan = context.on_rank0(lambda: make_plan(settings, student, embeddings, named, scratch, context, memories))
         warn_of_copies(plan.inputs.dataset, context)
         plan = plan.loaded(context)
         if settings.dry_run:
@@ -85,6 +87,7 @@ def _preview(plan: DistillPlan, student: Student, context: DistContext) -> Disti
 
     spec = plan.identify(student)
     context.on_rank0(lambda: preview_output(spec, "this run", "What follows is of all its steps."))
+    validate_memory(plan, student, context)
     validate_samples(plan.inputs.dataset, context, plan.settings, dry_run=True)
     cost = measure_cost(Trainer(plan, student, context))
     if plan.named is not None:
@@ -98,6 +101,7 @@ def _train(
     """Start a run or go on with it, train, and write what it ends with."""
     settings, folder = plan.settings, plan.folder
     context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
+    validate_memory(plan, student, context)
     context.on_rank0(lambda: output.start(folder.clear))
     # An unfinished run without a checkpoint may have ended because of what this finds.
     if not (output.resumed and context.on_rank0(lambda: list_checkpoints(folder.checkpoints))):

@@ -11,6 +11,7 @@ from torch import Tensor
 from clipcid_cli.algorithms.accumulation import exact_accumulation
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.runtime.timing import PhaseTimer, PhaseTimes
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
@@ -33,6 +34,7 @@ class StepRecord:
     # Counted from 0, the first step of this process whose losses or gradient were not finite, which losses and norm are
     # of then; None where there was none.
     diverged_at: int | None
+    seconds: dict[str, float]  # of the steps since the record before, by phase, on the device
 
     def line(self) -> dict[str, Any]:
         """Return the step's line of ``train.jsonl``, but for times."""
@@ -56,6 +58,7 @@ class SentRecord:
     steps_made: int  # by this process
     weights: dict[str, float]
     measured: SentMeasurements
+    times: PhaseTimes
 
     def read(self) -> StepRecord:
         """Wait until the device has made the step, and return the record."""
@@ -71,6 +74,7 @@ class SentRecord:
             scales={name.removeprefix("log_scale_"): math.exp(value) for name, value in log_scales.items()},
             bias=values.get("bias"),
             diverged_at=None if num_finite == self.steps_made else self.step - self.steps_made + num_finite,
+            seconds=self.times.read(),
         )
 
 
@@ -91,12 +95,14 @@ class TrainStep:
         self._state = state
         self._context = context
         self._measurements = Measurements(context.device)
+        self._timer = PhaseTimer(context.device)
         self._steps_made = 0
         self._lr = 0.0
 
     def __call__(self, batch: TrainingBatch) -> None:
         """Make one step; what it measures stays on the device, and the host does not wait for it."""
         student, objective, state = self._student, self._objective, self._state
+        self._timer.start()
         student.train()
         encoded = student.encode(batch, self._draw_seeds())
         # Where the cluster loss is small it is the difference of two large terms: TF32 would leave nothing of its gradient.
@@ -107,17 +113,20 @@ class TrainStep:
             state.backward(compared.total)
         student.backward(encoded, before_last=state.averager.watch)
         state.averager.finish()
+        self._timer.finish("forward_backward")
         norm = state.clip_grad_norm()
         # A scaled gradient may overflow: the update is then skipped and the scale lowered.
         may_overflow = state.may_overflow
         self._lr = state.update()
+        self._timer.finish("optimizer")
         self._steps_made += 1
         self._measure(compared.losses, norm, may_overflow)
 
     def send(self) -> SentRecord:
         """Start to copy the last step's record to the host, which need not wait for it."""
         sent = self._measurements.send()
-        return SentRecord(self._state.step, self._lr, self._steps_made, self._objective.weights, sent)
+        times = self._timer.take()
+        return SentRecord(self._state.step, self._lr, self._steps_made, self._objective.weights, sent, times)
 
     def _draw_seeds(self) -> list[int]:
         """Return a seed for each part of the batch, for dropout and the like."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.distant import close_copies
@@ -23,6 +22,7 @@ from clipcid_cli.steps.distill.batches import Batches, BatchMaker
 from clipcid_cli.steps.distill.checkpoints import Checkpoints
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
+from clipcid_cli.steps.distill.pace import Pace, full_speed
 from clipcid_cli.steps.distill.plan import DistillPlan
 from clipcid_cli.steps.distill.space import choose_space
 from clipcid_cli.steps.distill.step import SentRecord, StepRecord, TrainStep
@@ -30,31 +30,12 @@ from clipcid_cli.steps.distill.student import Student, batch_norms
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
 from clipcid_cli.training.train_state import TrainState
 
-# Every so many steps the processes tell each other whether a signal asks one of them to end. What they exchange stays on the
-# hosts: GPUs do not wait, and where one process hangs the others notice it here.
+# Every so many steps the processes tell each other whether a signal asks one of them to end, and whether to save. What they
+# exchange stays on the hosts: GPUs do not wait, and where one process hangs the others notice it here.
 _STEPS_BETWEEN_WORDS = 8
 
-
-class _Pace:
-    """How fast a run goes, from its first step here on, and what part of the time it waits for batches."""
-
-    def __init__(self, first: int, batch_size: int) -> None:
-        self._first = first
-        self._batch_size = batch_size
-        self._started = time.monotonic()
-        self._waited = 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time of what is done meanwhile as waiting."""
-        before = time.monotonic()
-        yield
-        self._waited += time.monotonic() - before
-
-    def measure(self, step: int) -> tuple[float, float]:
-        """Return the samples a second up to a step that has just ended, and the share of the time that was waited."""
-        seconds = time.monotonic() - self._started
-        return (step - self._first) * self._batch_size / seconds, self._waited / seconds
+# After this time there is a checkpoint, however many steps were made: a kill costs no more.
+_SECONDS_BETWEEN_CHECKPOINTS = 480.0
 
 
 class Trainer:
@@ -112,6 +93,7 @@ class Trainer:
         self.make_step = TrainStep(settings, student, self.objective, self.state, context)
         self.losses: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
+        self._saved_at = math.inf
 
     def train(self) -> None:
         """Make the steps that are left: steps, and what is logged, measured and saved between them."""
@@ -124,6 +106,7 @@ class Trainer:
             self.losses, self.metrics = plan.folder.last_values()
             return
         close_copies()
+        self._saved_at = time.monotonic()
         steps = range(first, plan.steps)
         with (
             closing(self.batches.load(steps, plan.workers)) as batches,
@@ -132,31 +115,34 @@ class Trainer:
             interruption.ends_when_saved(lambda: f"from step {self.checkpoints.saved_step:,}"),
             closing(self.checkpoints),
         ):
-            pace = _Pace(first, plan.batch_size)
+            speed = full_speed(plan, self.student, self.context)
+            pace = Pace(first, plan.batch_size, lambda: self.batches.copy_seconds, speed)
             sent: SentRecord | None = None
             for step in range(first + 1, plan.steps + 1):
-                with pace.waiting():
+                with pace.phase("data_wait"):
                     batch = next(batches)
                 self.step(batch)
                 progress.advance(plan.batch_size)
                 if sent is not None:  # of the step before: the GPU has this one to make while that is read
-                    self._log(self.read(sent), pace, progress)
+                    self._log(self._read(sent, pace), pace, progress)
                     sent = None
                 intervals = (plan.log_every, plan.eval_every, plan.checkpoint_every)
                 logs, evaluates, saves = (step % every == 0 or step == plan.steps for every in intervals)
-                ends = self._is_asked_to_end(step)
-                saves = saves or ends
+                ends, is_due = self._exchange_words(step)
+                saves = saves or ends or is_due
                 if logs or evaluates or saves:
                     sent = self.make_step.send()
                 if sent is not None and (evaluates or saves or self.context.device.type == "cpu"):
-                    record = self.read(sent)
+                    record = self._read(sent, pace)
                     sent = None
                     if logs:
                         self._log(record, pace, progress)
                 if evaluates:
-                    self._evaluate()
+                    with pace.phase("evaluation"):
+                        self._evaluate()
                 if saves:
-                    self._save()
+                    with pace.phase("checkpoint"):
+                        self._save()
                 if ends or step == plan.steps:
                     self.checkpoints.finish()
                 if ends:
@@ -179,14 +165,20 @@ class Trainer:
         self.losses = record.losses
         return record
 
-    def _log(self, record: StepRecord, pace: _Pace, progress: reporting.Progress) -> None:
-        speed, waiting = pace.measure(record.step)
-        self.log.add(record.line() | {"samples_per_second": round(speed, 1), "data_wait_share": round(waiting, 3)})
+    def _read(self, sent: SentRecord, pace: Pace) -> StepRecord:
+        record = self.read(sent)
+        pace.add(record.seconds)
+        return record
+
+    def _log(self, record: StepRecord, pace: Pace, progress: reporting.Progress) -> None:
+        measured = pace.measure(record.step)
+        self.log.add(record.line() | measured.line())
         progress.show(
             **record.losses,
             lr=record.lr,
             **{f"σ {name}": scale for name, scale in record.scales.items()},
-            waiting=f"{waiting:.0%}",
+            waiting=f"{measured.waiting:.0%}",
+            **({} if measured.mfu is None else {"MFU": f"{measured.mfu:.0%}"}),
             memory=f"{memory_in_use(self.context.device) / 2**30:.1f} GiB",
         )
 
@@ -232,11 +224,13 @@ class Trainer:
             f"{remedies} a new run; under another --name this run's checkpoints stay.",
         )
 
-    def _is_asked_to_end(self, step: int) -> bool:
-        """Tell whether a signal asks any process to end, the same on all."""
+    def _exchange_words(self, step: int) -> tuple[bool, bool]:
+        """Tell whether a signal asks any process to end, and whether the last checkpoint is old; the same on all."""
         if self.context.size > 1 and step % _STEPS_BETWEEN_WORDS:
-            return False
-        return any(self.context.gather(interruption.is_asked()))
+            return False, False
+        is_old = time.monotonic() > self._saved_at + _SECONDS_BETWEEN_CHECKPOINTS
+        words = self.context.gather((interruption.is_asked(), is_old))
+        return any(is_asked for is_asked, _ in words), words[0][1]
 
     def _evaluate(self) -> None:
         if not self.evaluation.has_data:
@@ -251,3 +245,4 @@ class Trainer:
         bad = self.unreadable_images()
         Skips.of(bad).check(len(self.batches), self.plan.settings.max_bad_fraction, "the training data")
         self.checkpoints.save(self.state, bad)
+        self._saved_at = time.monotonic()

@@ -5,30 +5,38 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from itertools import islice
-
-import torch
+from functools import partial
+from itertools import chain, islice
+from typing import NamedTuple
 
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.pipeline import estimate_host_memory, threads_for_batches
+from clipcid_cli.runtime.pipeline import threads_for_batches
+from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.embed.encoder import EmbedEncoder
+from clipcid_cli.steps.embed.memory import validate_memory
 from clipcid_cli.steps.embed.plan import EmbedPlan
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.encode import encode, list_batches
 
 # Batches of each thread after the first, which also allocates and starts the workers.
 _TIMED = 3
+_DECODED = 32  # samples that are decoded alone
 
 
 def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext) -> EmbedCost:
-    """Say what embedding takes of disk and memory, and how long at the pace of the first batches."""
+    """Say what embedding takes of disk and memory, and how long at the pace of the first batches and of decoding."""
     samples = context.on_rank0(plan.dataset.estimate_samples)
-    batch = encoder.decoder(())
-    item = sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor))
-    memory = context.on_all(lambda: estimate_host_memory(item, item, encoder.workers))
-    seconds = context.on_all(lambda: _time_sample(encoder, plan)) * samples / context.size
+    memory = context.on_all(lambda: validate_memory(plan, encoder, samples))
+    paces = context.gather(context.on_all(lambda: _time_batches(encoder, plan)))
+    workers = encoder.workers
+    speed = sum(1 / pace.of_run(workers) for pace in paces)
+    supply = sum(max(1, workers) / pace.decoding for pace in paces)
+    is_bound_by_data = any(pace.is_bound_by_data(workers) for pace in paces)
+    more = " More cores and --workers decode more." if is_bound_by_data else ""
+    reporting.note(f"Decoding alone: about {supply:,.0f} images/s.{more}")
     folder = plan.folder.absolute()
     disk = next(place for place in (folder, *folder.parents) if place.exists())
     return EmbedCost(
@@ -37,15 +45,33 @@ def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext) 
         images=samples,
         bytes=samples * encoder.bytes_per_sample,
         bytes_per_image=encoder.bytes_per_sample,
-        seconds={"encode": round(seconds, 1)},
+        seconds={"encode": round(samples / speed, 1)},
         free_bytes=shutil.disk_usage(disk).free,
+        images_per_second=round(speed, 1),
+        decoded_per_second=round(supply, 1),
+        bound_by="data" if is_bound_by_data else "model",
         host_memory_bytes=memory.total,
         shared_memory_bytes=memory.shared,
     )
 
 
-def _time_sample(encoder: EmbedEncoder, plan: EmbedPlan) -> float:
-    """Read, decode and encode a few batches, and return the seconds of a sample."""
+class Pace(NamedTuple):
+    """Seconds of a sample."""
+
+    batches: float  # of the first batches, most of which workers had decoded before they were timed
+    decoding: float  # to read and decode it on one core
+
+    def of_run(self, workers: int) -> float:
+        """Return the seconds of a sample of a run: those of what is slower, decoding by so many workers or the model."""
+        return max(self.batches, self.decoding / workers) if workers else self.batches
+
+    def is_bound_by_data(self, workers: int) -> bool:
+        """Tell whether a run waits for decoding; without workers, whether that takes most of the time."""
+        return self.decoding / workers > self.batches if workers else self.decoding > self.batches / 2
+
+
+def _time_batches(encoder: EmbedEncoder, plan: EmbedPlan) -> Pace:
+    """Read, decode and encode a few batches."""
     device = encoder.model.device
     threads = threads_for_batches(device)
     shards = plan.dataset.shards
@@ -55,11 +81,14 @@ def _time_sample(encoder: EmbedEncoder, plan: EmbedPlan) -> float:
 
     batches = list_batches(plan.dataset, range(len(shards)), stream, encoder.samples_at_once, plan.reject)
     few = islice(batches, threads * (1 + _TIMED))
+    first = next(few)
+    decoding = time_trial(partial(encoder.decoder, first.samples[:_DECODED]))
     began = time.perf_counter()
     ends = list[tuple[float, int]]()
-    for _, encoded in encode(few, encoder.decoder, encoder, device, encoder.workers):
+    for _, encoded in encode(chain([first], few), encoder.decoder, encoder, device, encoder.workers):
         ends.append((time.perf_counter(), len(encoded.samples)))
     if len(ends) > threads:  # the first of each thread are no measure
         began = ends[threads - 1][0]
         ends = ends[threads:]
-    return (ends[-1][0] - began) / max(1, sum(size for _, size in ends))
+    seconds = (ends[-1][0] - began) / max(1, sum(size for _, size in ends))
+    return Pace(seconds, decoding.seconds / max(1, len(first.samples[:_DECODED])))

@@ -25,6 +25,9 @@ class EmbedCost(msgspec.Struct):
     bytes_per_image: int
     seconds: dict[str, float]
     free_bytes: int  # of the disk of the output
+    images_per_second: float  # of all processes, as it was timed
+    decoded_per_second: float  # what all workers read and decode, or this process where it has none
+    bound_by: str  # ``data`` where decoding is what takes the time, else ``model``
     host_memory_bytes: int  # of all processes of a host, with what waits in /dev/shm
     shared_memory_bytes: int
 

@@ -22,6 +22,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index, stream_shard
 from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder
+from clipcid_cli.steps.embed.memory import validate_memory
 from clipcid_cli.steps.embed.plan import EMBED, EmbedPlan, make_plan
 from clipcid_cli.steps.embed.result import Embedded, EmbedResult
 from clipcid_cli.steps.embed.write import Timings, commit, make_rows
@@ -95,6 +96,8 @@ def _embed_missing(
         Of each process, how its time went.
     """
     missing, expected = context.on_rank0(lambda: _find_missing(plan, writer))
+    if missing:
+        context.on_all(lambda: validate_memory(plan, encoder, expected))
     total = len(plan.shards)
     if len(missing) < total:
         reporting.note(f"{total - len(missing)} of {total} shards are already embedded.")

@@ -39,9 +39,9 @@ from clipcid_cli.steps.settings.shared import (
 NO_TEACHER = "none"
 DEFAULT_EPOCHS = 32
 # Samples of a batch by default: at least so many (fewer if the data has fewer), with --steps so many for each GPU. On GPUs
-# without --steps up to so many for each as long as that leaves so many steps.
+# without --steps as many as fit, up to CLIP's own batch, as long as that leaves so many steps.
 _SMALLEST_BATCH = 256
-_LARGEST_BATCH_PER_GPU = 512
+_LARGEST_BATCH = 32_768
 _ENOUGH_STEPS = 20_000
 OPTIMIZERS = ("muon", "adamw")
 
@@ -194,8 +194,8 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
     )
     batch_size: int | None = _length(
         None,
-        "Samples per batch over all processes; by default at most 256; on GPUs up to 512 per GPU if that leaves "
-        "20,000 steps, or with --steps 256 per GPU.",
+        "Samples per batch over all processes; by default at most 256; on GPUs as many as fit into 80% of their memory if "
+        "that leaves 20,000 steps, or with --steps 256 per GPU.",
         within=AT_LEAST_1,
     )
     epochs: int | None = _length(None, "Passes over the data; by default 32.", within=AT_LEAST_1)
@@ -286,7 +286,8 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
     )
     checkpoint_every: int | None = _output(
         None,
-        "Steps between checkpoints; by default a tenth of the run, at most 1,000.",
+        "Steps between checkpoints, at most; by default a tenth of the run, at most 1,000. After 8 minutes there is one in "
+        "any case.",
         within=AT_LEAST_1,
         operational=True,
     )
@@ -491,18 +492,21 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         """The preset: as given, else the default with a teacher or without."""
         return self.preset or ("clip" if self.has_no_teacher else DEFAULT_PRESET)
 
-    def default_batch_size(self, samples: int, processes: int, *, on_gpus: bool) -> int:
+    def default_batch_size(self, samples: int, processes: int, fitting: int | None) -> int:
         """Return the samples of a batch of all processes where ``--batch-size`` does not say.
 
-        On GPUs it is the largest power of two that leaves enough steps, within the bounds.
+        On GPUs it is the largest power of two that fits and leaves enough steps, within the bounds.
+
+        Args:
+            fitting: Samples whose training fits into a GPU's memory; None on CPUs.
         """
         batch_size = _SMALLEST_BATCH
-        if on_gpus and self.steps is not None:
-            batch_size *= processes
-        elif on_gpus:
+        if fitting is not None and self.steps is not None:
+            batch_size = processes * min(_SMALLEST_BATCH, fitting)
+        elif fitting is not None:
             shown = (self.epochs or DEFAULT_EPOCHS) * samples
-            while 2 * batch_size <= min(_LARGEST_BATCH_PER_GPU * processes, shown // _ENOUGH_STEPS):
-                batch_size *= 2
+            wanted = min(_LARGEST_BATCH, max(_SMALLEST_BATCH, shown // _ENOUGH_STEPS))
+            batch_size = 2 ** (max(1, min(processes * fitting, wanted)).bit_length() - 1)
         divisor = processes * self.accum_freq
         return max(divisor, min(batch_size, samples) // divisor * divisor)
 

@@ -254,5 +254,6 @@ def _drop_measured(value: Any) -> Any:
         dropped = _MEASURED
         if str(value.get("path", "")).endswith(_WITH_TIMES):  # the entry of a file with times in it
             dropped = dropped | {"size", "hash"}
-        return {name: _drop_measured(entry) for name, entry in value.items() if name not in dropped}
+        kept = {name: entry for name, entry in value.items() if name not in dropped and not name.startswith("seconds_")}
+        return {name: _drop_measured(entry) for name, entry in kept.items()}
     return [_drop_measured(entry) for entry in value] if isinstance(value, list) else value

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.devices import DEVICES, Device
 from clipcid_cli.steps.gpu_plan import GpuPlan, run
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -49,7 +49,8 @@ def test_the_batch_that_fits_fits_and_a_larger_one_does_not() -> None:
     assert plan_training(batch_size=8 * fitting).memory_bytes <= 0.9 * 80e9
     assert plan_training(batch_size=8 * fitting + 8).memory_bytes > 0.9 * 80e9
     accumulated = plan_training(accum_freq=4).largest_batch_per_gpu
-    assert accumulated == pytest.approx(4 * fitting, rel=0.01)
+    assert accumulated is not None
+    assert 3.8 * fitting < accumulated < 4 * fitting  # all pixels are there, whatever the parts
     recomputed = plan_training(grad_checkpointing=True).largest_batch_per_gpu
     assert recomputed is not None
     assert recomputed > 4 * fitting
@@ -146,6 +147,12 @@ def test_without_a_teacher_no_rows_are_read() -> None:
     assert plan.bytes_read == 100 * 4096 * 25_000
 
 
-def test_partitions_are_not_planned() -> None:
-    with pytest.raises(UsageError, match="plans the exact search"):
-        run(BalanceSettings(keep=0.5, neighbors="partitioned", gpus="H100", images=9, dry_run=True))
+def test_partitions_leave_gpus_a_minute_of_products_and_the_host_hours() -> None:
+    settings: dict[str, Any] = {"keep": 0.563, "gpus": "8xH100", "images": 330_000_000, "dry_run": True}
+    partitioned, exact = (run(BalanceSettings(neighbors=kind, **settings)) for kind in ("partitioned", "exact"))
+    assert partitioned.operations < exact.operations / 1000
+    assert partitioned.operations / (8 * 0.6 * 989e12) < 60
+    assert 2.5 < partitioned.hours < 3
+    assert partitioned.host_hours is not None
+    assert 0 < partitioned.hours - partitioned.host_hours < 60 / 3600
+    assert exact.host_hours is None

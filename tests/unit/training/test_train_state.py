@@ -13,6 +13,7 @@ from conftest import TINY_CONFIG
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
@@ -20,7 +21,7 @@ from clipcid_cli.runtime.models.tower_modules import freeze
 from clipcid_cli.training.gradients import Features, GradCache, backward_order
 from clipcid_cli.training.measurements import Measurements
 from clipcid_cli.training.optimisers import Muon, Recipe, matrices_of, orthogonalise
-from clipcid_cli.training.train_state import MAX_LOG_SCALE, TrainState
+from clipcid_cli.training.train_state import MAX_LOG_SCALE, TrainState, count_checkpoint_bytes
 
 RECIPE = Recipe(
     optimizer="adamw", lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=8, max_norm=1.0
@@ -207,6 +208,19 @@ def test_trained_weights_and_statistics_are_averaged_over_all_steps_and_the_rest
 
 MUON = dataclasses.replace(RECIPE, optimizer="muon")
 SHAPES = ((24, 8), (8, 8), (8, 24), (24, 8))
+
+
+@pytest.mark.parametrize(("optimizer", "ema"), [("adamw", None), ("muon", 0.9)])
+def test_the_bytes_of_a_checkpoint_are_known_before_the_first_step(optimizer: str, ema: float | None) -> None:
+    model, recipe = make_model(), dataclasses.replace(RECIPE, optimizer=optimizer)
+    freeze(model, "image")
+    counted = count_checkpoint_bytes(model, recipe, ema=ema is not None)
+    state = TrainState(model, LossParameters([], 32, SharedSpace(32), seed=0), recipe, ema=ema)
+    for parameter in state.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    state.update()
+    tensors = [value for value in tree_leaves(state.state_dict()) if isinstance(value, Tensor)]
+    assert sum(tensor.nbytes for tensor in tensors) == pytest.approx(counted, rel=1e-3)
 
 
 def parameters(shapes: tuple[tuple[int, ...], ...]) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""What a dry run measures of a training run."""
+"""What a dry run measures of a training run, and what a host has too little memory for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 from balance_data import heard
-from teaching_data import write_captions, write_student
+from distill_data import train
+from teaching_data import embed_data, write_captions, write_student
 
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime import pipeline
+from clipcid_cli.runtime.pipeline import host_memory_of
 from clipcid_cli.steps.distill import cost, run
 from clipcid_cli.steps.distill.result import DistillCost
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -51,3 +55,25 @@ def test_fewer_steps_are_made_where_they_take_long(
     assert how in said
     assert isinstance(found, DistillCost)
     assert found.seconds_per_step > 0.3, "the pauses alone take 0.32"
+
+
+def test_what_a_host_has_too_little_memory_for_is_refused_before_it_is_begun(
+    tiny_shards: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = write_student(tmp_path)
+    monkeypatch.setattr(pipeline, "memory_limit", lambda: 10**6)
+    with pytest.raises(ClipcidError, match=r"workers of this host and their batches take up to .* it has 0\.0 GB"):
+        embed_data(tiny_shards, tiny_model, tmp_path / "rows")
+    assert not list((tmp_path / "rows").glob("**/*.npy"))
+    settings = {"student": student, "teacher": ("none",), "preset": "clip"}
+    with pytest.raises(ClipcidError, match=r"the copy that a checkpoint is written from take up to") as refused:
+        train(tmp_path / "work", tiny_shards, **settings)
+    assert "a larger --accum-freq" in refused.value.fix
+    assert not (tmp_path / "work" / "distill").exists()
+
+
+def test_a_checkpoint_in_work_and_steps_to_come_are_counted() -> None:
+    usual = host_memory_of(10, 100, 2)
+    more = host_memory_of(10, 100, 2, training=2**30, checkpoint=2**32)
+    assert more.total - usual.total == pytest.approx(2**30 + 2**32, rel=0.05)  # this process grows meanwhile
+    assert host_memory_of(10, 100, 20, num_items=3).shared == 30 < host_memory_of(10, 100, 20).shared

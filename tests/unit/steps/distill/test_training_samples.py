@@ -17,17 +17,20 @@ from conftest import make_caption, make_image, shard_members, write_tar
 from distill_data import train
 from teaching_data import embed_data, index_data, read_keys, write_student
 
+from clipcid_cli.algorithms.costs import describe_clip
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.results.matched_samples import SampleRows, open_rows
 from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.models.names import find_config, parse_model
 from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.steps.distill import samples
-from clipcid_cli.steps.distill.plan import choose_batch_size
+from clipcid_cli.steps.distill.plan import validate_batch_size
 from clipcid_cli.steps.distill.samples import Sources, match_samples
 from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.training_memory import SHARE_OF_DEFAULT, planned_states, training_memory
 
 HELD_OUT = 0.3
 
@@ -170,23 +173,43 @@ def test_bad_rows_are_told_on_each_start(tiny_shards: Path, tiny_model: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("device", "gpus", "samples", "settings", "expected"),
+    ("memory", "gpus", "samples", "settings", "expected"),
     [
-        ("cpu", 1, 400_000_000, {}, 256),
-        ("cpu", 1, 100, {}, 100),
-        ("cpu", 3, 100, {"accum_freq": 2}, 96),
-        ("cuda", 8, 400_000_000, {}, 4096),
-        ("cuda", 1, 400_000_000, {}, 512),
-        ("cuda", 8, 400_000_000, {"steps": 1000}, 2048),
-        ("cuda", 8, 640_000, {}, 1024),  # 32 epochs are 20,000 steps of 1,024
-        ("cuda", 8, 639_999, {}, 512),
-        ("cuda", 8, 640_000, {"epochs": 16}, 512),
-        ("cuda", 6, 400_000_000, {}, 2046),  # as many for each process
+        (None, 1, 400_000_000, {}, 256),
+        (None, 1, 100, {}, 100),
+        (None, 3, 100, {"accum_freq": 2}, 96),
+        (80e9, 8, 400_000_000, {}, 16_384),
+        (80e9, 1, 400_000_000, {}, 2048),
+        (40e9, 1, 400_000_000, {}, 1024),
+        (24e9, 1, 400_000_000, {}, 512),
+        (4e9, 1, 400_000_000, {}, 16),
+        (1e9, 1, 400_000_000, {}, 1),  # not even the weights fit: the run says so
+        (80e9, 1, 400_000_000, {"student": "ViT-B-16"}, 512),
+        (80e9, 1, 400_000_000, {"student": "ViT-L-14"}, 128),
+        (80e9, 1, 400_000_000, {"grad_checkpointing": True}, 8192),
+        (80e9, 1, 400_000_000, {"accum_freq": 4}, 8192),
+        (80e9, 64, 400_000_000, {}, 32_768),  # CLIP's
+        (80e9, 8, 400_000_000, {"steps": 1000}, 2048),
+        (4e9, 8, 400_000_000, {"steps": 1000}, 168),
+        (80e9, 8, 640_000, {}, 1024),  # 32 epochs are 20,000 steps of 1,024
+        (80e9, 8, 639_999, {}, 512),
+        (80e9, 8, 640_000, {"epochs": 16}, 512),
+        (80e9, 6, 400_000_000, {}, 16_380),  # as many for each process
     ],
 )
-def test_batches_grow_with_data(device: str, gpus: int, samples: int, settings: dict[str, Any], expected: int) -> None:
-    context = DistContext(0, gpus, 0, torch.device(device))
-    assert choose_batch_size(DistillSettings(student="ViT-B-32", **settings), samples, context) == expected
+def test_batches_grow_with_data_and_memory(
+    memory: float | None, gpus: int, samples: int, settings: dict[str, Any], expected: int
+) -> None:
+    chosen = DistillSettings(**{"student": "ViT-B-32"} | settings)
+    fitting = None
+    if memory is not None:
+        clip = describe_clip(find_config(parse_model(str(chosen.student))) or {})
+        needs = training_memory(chosen, clip, planned_states(chosen, clip, memory, 0), mixed=True)
+        fitting = needs.largest(SHARE_OF_DEFAULT * memory)
+    batch_size = chosen.default_batch_size(samples, gpus, fitting)
+    assert batch_size == expected
+    if memory is not None and batch_size > gpus:
+        assert needs.needed(batch_size // gpus) <= 0.8 * memory
 
 
 @pytest.mark.parametrize(
@@ -199,6 +222,8 @@ def test_batches_grow_with_data(device: str, gpus: int, samples: int, settings: 
 )
 def test_too_few_samples_for_a_batch(processes: int, samples: int, settings: dict[str, Any], fix: str) -> None:
     context = DistContext(0, processes, 0, torch.device("cpu"))
+    chosen = DistillSettings(student="ViT-B-32", **settings)
+    batch_size = chosen.batch_size or chosen.default_batch_size(samples, processes, None)
     with pytest.raises(ClipcidError, match="fewer than one batch") as refused:
-        choose_batch_size(DistillSettings(student="ViT-B-32", **settings), samples, context)
+        validate_batch_size(chosen, batch_size, samples, context)
     assert refused.value.fix == fix

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,15 @@ import torch
 from teaching_data import embed_data
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.manifest import read_manifest
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.steps import encode
+from clipcid_cli.steps.embed.cost import Pace
 from clipcid_cli.steps.embed.encoder import EmbedEncoder
-from clipcid_cli.steps.encode import Decoded
+from clipcid_cli.steps.embed.result import EmbedCost
+from clipcid_cli.steps.encode import Decoded, Decoder
 
 # Longer than a tiny model takes for a batch on any machine.
 PATIENCE = 20.0
@@ -84,3 +89,33 @@ def test_what_goes_wrong_in_writing_ends_the_run(
     assert not (out / "embed.json").exists()
     embed_data(tiny_shards, tiny_model, out)
     assert content(out) == expected
+
+
+def test_batches_that_were_decoded_before_do_not_hide_that_decoding_is_slow() -> None:
+    pace = Pace(batches=0.001, decoding=0.06)
+    assert pace.of_run(15) == 0.004
+    assert (pace.of_run(100), pace.of_run(0)) == (0.001, 0.001)
+    assert (pace.is_bound_by_data(15), pace.is_bound_by_data(100)) == (True, False)
+
+
+@pytest.mark.parametrize("slow", ["data", "model"])
+def test_a_dry_run_times_decoding(
+    slow: str, tiny_shards: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, encode_batch = Decoder.__call__, EmbedEncoder.__call__
+
+    def decode_slowly(decoder: Decoder, samples: Sequence[Sample]) -> Decoded:
+        time.sleep(0.02 * len(samples) * (slow == "data"))
+        return decode(decoder, samples)
+
+    def encode_slowly(encoder: EmbedEncoder, decoded: Decoded) -> dict[Kind, torch.Tensor]:
+        time.sleep(0.1 * (slow == "model"))
+        return encode_batch(encoder, decoded)
+
+    monkeypatch.setattr(Decoder, "__call__", decode_slowly)
+    monkeypatch.setattr(EmbedEncoder, "__call__", encode_slowly)
+    cost = embed_data(tiny_shards, tiny_model, tmp_path / "rows", dry_run=True)
+    assert isinstance(cost, EmbedCost)
+    assert cost.bound_by == slow
+    assert (cost.decoded_per_second < 50) == (slow == "data")
+    assert not (tmp_path / "rows").exists()
