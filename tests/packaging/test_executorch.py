@@ -13,6 +13,11 @@ import open_clip
 import pytest
 import torch
 from conftest import clean_environment, make_image, write_class_folders
+from families import FAMILIES, write_family
+from safetensors.torch import save_file
+
+from clipcid_cli.runtime.models.load import load_model
+from clipcid_cli.runtime.models.names import parse_model
 
 ROOT = Path(__file__).parents[2]
 # It knows neither clipcid nor open_clip.
@@ -79,3 +84,15 @@ def test_programs_compute_what_the_model_does(python: Path, tiny_model: Path, tm
     card = (tmp_path / "out" / "README.md").read_text()
     (program,) = [block.split("```")[0] for block in card.split("```python\n")[1:]]
     run(python, "-c", program, cwd=tmp_path / "out")
+
+
+@pytest.mark.slow  # installs ExecuTorch, 190 MB, and compiles two programs: minutes
+def test_a_model_whose_activation_xnnpack_rounds_passes_the_check(python: Path, tmp_path: Path) -> None:
+    folder = write_family(tmp_path / "siglip", FAMILIES["SigLIP 2"])
+    save_file(
+        dict(load_model(parse_model(str(folder)), fresh_seed=1).module.state_dict()),
+        folder / "open_clip_model.safetensors",
+    )
+    call = ("export", folder, "--format", "executorch", "--out", "out", "--max-difference", 1e-5, "--json")
+    parity = json.loads(run(python, "-m", "clipcid_cli", *call, cwd=tmp_path))["parity"]["executorch"]
+    assert parity["text"]["max_difference"] < 1e-5
