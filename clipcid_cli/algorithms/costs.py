@@ -36,6 +36,10 @@ _BYTES_OF_UPDATE = 28
 # Products of a process's rows with all rows of the batch: logits of images and captions, of the student and the teacher.
 _SIMILARITIES = 4
 _TOWERS = 2
+# The cluster loss on a GPU makes each product of three of half precision (``losses/half_products.py``), and reads and writes
+# so many bytes for each logit: 36 in the forward pass, 56 in the backward pass.
+_PARTS = 3
+_BYTES_OF_LOGIT = 92
 # Rounds of Muon, each with two products of a × b matrices and one of a × a (``training/optimisers.py``).
 _ROUNDS = 5
 # Weights, gradients, two moments (one of Muon's matrices), and a copy of the weights in the format of products.
@@ -180,16 +184,22 @@ class Clip:
         """Bytes that the optimiser reads and writes in a step."""
         return _BYTES_OF_UPDATE * self.parameters
 
-    def loss_operations(self, own: int, batch: int, candidates: int = 0) -> int:
-        """Return the operations of the losses of a step, in float32.
+    def loss_operations(self, own: int, batch: int) -> int:
+        """Return the operations of the losses of a step but for the cluster loss, in float32.
 
         Args:
             own: Samples of the process.
             batch: Samples of all processes.
-            candidates: Centroids that samples are compared with.
         """
-        compared = _SIMILARITIES * batch + _TOWERS * candidates
-        return _WITH_BACKWARD * 2 * own * compared * self.embed_dim
+        return _WITH_BACKWARD * 2 * own * _SIMILARITIES * batch * self.embed_dim
+
+    def cluster_operations(self, own: int, candidates: int, *, of_parts: bool = False) -> int:
+        """Return the operations of the cluster loss of a step: in float32, or those of its parts in half precision."""
+        return _WITH_BACKWARD * 2 * own * _TOWERS * candidates * self.embed_dim * (_PARTS if of_parts else 1)
+
+    def cluster_bytes(self, own: int, candidates: int) -> int:
+        """Return the bytes that a GPU reads and writes for the cluster loss of a step."""
+        return _BYTES_OF_LOGIT * own * _TOWERS * candidates
 
     @property
     def image_bytes(self) -> int:

@@ -28,6 +28,7 @@ class Device:
     memory: float  # bytes
     is_measured: bool = False
     is_mixed: bool = True  # whether it trains in 16 bits
+    is_gpu: bool = True
 
     def reached(self) -> Device:
         """Return what programs reach of a data sheet; measured rates stay as they are."""

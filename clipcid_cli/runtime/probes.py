@@ -50,6 +50,7 @@ def measure_device(device: torch.device, precision: str = "auto") -> Device:
         memory=memory,
         is_measured=True,
         is_mixed=dtype != torch.float32,
+        is_gpu=device.type == "cuda",
     )
 
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from clipcid_cli.algorithms.costs import Clip, describe_clip
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
@@ -26,7 +25,7 @@ from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
 from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import TrainingDataSettings
 from clipcid_cli.steps.training_memory import SHARE_OF_DEFAULT, planned_states, training_memory
-from clipcid_cli.steps.training_time import encode_seconds, step_seconds
+from clipcid_cli.steps.training_time import describe_model, encode_seconds, step_seconds
 
 # Bytes of an image file of 256 pixels with its caption, and images a core decodes a second (docs/scale.md).
 _IMAGE_BYTES = 25_000
@@ -98,11 +97,11 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     """Compute what training takes."""
     gpus = _choose_gpus(settings.gpus, settings.precision)
     known = _look_up(settings)
-    clip = _describe(str(settings.student))
+    clip = describe_model(str(settings.student))
     kept = None if settings.keep_list == "none" else known.kept
     images = _count_images(settings, kept or known.images)
     trained = max(1, round(images * (1 - settings.val_fraction)))
-    teachers = [_describe(name) for name in settings.teacher] if settings.online_teacher else []
+    teachers = [describe_model(name) for name in settings.teacher] if settings.online_teacher else []
     centroids = _default_clusters(images) if settings.needs_clusters else 0
     states = planned_states(settings, clip, gpus.device.memory, centroids)
     needs = training_memory(settings, clip, states, mixed=gpus.device.is_mixed, teachers=teachers)
@@ -157,7 +156,7 @@ def plan_embed(settings: EmbedSettings) -> GpuPlan:
     known_model = None if settings.data is not None else find_embedded_model(WorkDirectory(settings.work))
     model = settings.model or known_model or DEFAULT_MODEL
     reporting.note(f"Model: {model}.")
-    clip = _describe(model)
+    clip = describe_model(model)
     images = _count_images(settings, _look_up(settings).images)
     shown, texts = 1 + settings.views, (1 + settings.text_variants) * settings.text
     operations = shown * clip.image.operations + texts * clip.text.operations
@@ -274,16 +273,6 @@ def _choose_gpus(given: str | None, precision: str) -> _Gpus:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return _Gpus(f"{count}x{name}", count, measure_device(device, precision), device.type == "cuda")
-
-
-def _describe(spec: str) -> Clip:
-    config = find_config(parse_model(spec))
-    if config is None:
-        raise ClipcidError(
-            f"The operations of {spec} are not known before it is downloaded.",
-            "Plan with its architecture, such as ViT-L-14.",
-        )
-    return describe_clip(config)
 
 
 def _width_of(spec: str) -> int:

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
-from clipcid_cli.algorithms.costs import BATCH_OF_DEVICE, Clip
+from clipcid_cli.algorithms.costs import BATCH_OF_DEVICE, Clip, describe_clip
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.devices import Device
+from clipcid_cli.runtime.models.names import find_config, parse_model
+
+
+def describe_model(spec: str) -> Clip:
+    """Return the sizes of a named model, without loading it."""
+    config = find_config(parse_model(spec))
+    if config is None:
+        raise ClipcidError(
+            f"The operations of {spec} are not known before it is downloaded.",
+            "Plan with its architecture, such as ViT-L-14.",
+        )
+    return describe_clip(config)
 
 
 def step_seconds(
@@ -17,8 +30,13 @@ def step_seconds(
     device = device.reached()
     products = own * clip.training_operations + clip.optimizer_operations
     moved = own * clip.training_bytes(mixed=device.is_mixed) + clip.update_bytes
-    losses = clip.loss_operations(own, batch, candidates)
-    return products / device.product + moved / device.bandwidth + losses / device.exact
+    exact = clip.loss_operations(own, batch)
+    if device.is_gpu:
+        products += clip.cluster_operations(own, candidates, of_parts=True)
+        moved += clip.cluster_bytes(own, candidates)
+    else:
+        exact += clip.cluster_operations(own, candidates)
+    return products / device.product + moved / device.bandwidth + exact / device.exact
 
 
 def encode_seconds(operations: float, bytes_moved: float, device: Device) -> float:

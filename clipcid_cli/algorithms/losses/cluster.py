@@ -18,7 +18,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch, add, over_blocks, rows_between
+from clipcid_cli.algorithms.losses.batch import (
+    ClusterTargets,
+    LossBatch,
+    add,
+    block_entries,
+    over_blocks,
+    rows_between,
+)
+from clipcid_cli.algorithms.losses.half_products import LogSumExp
 from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, project
 
 # Centroids that take at most this many bytes in the shared space are kept there: K = 32,768 at 512 dimensions.
@@ -166,7 +174,20 @@ def soft_label_cross_entropy(
 
     # Blocks of candidates rather than of rows: a matrix product repacks its right side every time, and the candidates are
     # the larger one (1,024 rows, 116,241 candidates, 768 dimensions: two thirds of the time).
-    normalisers = over_blocks(normaliser, 0, len(targets.centroids_SD), stop - first, features_BD.device)
+    if features_BD.device.type == "cuda":
+        normalisers = _normalisers_of_halves(scaled_bD, targets)
+    else:
+        normalisers = over_blocks(normaliser, 0, len(targets.centroids_SD), stop - first, features_BD.device)
     normaliser_b = normalisers[0] if len(normalisers) == 1 else torch.stack(normalisers).logsumexp(dim=0)
     # Σ_j q_j·logit_j = σ_c·s'·Σ_j q_j·c_j, where no logit is corrected: it needs neither the logits nor their candidates.
     return normaliser_b.sum() - (scaled_bD * targets.mean_bD).sum()
+
+
+def _normalisers_of_halves(scaled_bD: Tensor, targets: ClusterTargets) -> list[Tensor]:
+    """Return logΣexp of each row's logits, [b], for each block of candidates, by products of float16 parts."""
+    rows = max(1, block_entries(scaled_bD.device) // len(scaled_bD))
+    blocks = zip(torch.split(targets.centroids_SD, rows), torch.split(targets.log_correction_S, rows), strict=True)
+    return [
+        LogSumExp.apply(scaled_bD, centroids_CD, correction_C)  # type: ignore[no-untyped-call, unused-ignore]  # untyped in PyTorch 2.13, typed in 2.15
+        for centroids_CD, correction_C in blocks
+    ]

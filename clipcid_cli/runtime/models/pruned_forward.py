@@ -1,9 +1,9 @@
 """Forward passes without what a CLIP's features do not depend on; features and gradients stay equal up to rounding.
 
 Left out are tokens after the one whose row becomes the text's feature, since attention in the text tower is causal (most
-captions fill a fifth of the context; a batch is packed, one text after the other, for everything but attention), in the last
-layer all rows but the one that becomes the feature, and copies that torch.nn.MultiheadAttention makes. A training step of a
-14 M student took 529 ms in place of 976 (2 cores).
+captions fill a fifth of the context; a batch is packed, one text after the other, for everything but attention, which pads
+each text to the longest one of its group), in the last layer all rows but the one that becomes the feature, and copies that
+torch.nn.MultiheadAttention makes. A training step of a 14 M student took 529 ms in place of 976 (2 cores).
 
 This repeats what open_clip's modules do inside, in the releases that pyproject.toml admits; its tests compare every kind of
 tower. A tower of another kind takes open_clip's own pass.
@@ -23,6 +23,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipcid_cli.runtime.pipeline import to_device
+
+# Texts of at most so many tokens attend together, and the longer ones: most captions have fewer than 32 tokens, but hardly a
+# batch is without one that fills the context. More groups gain little, and a GPU is given more to launch.
+_GROUP_LENGTHS = (16, 32)
 
 
 class PrunedForward:
@@ -81,7 +85,7 @@ class PrunedForward:
         image_BLD = self._image_rows(self._visual._embeds(pixels), pooled=False)
         packing = _pack(tokens, self._text, pixels.device)
         rows_TD = self._text_rows(packing, pooled=False)
-        text_BLD = packing.spread(rows_TD)
+        text_BLD = packing.padding.spread(rows_TD)
         unseen = tokens.shape[1] - text_BLD.shape[1]
         return image_BLD[:, 0], packing.take_ends(rows_TD), image_BLD[:, 1:], F.pad(text_BLD, (0, 0, 0, unseen))
 
@@ -103,22 +107,41 @@ class PrunedForward:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Padding:
+    """Where packed rows lie when each of some texts has as many places as the longest."""
+
+    places_T: Tensor  # of each row in [texts · longest]
+    texts: int
+    longest: int
+
+    def spread(self, rows_TW: Tensor) -> Tensor:
+        """Unpack rows to [texts, longest, W], with zeros after each text's end."""
+        spread = rows_TW.new_zeros(self.texts * self.longest, rows_TW.shape[1]).index_copy_(0, self.places_T, rows_TW)
+        return spread.view(self.texts, self.longest, -1)
+
+    def attend(self, projected_TW: Tensor, heads: int) -> Tensor:
+        """Attend from each row to those before it in its text."""
+        attended_BLW = _attend(self.spread(projected_TW), heads, is_causal=True)
+        return attended_BLW.flatten(0, 1).index_select(0, self.places_T)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Packing:
-    """Texts one after the other, each up to the token whose row becomes its feature; int64 but for a mask."""
+    """Texts one after the other, those of one group together, each up to the token whose row becomes its feature; int64."""
 
     tokens_T: Tensor
     positions_T: Tensor  # of each token in its text
-    places_T: Tensor  # of each token in [B · longest]
     ends_B: Tensor  # of each text's last token among the T
-    valid_BL: Tensor  # which of the [B, longest] places hold a token
+    valid_BL: Tensor  # which of the [B, longest] places hold a token, bool
+    padding: _Padding  # of all texts, in the order of the batch
+    groups: list[_Padding]  # of texts of about one length, in the order of packing
 
-    def spread(self, rows_TW: Tensor) -> Tensor:
-        """Unpack rows to [B, longest, W], with zeros after each text's end."""
-        spread = rows_TW.new_zeros(self.valid_BL.numel(), rows_TW.shape[1]).index_copy_(0, self.places_T, rows_TW)
-        return spread.view(*self.valid_BL.shape, -1)
-
-    def collect(self, rows_BLW: Tensor) -> Tensor:
-        return rows_BLW.flatten(0, 1).index_select(0, self.places_T)
+    def attend(self, projected_TW: Tensor, heads: int) -> Tensor:
+        """Attend from each row to those before it in its text."""
+        if len(self.groups) == 1:  # without a copy
+            return self.padding.attend(projected_TW, heads)
+        parts = torch.split(projected_TW, [len(group.places_T) for group in self.groups])
+        return torch.cat([group.attend(part, heads) for group, part in zip(self.groups, parts, strict=True)])
 
     def take_ends(self, rows_TW: Tensor) -> Tensor:
         """Return the rows of the texts' last tokens, [B, W]."""
@@ -128,12 +151,37 @@ class _Packing:
 def _pack(tokens: Tensor, text: Any, device: torch.device) -> _Packing:
     tokens = tokens.cpu()
     pool, end = _pooling(text)
-    ends = (tokens if pool == "argmax" else tokens.eq(cast(int, end)).int()).argmax(dim=1)
-    longest = int(ends.max()) + 1
-    valid_BL = torch.arange(longest) <= ends[:, None]
-    places_T = valid_BL.flatten().nonzero().squeeze(1)
-    packed = (tokens[:, :longest][valid_BL], places_T % longest, places_T, torch.cumsum(ends + 1, 0) - 1, valid_BL)
-    return _Packing(*(to_device(tensor, device) for tensor in packed))
+    lengths_B = (tokens if pool == "argmax" else tokens.eq(cast(int, end)).int()).argmax(dim=1) + 1
+    groups_B = torch.bucketize(lengths_B, torch.tensor(_GROUP_LENGTHS))
+    order_B = groups_B.argsort(stable=True)
+    ordered_B = lengths_B[order_B]
+    ends_B = torch.empty_like(lengths_B)
+    ends_B[order_B] = ordered_B.cumsum(0) - 1
+    valid_BL = _are_valid(lengths_B)
+    row_T, positions_T = valid_BL[order_B].nonzero(as_tuple=True)
+    texts_T = order_B[row_T]
+    texts, longest = valid_BL.shape
+    padding = _Padding(to_device(texts_T * longest + positions_T, device), texts, longest)
+    sizes = [size for size in groups_B.bincount().tolist() if size]
+    groups = [_pad(lengths_b, device) for lengths_b in torch.split(ordered_B, sizes)] if len(sizes) > 1 else [padding]
+    return _Packing(
+        tokens_T=to_device(tokens[texts_T, positions_T], device),
+        positions_T=to_device(positions_T, device),
+        ends_B=to_device(ends_B, device),
+        valid_BL=to_device(valid_BL, device),
+        padding=padding,
+        groups=groups,
+    )
+
+
+def _pad(lengths_B: Tensor, device: torch.device) -> _Padding:
+    valid_BL = _are_valid(lengths_B)
+    return _Padding(to_device(valid_BL.flatten().nonzero().squeeze(1), device), *valid_BL.shape)
+
+
+def _are_valid(lengths_B: Tensor) -> Tensor:
+    """Tell which of as many places as the longest text has hold a token of each text, bool [B, longest]."""
+    return torch.arange(int(lengths_B.max())) < lengths_B[:, None]
 
 
 def _run_layers(transformer: Any, x: Tensor, packing: _Packing | None, *, pooled: bool) -> Tensor:
@@ -152,14 +200,16 @@ def _run_block(block: Any, x: Tensor, packing: _Packing | None) -> Tensor:
     """Attend from each row of an image to all its rows, or from a packed text's to those before it."""
     attention = block.attn
     projected = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    if packing is not None:
-        projected = packing.spread(projected)
-    queries, keys, values = (
-        _split_heads(rows, attention.num_heads).transpose(1, 2) for rows in projected.chunk(3, dim=-1)
-    )
-    attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=packing is not None)
-    attended = attended.transpose(1, 2).flatten(2)
-    return _finish_block(block, x, attended if packing is None else packing.collect(attended))
+    if packing is None:
+        attended = _attend(projected, attention.num_heads, is_causal=False)
+    else:
+        attended = packing.attend(projected, attention.num_heads)
+    return _finish_block(block, x, attended)
+
+
+def _attend(projected_BLW: Tensor, heads: int, *, is_causal: bool) -> Tensor:
+    queries, keys, values = (_split_heads(rows, heads).transpose(1, 2) for rows in projected_BLW.chunk(3, dim=-1))
+    return F.scaled_dot_product_attention(queries, keys, values, is_causal=is_causal).transpose(1, 2).flatten(2)
 
 
 def _run_pooled_block(block: Any, x: Tensor, packing: _Packing | None) -> Tensor:
@@ -172,7 +222,7 @@ def _run_pooled_block(block: Any, x: Tensor, packing: _Packing | None) -> Tensor
     query_BW = F.linear(normed_BW, weight[:width], bias[:width])
     others = F.linear(normed, weight[width:], bias[width:])
     if packing is not None:
-        others = packing.spread(others)
+        others = packing.padding.spread(others)
     projected = (query_BW[:, None], *others.chunk(2, dim=-1))
     queries, keys, values = (_split_heads(rows, attention.num_heads) for rows in projected)
     # Computed here: PyTorch's attention of a single row gives other bits for another number of threads.

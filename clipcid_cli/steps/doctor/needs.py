@@ -130,9 +130,7 @@ def _check_work(disk: WorkDisk, rates: Mapping[str, float], where: Situation) ->
     """Compare the disk of the work directory."""
     if disk.problem:
         problem = f"cannot write: {disk.problem}"
-        return [
-            Check("work, writing", "B/s", None, {}, FAILS, problem=problem, advice="Name another folder by --work.")
-        ]
+        return [_check_without_figure("work, writing", problem, "Name another folder by --work.", unit="B/s")]
     needs = {name: clip.checkpoint_bytes / _SECONDS_OF_SAVE for name, clip in where.clips.items()}
     creations = {name: _SHARE_OF_FILES * _IMAGES_OF_SHARD / rate / _FILES_OF_SHARD for name, rate in rates.items()}
     is_quick = all(disk.created <= need for need in creations.values())
@@ -199,17 +197,8 @@ def check_exchange(rate: float, where: Situation) -> Check:
 
 def check_locks(problem: str) -> Check:
     """Say whether locks keep processes apart."""
-    return Check(
-        name="locks hold",
-        unit="",
-        figure=None,
-        needs={},
-        verdict=FAILS if problem else OK,
-        problem=problem,
-        advice="Put --work on a disk that all hosts share and that supports flock (NFS 4, Lustre with -o flock)."
-        if problem
-        else "",
-    )
+    advice = "Put --work on a disk that all hosts share and that supports flock (NFS 4, Lustre with -o flock)."
+    return _check_without_figure("locks hold", problem, advice)
 
 
 def check_versions(measured: Sequence[Process]) -> Check:
@@ -221,15 +210,13 @@ def check_versions(measured: Sequence[Process]) -> Check:
         other = measured[differing].versions
         name = next(name for name in {**first, **other} if first.get(name) != other.get(name))
         problem = f"process {differing} has {name} {other.get(name)}, the first has {first.get(name)}"
-    return Check(
-        name="versions agree",
-        unit="",
-        figure=None,
-        needs={},
-        verdict=FAILS if problem else OK,
-        problem=problem,
-        advice="Install the same versions on all hosts." if problem else "",
-    )
+    return _check_without_figure("versions agree", problem, "Install the same versions on all hosts.")
+
+
+def _check_without_figure(name: str, problem: str, advice: str, *, unit: str = "") -> Check:
+    """Fail where there is a problem."""
+    verdict, advice = (FAILS, advice) if problem else (OK, "")
+    return Check(name, unit, None, {}, verdict, problem=problem, advice=advice)
 
 
 def check_unreadable(measured: Sequence[Process]) -> list[Check]:

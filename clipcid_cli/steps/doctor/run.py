@@ -7,12 +7,10 @@ from collections import Counter
 
 import msgspec
 
-from clipcid_cli.algorithms.costs import describe_clip
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.runtime.devices import DEVICES, THIS, Device, find_device, parse_devices
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.interruption import starts_over
-from clipcid_cli.runtime.models.names import find_config, parse_model
 from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.probes import measure_device, measure_exchange
 from clipcid_cli.steps import reporting
@@ -38,7 +36,7 @@ from clipcid_cli.steps.doctor.needs import (
     list_checks,
 )
 from clipcid_cli.steps.settings.doctor import DoctorSettings
-from clipcid_cli.steps.training_time import samples_per_second
+from clipcid_cli.steps.training_time import describe_model, samples_per_second
 
 MODELS = ("ViT-B-32", "ViT-B-16")
 """The models whose needs are compared."""
@@ -77,7 +75,7 @@ def run(settings: DoctorSettings) -> DoctorResult:
     local = max(hosts.values())
     count, device = _choose_device(settings.gpus, local, measured[0].gpu, own)
     measured = [_share(process, count // local) for process in measured]
-    clips = {name: describe_clip(find_config(parse_model(name)) or {}) for name in MODELS}
+    clips = {name: describe_model(name) for name in MODELS}
     on_gpu = measured[0].gpu is not None or not device.is_measured
     where = Situation(clips, device, context.size, local, on_gpu)
     checks = [*locks, *list_checks(measured, disk, where), *check_unreadable(measured)]

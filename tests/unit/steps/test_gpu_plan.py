@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.runtime.devices import DEVICES, Device
 from clipcid_cli.steps.gpu_plan import GpuPlan, run
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
+from clipcid_cli.steps.training_time import describe_model, step_seconds
 
 LAION, KEPT = 400_000_000, 225_200_000
 
@@ -68,6 +71,17 @@ def test_the_batch_that_fits_fits_and_a_larger_one_does_not() -> None:
 def test_what_takes_longer(longer: dict[str, Any], shorter: dict[str, Any]) -> None:
     assert plan_training(**longer).hours > 1.01 * plan_training(**shorter).hours
     assert plan_training(**longer, images=KEPT * 2).hours == pytest.approx(2 * plan_training(**longer).hours, rel=0.01)
+
+
+def test_the_cluster_loss_costs_a_gpu_less_than_float32() -> None:
+    clip = describe_model("ViT-B-32")
+
+    def added(device: Device) -> float:
+        with_centroids = step_seconds(clip, device, 4096, 32_768, candidates=100_000)
+        return with_centroids - step_seconds(clip, device, 4096, 32_768)
+
+    h100 = DEVICES["H100"]
+    assert added(h100) < 0.7 * added(dataclasses.replace(h100, is_gpu=False))
 
 
 def test_laion400m_takes_about_what_the_page_on_scale_says() -> None:

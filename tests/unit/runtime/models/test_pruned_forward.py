@@ -9,6 +9,8 @@ import torch
 from conftest import TINY_CONFIG, changed
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.load import load_model
@@ -61,16 +63,32 @@ def features(
 def test_equal_to_open_clip(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = load(tmp_path, **changes)
     for captions in (CAPTIONS, ["word " * 40, "word " * 40]):
-        tokens = model.tokenizer(captions)
-        # In float64, where what a wrong pass would change cannot hide behind rounding.
-        image, text, gradients, _ = features(model, False, tokens, torch.float64)
-        pruned_image, pruned_text, pruned_gradients, towers = features(model, True, tokens, torch.float64)
-        assert (towers.prunes_images, towers.prunes_texts) == (True, True)
-        torch.testing.assert_close(pruned_image, image, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(pruned_text, text, rtol=1e-9, atol=1e-9)
-        assert pruned_gradients.keys() == gradients.keys()
-        for name, expected in gradients.items():
-            torch.testing.assert_close(pruned_gradients[name], expected, rtol=1e-7, atol=1e-9)
+        compare_with_open_clip(model, model.tokenizer(captions))
+
+
+def compare_with_open_clip(model: ClipModel, tokens: Tensor) -> None:
+    # In float64, where what a wrong pass would change cannot hide behind rounding.
+    image, text, gradients, _ = features(model, False, tokens, torch.float64)
+    pruned_image, pruned_text, pruned_gradients, towers = features(model, True, tokens, torch.float64)
+    assert (towers.prunes_images, towers.prunes_texts) == (True, True)
+    torch.testing.assert_close(pruned_image, image, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(pruned_text, text, rtol=1e-9, atol=1e-9)
+    assert pruned_gradients.keys() == gradients.keys()
+    for name, expected in gradients.items():
+        torch.testing.assert_close(pruned_gradients[name], expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_long_text_does_not_make_short_ones_attend_further(tmp_path: Path) -> None:
+    model = load(tmp_path, text_cfg__context_length=77)
+    tokens = model.tokenizer(["sky", "word " * 60, "a red square", "word " * 20, "", "word " * 70])
+    compare_with_open_clip(model, tokens)
+
+    def operations(texts: list[int]) -> int:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+            PrunedForward(model.module).encode_texts(tokens[texts])
+        return counted.get_total_flops()
+
+    assert operations([0, 1, 2, 3, 4, 5]) == operations([0, 2, 4]) + operations([3]) + operations([1, 5])
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from clipcid_cli.algorithms.costs import describe_clip
 from clipcid_cli.runtime.devices import DEVICES
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.names import find_config, parse_model
 from clipcid_cli.steps.doctor import measure
 from clipcid_cli.steps.doctor.measure import Process, WorkDisk, find_lock_problem, measure_work_disk, read_open_files
 from clipcid_cli.steps.doctor.needs import (
@@ -28,6 +26,7 @@ from clipcid_cli.steps.doctor.needs import (
     check_versions,
     list_checks,
 )
+from clipcid_cli.steps.training_time import describe_model
 
 PROCESS = Process(
     host="one",
@@ -49,7 +48,7 @@ PROCESS = Process(
 )
 DISK = WorkDisk(created=1e-3, written=1e9, read=2e9)
 WHERE = Situation(
-    {name: describe_clip(find_config(parse_model(name)) or {}) for name in ("ViT-B-32", "ViT-B-16")},
+    {name: describe_model(name) for name in ("ViT-B-32", "ViT-B-16")},
     DEVICES["H100"],
     processes=8,
     local_processes=8,
