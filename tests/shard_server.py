@@ -23,6 +23,7 @@ class ShardServer(http.server.ThreadingHTTPServer):
         bytes_sent: Bytes of content by file.
         dropped: Connections dropped.
         overloaded: So many of the next requests are answered by 503.
+        most_at_once: The most requests that waited for their answer at a time.
     """
 
     daemon_threads = True
@@ -33,6 +34,7 @@ class ShardServer(http.server.ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.bytes_sent: Counter[str] = Counter()
         self.dropped, self.damaged, self.overloaded = 0, "", 0
+        self.answering = self.most_at_once = 0
         self.lock = threading.Lock()
 
     @property
@@ -52,7 +54,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, *, with_content: bool) -> None:
         server, name = self.server, self.path.partition("?")[0].lstrip("/")  # a signature is not looked at
+        with server.lock:
+            server.answering += 1
+            server.most_at_once = max(server.most_at_once, server.answering)
         time.sleep(server.delay)
+        with server.lock:
+            server.answering -= 1
         path = server.folder / name
         with server.lock:
             server.overloaded -= 1

@@ -113,6 +113,9 @@ class Tower:
                 yield min(self.width, self.hidden), max(self.width, self.hidden)
 
 
+_NO_TOWER = Tower(tokens=0, width=0, layers=1, hidden=0, embed_dim=0, patch=0, table=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """Both towers of a model, and its images."""
@@ -146,6 +149,10 @@ class Clip:
         """Operations of Muon in a step."""
         matrices = (*self.image.matrices(), *self.text.matrices())
         return _ROUNDS * sum(4 * short * short * long + 2 * short**3 for short, long in matrices)
+
+    def image_alone(self, embed_dim: int) -> Clip:
+        """Return it without a text tower, for embeddings of another width."""
+        return dataclasses.replace(self, image=dataclasses.replace(self.image, embed_dim=embed_dim), text=_NO_TOWER)
 
     def training_bytes(self, *, mixed: bool = True) -> int:
         """Return the bytes that training on a pair reads and writes besides those of products."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.embed import show as show_embedded
 from clipcid_cli.commands.summary import count, format_phases, format_skipped, print_facts
-from clipcid_cli.steps.balance.result import Audit, BalanceResult
+from clipcid_cli.steps.balance.result import Audit, BalanceResult, ReferenceResult
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -31,7 +31,7 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
         "cut-off": "none, since nothing is merged" if threshold is None else f"{threshold:.6g} (Euclidean distance)",
         "largest set": count(result.largest_component, "image"),
     }
-    is_filtered = any(part is not None for part in (result.against, result.caption_window, cap))
+    is_filtered = any(part is not None for part in (result.against, result.caption_window, result.near, cap))
     repeats = "dropped repeats" if is_filtered else "dropped images"
     if threshold is not None:
         facts["not covered"] = (
@@ -51,13 +51,16 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
     elif threshold is not None:
         facts["with star"] = "not computed"
     if (against := result.against) is not None:
-        names = ", ".join(f"{reference.nearest:,} by {reference.name}" for reference in against.references)
+        names = _format_references(against.references)
         facts["against"] = f"{count(against.dropped, 'image')} dropped, within {against.threshold:g}: {names}"
     if (window := result.caption_window) is not None:
         facts["captions"] = (
             f"{window.inside:,} inside the window of similarity, {window.below:,} below, {window.above:,} above, "
             f"{window.without:,} without a caption"
         )
+    if (near := result.near) is not None:
+        of = count(near.kept + near.dropped, "image")
+        facts["near"] = f"{near.kept:,} of {of} within {near.threshold:g}: {_format_references(near.references)}"
     if cap is not None:
         facts["clusters"] = (
             f"{cap.dropped:,} of the {count(result.components, 'image')} kept before are dropped: "
@@ -75,16 +78,22 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
     print_facts(console, "Balanced", facts, result.files)
 
 
+def _format_references(references: list[ReferenceResult]) -> str:
+    """Write how many images are nearest to which reference."""
+    return ", ".join(f"{reference.nearest:,} by {reference.name}" for reference in references)
+
+
 def _format_dropped(result: BalanceResult) -> str:
     """Write by what images were dropped, in this order."""
     parts = {
         "reference": "near references",
         "caption": "outside the window of caption similarity",
+        "far": "far from all targets",
         "repeat": f"repeats among the {result.searched:,} left" if result.searched < result.images else "repeats",
         "cluster": "in clusters with too many images",
     }
     numbers = result.dropped_by
-    return ", ".join(f"{numbers[name]:,} {text}" for name, text in parts.items() if numbers[name]) or "none"
+    return ", ".join(f"{numbers[name]:,} {text}" for name, text in parts.items() if numbers.get(name)) or "none"
 
 
 def _format_audit(audit: Audit) -> str:
@@ -113,6 +122,7 @@ Examples:
   clipcid balance laion/ --keep 0.563
   clipcid balance --threshold 0.447 --linkage star
   clipcid balance laion/ --cosine-distance 0.1 --write-shards balanced/
+  clipcid balance laion/ --near birds/ --near-keep 0.1 --threshold 0.2
   clipcid balance --embeddings metadata/small --npz-array l14_img --keep 0.5 \\
       --write-uids subset.npy
   clipcid balance --embeddings laion-emb/ --keep 0.5 --neighbors partitioned

@@ -94,7 +94,7 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
     if settings.writes_work and not settings.trust_work:
         validate_work(settings.work)
     with importing():
-        module = importlib.import_module(step)
+        module = importlib.import_module(step)  # a command's own constant
     # A dry run leaves nothing to continue.
     with reporting_to(reporter), starts_over() if settings.dry_run else nullcontext():
         result = module.run(settings)

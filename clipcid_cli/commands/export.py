@@ -54,6 +54,8 @@ def show(result: ExportResult, console: Console) -> None:
             facts["page"] = shlex.join(["python", "-m", "http.server", "--directory", str(Path(page).parent)])
         if page := result.files.get("web/search"):
             facts["search"] = f"http://localhost:8000/{Path(page).name}"
+    if result.pushed:
+        facts["pushed"] = result.pushed
     print_facts(console, "" if rows else "Would export", facts)
 
 

@@ -41,15 +41,23 @@ def _print_runs(runs: list[RunRow], console: Console) -> None:
         [
             row.name if row.finished else f"{row.name} (unfinished)",
             ", ".join(map(str, row.seeds)) or "–",
-            f"{row.steps:,}",
+            f"{row.steps:,}" + ("" if row.planned is None else f" of {row.planned:,}"),
+            _count(row.held_out),
             *(_spread(row.metrics.get(name)) for name in names),
         ]
         for row in runs
     ]
-    chances = dict.fromkeys(tuple(row.chance.get(name) for name in names) for row in runs if row.chance)
-    rows += [["chance", "", "", *map(format_percent, chance)] for chance in chances]
+    # By the number of held-out images, which says whose it is.
+    chances = dict.fromkeys(
+        (_count(row.held_out), *(format_percent(row.chance.get(name)) for name in names)) for row in runs if row.chance
+    )
+    rows += [["chance", "", "", *cells] for cells in chances]
     title = "Runs, held-out retrieval in % (several seeds: mean ± standard deviation)"
-    print_table(console, title, ["run", "seeds", "steps", *map(shorten_metric, names)], rows)
+    print_table(console, title, ["run", "seeds", "steps", "held out", *map(shorten_metric, names)], rows)
+
+
+def _count(images: int | None) -> str:
+    return "–" if images is None else f"{images:,}"
 
 
 def _evaluation(row: EvaluationRow) -> list[str]:

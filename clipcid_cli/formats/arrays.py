@@ -73,6 +73,7 @@ def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if sum(member.file_size for member in archive.infolist()) > len(content):
                 return None  # compressed, as `save_arrays` writes none: it may fill the memory
+        # Without objects nothing of it runs.
         with np.load(io.BytesIO(content), allow_pickle=False) as saved:
             arrays = {name: saved[name] for name in saved.files}
         return arrays if arrays.pop(_HASH) == _hash(arrays) else None

@@ -28,6 +28,7 @@ CAPTION_CHANGES = {
     "not_utf8": "not UTF-8",
     "cut": "too long, cut",
     "several_lines": "of several lines, each taken as one caption (--caption-lines: each line of a .txt)",
+    "without_image": "in a .txt beside images of other names, left out",
 }
 
 NAMED = 5

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import datetime
 import json
@@ -12,7 +13,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,18 +23,25 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from clipcid_cli.errors import ClipcidError, in_one_line
-from clipcid_cli.runtime.host import count_cores
+from clipcid_cli.runtime.heartbeat import NOTHING_DONE, Heartbeat, name_processes, place_of
+from clipcid_cli.runtime.host import count_cores, count_processes
 
 T = TypeVar("T")
 
-# A process may wait long for another that reads slower shards; torchrun detects a lost one.
-COLLECTIVE_TIMEOUT = datetime.timedelta(hours=12)
+SILENCE = datetime.timedelta(minutes=30)
+"""How long a process that others wait for may show no sign of work, or one exchange take that all take part in."""
+
+# One that works is waited for as long as it does: it may read slower shards, or write what only the first one writes.
+_LONGEST_WAIT = datetime.timedelta(days=7)
 
 TRAINING_TIMEOUT = datetime.timedelta(minutes=20)
 """How long processes wait for one another in training, where all of them do the same: a hung one idles every GPU."""
 
 RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for the others to start: importing PyTorch on many hosts from one disk takes minutes."""
+
+# Seconds in which all that have waited in vain come together; one that does not is the one that hangs.
+_LAST_MEETING = 10.0
 
 # In errors of a collective that another process no longer takes part in; those of gloo have no class of their own.
 _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
@@ -47,6 +55,8 @@ class DistContext:
     size: int
     local_rank: int  # among those of its host
     device: torch.device
+    # How it knows that others work which it waits for; None where it is alone, or the caller has started the processes.
+    heartbeat: Heartbeat | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -56,7 +66,7 @@ class DistContext:
     @property
     def spans_hosts(self) -> bool:
         """Whether the run has processes on several hosts, or may have them: nobody says how many are on this one."""
-        return self.size > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return self.size > count_processes()
 
     def rank_range(self, count: int) -> tuple[int, int]:
         """Return this process's even share of 0 … number − 1: the first, and the one after the last."""
@@ -69,12 +79,14 @@ class DistContext:
 
     def barrier(self) -> None:
         if self.size > 1:
+            self._meet()
             dist.barrier()
 
     def broadcast(self, value: T) -> T:
         """Return the first process's value on every process; it is pickled, between our own processes only."""
         if self.size == 1:
             return value
+        self._meet()
         box: list[Any] = [value]
         dist.broadcast_object_list(box)
         return box[0]  # type: ignore[no-any-return]  # the box is a list of anything by torch's signature
@@ -83,6 +95,7 @@ class DistContext:
         """Return every process's value, in order of rank, on every process."""
         if self.size == 1:
             return [value]
+        self._meet()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
@@ -90,23 +103,31 @@ class DistContext:
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum the tensor over all processes, in place."""
         if self.size > 1:
+            self._meet()
             dist.all_reduce(tensor)
         return tensor
 
+    def _meet(self) -> None:
+        """Wait for the other processes, as long as they work, before something is exchanged with them."""
+        if self.heartbeat is not None and not self.heartbeat.rests:
+            options = dist.BarrierOptions()
+            options.timeout = _LONGEST_WAIT
+            self.heartbeat.wait(_gloo().barrier(options))
+
     @contextmanager
     def limited_waits(self, limit: datetime.timedelta = TRAINING_TIMEOUT) -> Iterator[None]:
-        """Let the run fail in the block once a process waits so long for another, which the error names."""
+        """Let the run fail in the block once a process waits so long for another, at work or not; the error names it."""
         if self.size == 1:
             yield
             return
-        group = dist.distributed_c10d._get_default_group()
-        hosts = group._get_backend(torch.device("cpu"))
+        hosts = _gloo()
         before = hosts.options._timeout
         # First on the hosts: after a timeout of its GPU a process is ended by PyTorch, without a word from us.
         _set_pg_timeout(1.5 * limit)
         hosts._set_default_timeout(limit)
         try:
-            yield
+            with nullcontext() if self.heartbeat is None else self.heartbeat.resting():
+                yield
         finally:
             _set_pg_timeout(before)
 
@@ -171,8 +192,9 @@ def open_dist_context(device: str = "auto") -> Iterator[DistContext]:
         return
     on_gpu = chosen.type == "cuda"
     store = rendezvous_all(rank, size)
+    heartbeat = Heartbeat(store, rank, size, SILENCE)
     try:
-        with _name_failures(store, rank):
+        with _name_failures(store, rank, heartbeat):
             dist.init_process_group(
                 # Objects, and numbers that only the host needs, never travel through a GPU.
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -182,22 +204,33 @@ def open_dist_context(device: str = "auto") -> Iterator[DistContext]:
                 timeout=RENDEZVOUS_TIMEOUT,  # one may have ended since it arrived
                 device_id=chosen if on_gpu else None,
             )
-            _set_pg_timeout(COLLECTIVE_TIMEOUT)
-            yield context
+            _set_pg_timeout(SILENCE)
+            yield dataclasses.replace(context, heartbeat=heartbeat)
     except BaseException:
-        # NCCL would first wait for what the other processes will never send; ending the process ends its part, too.
-        if not on_gpu and dist.is_initialized():
+        if heartbeat.has_given_up:
+            atexit.register(_leave)
+        elif not on_gpu and dist.is_initialized():
+            # NCCL would first wait for what the other processes will never send; ending the process ends its part, too.
             dist.destroy_process_group()
         raise
+    finally:
+        heartbeat.close()
     dist.destroy_process_group()
+
+
+def _leave() -> None:
+    """End this process without what gloo does at its end: it would wait for a meeting to which one process never comes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def rendezvous_all(rank: int, size: int, limit: datetime.timedelta = RENDEZVOUS_TIMEOUT) -> Any:
     """Wait until all processes of the run have started, and return the store through which they find each other."""
     try:
         store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=limit)))
-        store.set(f"clipcid/arrived/{rank}", b"")
-        store.wait([f"clipcid/arrived/{other}" for other in range(size)], limit)
+        store.set(place_of(rank), NOTHING_DONE)
+        store.wait([place_of(other) for other in range(size)], limit)
     except ValueError as error:
         raise ClipcidError(
             f"WORLD_SIZE is {size}, but the environment does not say where the processes connect: {error}.",
@@ -218,8 +251,13 @@ def rendezvous_all(rank: int, size: int, limit: datetime.timedelta = RENDEZVOUS_
     return store
 
 
+def _gloo() -> Any:
+    """Return the part of the processes' group that works between hosts."""
+    return dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+
+
 @contextmanager
-def _name_failures(store: Any, rank: int) -> Iterator[None]:
+def _name_failures(store: Any, rank: int, heartbeat: Heartbeat) -> Iterator[None]:
     """Tell the other processes of an error that only this one has; where it is the loss of another, say whose and why."""
     key = "clipcid/failed"
     try:
@@ -237,6 +275,10 @@ def _name_failures(store: Any, rank: int) -> Iterator[None]:
         message = f"Another process of the run has ended, or cannot be reached: {text}."
         fix = "Its own error says why; without one it hangs or was killed, perhaps for memory."
         with suppress(RuntimeError, OSError, ValueError):
+            # Where one has waited in vain, all others but the one that hangs lose it, and come.
+            absent = heartbeat.absent(_LAST_MEETING if "imed out" in text else 0.0)
+            if absent and "imed out" in text:
+                message = f"{name_processes(absent)} of the run did not answer: {text}."
             if store.check([key]):
                 other, named = json.loads(store.get(key))
                 message = f"Process {other} of the run failed: {named}."

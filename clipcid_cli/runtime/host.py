@@ -11,6 +11,11 @@ from pathlib import Path
 _ROOT = Path("/")
 
 
+def count_processes() -> int:
+    """Return how many processes of the run this host has, as torchrun says; 1 where nobody does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def count_cores(root: Path = _ROOT) -> int:
     """Return this process's share of the cores that this host gives to its job: of those it may run on, within its quota.
 
@@ -19,7 +24,7 @@ def count_cores(root: Path = _ROOT) -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = min(_cpu_quotas(root), default=math.inf)
-    return int(min(cores, quota)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(min(cores, quota)) // count_processes()
 
 
 def memory_limit(root: Path = _ROOT) -> int:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.distributed import memory_in_use
+from clipcid_cli.runtime.heartbeat import note_work
 from clipcid_cli.runtime.host import count_cores, memory_limit
 
 Item = TypeVar("Item")
@@ -234,6 +235,7 @@ def ordered_map(
     try:
         for future in _in_order(submit, items, _AHEAD * workers):
             _wait(future, signs)
+            note_work()
             yield future.result()
     except BrokenProcessPool as error:
         if isinstance(error.__cause__, EOFError | OSError):
@@ -269,6 +271,7 @@ def _wait(future: Future[Any], signs: Any) -> None:
         if signs.value != last:
             last = signs.value
             end = time.monotonic() + STALL_SECONDS
+            note_work()
         elif time.monotonic() > end:
             raise ClipcidError(
                 f"A decoding process returned no batch for {STALL_SECONDS:g} seconds: reading has stalled.",

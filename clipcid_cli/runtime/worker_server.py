@@ -12,6 +12,7 @@ from types import TracebackType
 
 
 def _say(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    # The name of an error: nothing is unpickled here.
     if not issubclass(kind, (EOFError, ConnectionError, pickle.UnpicklingError)):
         sys.__excepthook__(kind, error, traceback)
 

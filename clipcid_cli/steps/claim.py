@@ -8,9 +8,10 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.output import Output, OutputSpec, open_output
+from clipcid_cli.formats.output import Output, OutputSpec, find_output, list_differences, open_output
 from clipcid_cli.formats.sidecar import AnySidecar
 from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.steps import reporting
 
 
 @contextmanager
@@ -19,6 +20,23 @@ def claim_output(context: DistContext, spec: OutputSpec[AnySidecar]) -> Iterator
     with ExitStack() as stack:
         yield context.on_rank0(lambda: stack.enter_context(open_output(spec)))
         context.barrier()
+
+
+def preview_output(spec: OutputSpec[AnySidecar], what: str, follows: str) -> None:
+    """Say, in a dry run, that an output is there, would be resumed or replaced; refuse one that a run would refuse.
+
+    Args:
+        what: What the folder holds: ``this run``.
+        follows: What the dry run says next, as a sentence.
+    """
+    output = find_output(spec)
+    if output.finished is not None:
+        reporting.note(f"{spec.folder} holds {what} already, finished. {follows}")
+    elif output.begun is not None:
+        reporting.note(f"{spec.folder} holds {what} unfinished: it is resumed. {follows}")
+    elif output.differences:
+        differences = list_differences(output.differences)
+        reporting.note(f"{spec.folder} holds a result of other settings or inputs, which is replaced:\n{differences}")
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.files import write_npy
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claimed
+from clipcid_cli.formats.output import Output, OutputSpec, is_claimed
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
     PROGRESS,
@@ -51,7 +51,7 @@ from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.steps.claim import claim_output, preview_output
 from clipcid_cli.steps.embeddings import open_teachers, skip_rows
 from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.repair import repair_teacher
@@ -82,7 +82,7 @@ class ClusterResult(msgspec.Struct, omit_defaults=True, kw_only=True):
     skipped: dict[str, int]  # rows by reason
     iterations: int
     repair: RepairFigures | None = None  # that of the teacher, where it was repaired
-    seconds: dict[str, float]  # ``read, kmeans, assign, write``
+    seconds: dict[str, float]  # ``read, repair, kmeans, assign, write``
     files: dict[str, str] = {}  # the path of each file by its name; the sidecar holds the result without them
 
 
@@ -102,8 +102,7 @@ def run(settings: ClusterSettings) -> ClusterResult | ClusterCost:
     """Cluster embeddings."""
     seconds = dict[str, float]()
     with open_dist_context(settings.device) as context:
-        with timed(seconds, "read"):
-            plan = context.on_rank0(lambda: make_plan(settings))
+        plan = context.on_rank0(lambda: make_plan(settings, seconds))
         if settings.dry_run:
             return _estimate_cost(plan, context)
         with timed(seconds, "read"):
@@ -260,9 +259,17 @@ class ClusterPlan:
         return min(NUM_NEAREST, self.num_clusters)
 
 
-def make_plan(settings: ClusterSettings) -> ClusterPlan:
-    """Look at everything that can be wrong, and say what was taken."""
-    rows = _choose_rows(settings)
+def make_plan(settings: ClusterSettings, seconds: dict[str, float]) -> ClusterPlan:
+    """Look at everything that can be wrong, and say what was taken; the time of it is added to `seconds`."""
+    with timed(seconds, "read"):
+        rows = _choose_rows(settings)
+    with timed(seconds, "repair"):
+        rows = _repair(rows, settings)
+    with timed(seconds, "read"):
+        return _plan_clusters(rows, settings)
+
+
+def _plan_clusters(rows: ClusterRows, settings: ClusterSettings) -> ClusterPlan:
     num_clusters = _choose_num_clusters(settings, rows)
     trained = rows
     if settings.train_rows is not None and settings.train_rows < len(rows):
@@ -274,8 +281,8 @@ def make_plan(settings: ClusterSettings) -> ClusterPlan:
                 f"{_MIN_PER_CENTROID * num_clusters:,} ({_MIN_PER_CENTROID} per centroid)."
             )
     plan = ClusterPlan(settings, rows, trained, num_clusters)
-    if settings.dry_run and is_claimed(plan.folder, "cluster"):
-        find_output(plan.identify())
+    if settings.dry_run and is_claimed(plan.folder, "cluster"):  # else files of another tool need not be hashed
+        preview_output(plan.identify(), "these clusters", "What follows is of a new run.")
     return plan
 
 
@@ -327,17 +334,22 @@ def _choose_rows(settings: ClusterSettings) -> ClusterRows:
         raise ClipcidError(
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
         )
-    embeddings, repair = repair_teacher(settings, embeddings)
     return ClusterRows(
         embeddings,
         keep_list=None if keep_list is None else keep_list.path,
         chosen=Selection(usable),
         joint=settings.features == "joint",
-        repair=repair,
+        repair=None,
         skips=skips,
         images=embeddings.rows(Kind.IMAGES),
         texts=embeddings.rows(Kind.TEXTS) if embeddings.has_texts else None,
     )
+
+
+def _repair(rows: ClusterRows, settings: ClusterSettings) -> ClusterRows:
+    """Return the rows of the repaired teacher where a repair is better; it concerns its images alone."""
+    embeddings, repair = repair_teacher(settings, rows.embeddings)
+    return dataclasses.replace(rows, embeddings=embeddings, repair=repair, images=embeddings.rows(Kind.IMAGES))
 
 
 def _prefix_some_keys(embeddings: Embeddings) -> pa.Array:

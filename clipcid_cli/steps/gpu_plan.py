@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from clipcid_cli.algorithms.costs import Clip
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
@@ -39,6 +40,7 @@ _IMAGES_OF_CLUSTER, _MOST_CLUSTERS = 225, 1_000_000
 # Keep list and forest of an image (docs/scale.md).
 _BYTES_OF_LISTS = 65
 _ENCODED_AT_ONCE = 256
+_BYTES_OF_WEIGHT = 4  # a parameter that only lies there, in float32
 _NEAREST, _BYTES_OF_NEAREST = 16, 6
 
 
@@ -97,13 +99,13 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     """Compute what training takes."""
     gpus = _choose_gpus(settings.gpus, settings.precision)
     known = _look_up(settings)
-    clip = describe_model(str(settings.student))
+    clip, held_bytes = _describe_student(settings)
     kept = None if settings.keep_list == "none" else known.kept
     images = _count_images(settings, kept or known.images)
     trained = max(1, round(images * (1 - settings.val_fraction)))
     teachers = [describe_model(name) for name in settings.teacher] if settings.online_teacher else []
     centroids = _default_clusters(images) if settings.needs_clusters else 0
-    states = planned_states(settings, clip, gpus.device.memory, centroids)
+    states = held_bytes + planned_states(settings, clip, gpus.device.memory, centroids)
     needs = training_memory(settings, clip, states, mixed=gpus.device.is_mixed, teachers=teachers)
     fitting = needs.largest(SHARE_OF_DEFAULT * gpus.device.memory) if gpus.are_gpus else None
     batch = settings.batch_size or settings.default_batch_size(trained, gpus.total, fitting)
@@ -124,7 +126,7 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
         steps * taken,
         operations=float(steps) * operations,
         bytes_read=float(steps) * batch * (_IMAGE_BYTES + _count_row_bytes(settings, known.width)),
-        disk_bytes=3.0 * clip.checkpoint_bytes,
+        disk_bytes=3.0 * (clip.checkpoint_bytes + held_bytes),
         memory_bytes=needs.needed(own),
         price=settings.price,
     )
@@ -133,6 +135,16 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     plan.steps, plan.batch_size, plan.seconds_per_step = steps, batch, taken
     plan.largest_batch_per_gpu = needs.largest(_SHARE_OF_MEMORY * gpus.device.memory)
     return plan
+
+
+def _describe_student(settings: DistillSettings) -> tuple[Clip, int]:
+    """Describe what is trained, and return the bytes of what is held beside it: a text tower that is the teacher's."""
+    clip = describe_model(str(settings.student))
+    if not settings.keeps_text_tower:
+        return clip, 0
+    embedded = find_embedded_model(WorkDirectory(settings.work))
+    teacher = describe_model(next(iter(settings.teacher), embedded or DEFAULT_MODEL))
+    return clip.image_alone(teacher.embed_dim), _BYTES_OF_WEIGHT * teacher.text.parameters
 
 
 def _count_candidates(settings: DistillSettings, images: int) -> int:

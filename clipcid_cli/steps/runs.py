@@ -88,7 +88,9 @@ class RunRow(msgspec.Struct):
     losses: dict[str, str]  # weights, D the width of the space in which student and teacher are compared: ``2000/D``
     student: str
     steps: int
+    planned: int | None  # steps of an unfinished run in the end; None where that is not recorded
     samples: int
+    held_out: int | None  # images of the held-out part; None of an unfinished run
     finished: bool
     metrics: dict[str, Spread]  # of the last evaluation: of the held-out part, and NAME/METRIC
     chance: dict[str, float]  # of the held-out part
@@ -138,19 +140,23 @@ class _Run:
     folder: RunFolder
     sidecar: DistillSidecar | None  # None of an unfinished one
     results: list[dict[str, Any]]
+    step: int  # the last that was logged
     seed: int
     likeness: str  # equal for runs that differ in their seed alone
 
     @classmethod
     def of(cls, folder: RunFolder, sidecar: DistillSidecar | None, results: list[dict[str, Any]]) -> _Run:
         if sidecar is None:
-            return cls(folder, None, results, 0, folder.path.name)
+            trained = read_lines(folder.train_log)
+            step = max((line["step"] for log in (results, trained) for line in log[-1:]), default=0)
+            return cls(folder, None, results, step, 0, folder.path.name)
         settings = {name: value for name, value in sidecar.settings.items() if name != "seed"}
         # Fresh weights depend on the seed.
         student = {name: value for name, value in settings.pop("student", {}).items() if name != "weights"}
         inputs = sorted([file.size, file.hash] for file in sidecar.inputs)
         likeness = hash_json([settings, student, sidecar.model, inputs])
-        return cls(folder, sidecar, results, int(sidecar.settings["seed"]), likeness)
+        steps = int(sidecar.result["steps"])
+        return cls(folder, sidecar, results, steps, int(sidecar.settings["seed"]), likeness)
 
     @property
     def name(self) -> str:
@@ -239,7 +245,7 @@ class _Reader:
             sidecar = self.attempt(record, functools.partial(read_sidecar, record, DistillSidecar))
             results = self.attempt(folder.results_log, functools.partial(read_lines, folder.results_log)) or []
             one = self.attempt(record, functools.partial(_Run.of, folder, sidecar, results))
-            if one is not None and (sidecar is not None or results):
+            if one is not None and (sidecar is not None or results or one.step):
                 runs.append(one)
         return runs
 
@@ -314,9 +320,25 @@ def _describe_runs(reader: _Reader, runs: Sequence[_Run]) -> RunRow:
     names = [one.name for one in runs]
     last = [{name: value for name, value in one.results[-1].items() if name != "step"} for one in runs if one.results]
     reports = [reader.work.name_of(one.folder.report) for one in runs if one.folder.report.exists()]
-    steps = max((int(one.results[-1]["step"]) for one in runs if one.results), default=0)
     if first is None:
-        return RunRow(names[0], names, [], {}, "", steps, 0, False, _spread(last), {}, reports)
+        begun = unfinished(runs[0].folder.path, "distill")
+        planned = None if begun is None else begun.settings.get("steps")
+        return RunRow(
+            name=names[0],
+            names=names,
+            seeds=[],
+            losses={},
+            student="",
+            steps=runs[0].step,
+            planned=planned if isinstance(planned, int) else None,
+            samples=0,
+            held_out=None,
+            finished=False,
+            metrics=_spread(last),
+            chance={},
+            reports=reports,
+        )
+    held_out = first.counts.get("held_out")
     losses = {
         name: f"{weight['value']:.3g}{'/D' if weight.get('per_width') else ''}"
         for name, weight in first.made.losses.items()
@@ -327,8 +349,10 @@ def _describe_runs(reader: _Reader, runs: Sequence[_Run]) -> RunRow:
         seeds=[one.seed for one in runs],
         losses=losses,
         student=str(first.model["spec"]),
-        steps=int(first.result["steps"]),
+        steps=runs[0].step,
+        planned=None,
         samples=int(first.result["samples"]),
+        held_out=None if held_out is None else int(held_out),
         finished=True,
         metrics=_spread([one.sidecar.result["metrics"] for one in runs if one.sidecar is not None]),
         chance=first.result.get("chance", {}),

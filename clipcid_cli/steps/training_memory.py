@@ -64,7 +64,7 @@ def training_memory(
     if not settings.freeze_image:
         seen = 1 + max((1 - loss.masked_patches for loss in losses if loss.masked_patches), default=0)
         encoded += seen * clip.image.kept_bytes(mixed=mixed, recomputed=settings.grad_checkpointing)
-    if not settings.freeze_text:
+    if settings.trains_text:
         texts = 1 + extra_texts
         encoded += texts * clip.text.kept_bytes(mixed=mixed, recomputed=settings.grad_checkpointing)
     if any(loss.reads_tokens for loss in losses):
@@ -83,7 +83,7 @@ def planned_states(settings: DistillSettings, clip: Clip, memory: float, centroi
     states = float(clip.state_bytes)
     if settings.freeze_image:
         states -= _BYTES_OF_TRAINING * clip.image.parameters
-    if settings.freeze_text:
+    if not settings.trains_text:
         states -= _BYTES_OF_TRAINING * clip.text.parameters
     if settings.ema is not None:
         states += _BYTES_OF_AVERAGE * clip.parameters

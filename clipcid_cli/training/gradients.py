@@ -26,7 +26,7 @@ class Features(NamedTuple):
     """What the student makes of a batch or a part of it, not normalised."""
 
     image: Tensor  # [b, d]
-    text: Tensor  # of captions and of e texts without images, [b + e, d]
+    text: Tensor | None  # of captions and of e texts without images, [b + e, d]; None where no text tower runs
     masked_image: Tensor | None = None  # of the images by a pass that saw few patches, [b, d]
     image_tokens: Tensor | None = None  # of the images' patches, [b, P, d]
     text_tokens: Tensor | None = None  # of the texts' tokens, [b + e, L, d], zeros after each text's last

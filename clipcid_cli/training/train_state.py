@@ -83,7 +83,8 @@ class TrainState:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for log_scale in self.log_scales.values():
-                log_scale.clamp_(0, MAX_LOG_SCALE)
+                if log_scale.requires_grad:  # one that is kept may be larger: SigLIP's is 118
+                    log_scale.clamp_(0, MAX_LOG_SCALE)
         if self.ema is not None:
             self.ema.update()
         self.step += 1

@@ -67,9 +67,9 @@ def test_a_share_is_single_linkage(clipcid: Clipcid, embeddings: Path, rows: np.
     "amount",
     [
         ("--keep", 0.4, "--linkage", "star", "--against", "r", "--against-threshold", 0.6),
-        ("--keep", 0.6, "--neighbors", "partitioned"),
+        ("--keep", 0.6, "--neighbors", "partitioned", "--near", "r", "--near-keep", 0.9),
     ],
-    ids=["star, against", "partitioned"],
+    ids=["star, against", "partitioned, near"],
 )
 def test_two_processes_agree(clipcid: Clipcid, torchrun: Clipcid, tmp_path: Path, amount: tuple[object, ...]) -> None:
     write_embeddings(tmp_path / "e", make_rows(3000, width=64), num_files=3)
@@ -272,4 +272,8 @@ def test_references_of_another_model(clipcid: Clipcid, tiny_model: Path, tiny_sh
     amounts = ("--keep", 0.5, "--against", "references", "--against-threshold", 0.1)
     run = clipcid("balance", tiny_shards, "--model", other, *amounts, code=1)
     assert "the images to balance are to be embedded with" in run.said
+    near = ("--keep", 0.5, "--near", "references", "--near-keep", 0.1)
+    clipcid("embed", tiny_shards, "--model", other, "--out", "embeddings")
+    run = clipcid("balance", "--embeddings", "embeddings", *near, code=1)
+    assert "Embed it with the same model: give the images themselves (--near DATA)." in run.said
     assert not (tmp_path / "clipcid-work" / "embeddings").exists()

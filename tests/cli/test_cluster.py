@@ -79,6 +79,7 @@ def test_the_table_is_what_a_plain_computation_gives(clipcid: Clipcid, embedding
     again = clipcid(*call)
     assert again.json == result
     assert "already" in again.stderr
+    assert "clusters holds these clusters already, finished." in clipcid(*call, "--dry-run").stderr
     other = (*call[:-2], 8, "--json")
     assert "num_clusters: 40 there, 8 now" in clipcid(*other, code=1).stderr
     assert clipcid(*other, "--overwrite").json["clusters"] == 8

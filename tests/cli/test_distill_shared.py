@@ -26,6 +26,7 @@ from clipcid_cli.training.gradients import Features
 
 # All losses take a batch in parts in the runs of one process.
 SHARED = {"two-gathered": FULL_PRESETS, "two-parts": ("cid", "clip-rd")}
+KEPT = ("clip-kd",)  # of a student that has its teacher's text tower
 
 
 def assert_alike(folder: Path, one: str, other: str) -> None:
@@ -44,6 +45,7 @@ def whole(distill_prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("whole")
     shutil.copytree(distill_prepared, folder, dirs_exist_ok=True)
     train_presets(folder, "whole", ("clip", *FULL_PRESETS))
+    train_presets(folder, "kept", KEPT, text_tower="teacher")
     (folder / "teacher-like").symlink_to(folder / "clipcid-work" / "distill" / "cid-whole" / "student")
     return folder
 
@@ -65,14 +67,17 @@ def test_parts_of_a_batch_train_as_the_whole(whole: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Student, "_encode", encode)
     train_presets(whole, "parts", accum_freq=4)
+    train_presets(whole, "kept-parts", KEPT, text_tower="teacher", accum_freq=4)
     assert sizes == {2}  # of batches of 8
     for preset in FULL_PRESETS:
         assert_alike(whole, f"{preset}-whole", f"{preset}-parts")
+    assert_alike(whole, "clip-kd-kept", "clip-kd-kept-parts")
 
 
 def train_as_rank(_: int, folder: Path) -> None:
     train_presets(folder, "two-gathered", SHARED["two-gathered"], local_loss=False)
     train_presets(folder, "two-parts", SHARED["two-parts"], accum_freq=2)
+    train_presets(folder, "kept-two", KEPT, text_tower="teacher")
 
 
 def test_two_processes_train_as_one(whole: Path, tmp_path: Path) -> None:
@@ -80,6 +85,31 @@ def test_two_processes_train_as_one(whole: Path, tmp_path: Path) -> None:
     for way, presets in SHARED.items():
         for preset in presets:
             assert_alike(whole, f"{preset}-whole", f"{preset}-{way}")
+    assert_alike(whole, "clip-kd-kept", "clip-kd-kept-two")
+
+
+@pytest.mark.slow
+def test_an_image_tower_beside_the_teachers_text_tower_is_any_students(
+    torchrun: Clipcid, clipcid: Clipcid, distill_place: Path, tiny_model: Path, tiny_shards: Path
+) -> None:
+    """Killed processes go on to the same bits; the student is exported, evaluated, and known by its card."""
+    arguments = ["distill", *SHORT[:2], "--text-tower", "teacher", "--batch-size", 8, "--steps", 12]
+    arguments += ["--checkpoint-every", 3, "--ema", 0.9]
+    torchrun(2, *arguments, "--name", "whole")
+    whole, killed = (distill_place / "clipcid-work" / "distill" / name for name in ("whole", "killed"))
+    command = (*arguments, "--name", "killed")
+    kill_when(killed, "step_*.pt", ("step_00000012.pt", "distill.json"), *command, cwd=distill_place, processes=2)
+    torchrun(2, *command)
+    assert losses(killed) == losses(whole)
+    assert student_bytes(killed) == student_bytes(whole)
+    exported = clipcid("export", whole / "student", "--format", "open-clip", "--format", "hf", "--json").json
+    assert exported["parity"].keys() == {"open-clip", "hf"}
+    card = (distill_place / "clipcid-work" / "export" / "whole" / "README.md").read_text()
+    assert "| Text tower | of the teacher, unchanged |" in card
+    students = [
+        clipcid("eval-zeroshot", model, tiny_shards, "--json").json for model in (whole / "student", tiny_model)
+    ]
+    assert students[0]["metrics"].keys() == students[1]["metrics"].keys()
 
 
 def test_killed_processes_go_on_to_the_same_bits(torchrun: Clipcid, distill_place: Path) -> None:

@@ -118,6 +118,7 @@ def test_many_models_and_data_sets_are_reused_until_something_changes(
     pairs = [(model, dataset) for model in ("tiny", "other") for dataset in ("things", "captions")]
     assert [(one["model"], one["dataset"]) for one in again] == pairs
     assert all(one["reused"] for one in again)
+    assert clipcid(*call, "--dry-run").said.count(" already holds ") == 4
 
     table = pd.read_csv(tmp_path / "clipcid-work" / "eval-zeroshot" / "results.csv")
     assert table["dataset"].tolist() == ["things", "captions"] * 2

@@ -45,9 +45,14 @@ def test_splits_have_names_that_tell(clipcid: Clipcid, tiny_model: Path, folders
 def test_list_with_labels(clipcid: Clipcid, tiny_model: Path, folders: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("zebra fish\nmug\n")
     call = ("eval-zeroshot", tiny_model, "list.csv", "--classnames", "names.txt", "--json", "--work")
-    listed = "filepath,label\nphotos/zebra_fish/0.png,0\nphotos/mug/7.png,"
+    listed = "title,filepath,label\na fish,photos/zebra_fish/0.png,0\na mug,photos/mug/7.png,"
     (tmp_path / "list.csv").write_text(f"{listed}1\n")
-    assert clipcid(*call, "one").json["images"] == 2
+    measured = clipcid(*call, "one")
+    assert measured.json["images"] == 2
+    assert "its classes are measured. For its captions: eval-zeroshot --task retrieval" in measured.said
+    (tmp_path / "list.csv").write_text(f"{listed.replace('.png,0', '.png,')}1\n")
+    others = clipcid(*call[:3], "--dry-run").said
+    assert "its captions are measured. For its classes: eval-zeroshot --task classification" in others
     (tmp_path / "list.csv").write_text(f"{listed}2\n")
     assert "has class 2, and there are 2 class names" in clipcid(*call, "other", code=1).json["error"]
 

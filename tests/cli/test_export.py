@@ -92,9 +92,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     call += ["--data", "drawings", "--classnames", "names.txt", "--templates", "templates.txt", "--dense"]
     call += ["--license", "cc0-1.0", "--quantize", "fp16", "--quantize", "int8", "--max-accuracy-drop", 1, "--json"]
     run = run_clipcid(*call, cwd=place)
-    again = run_clipcid(*call, cwd=place)
-    assert "already holds this export" in again.stderr
-    assert again.json["parity"] == run.json["parity"]
+    for again in (run_clipcid(*call, *dry, cwd=place) for dry in ((), ("--dry-run",))):
+        assert "already holds this export" in again.stderr
+        assert again.json["parity"] == run.json["parity"]
 
     images = [Image.open(io.BytesIO(make_image(number, 70))).resize((100, 70)) for number in range(60, 64)]
     images[0].paste((255, 255, 255), (0, 0, 50, 70))

@@ -64,6 +64,7 @@ def test_cluster_and_distill_take_one_repair(clustered: Run) -> None:
     sidecar = json.loads((repair / "repair.json").read_text())
     figures = sidecar["result"]
     assert clustered.json["repair"] == figures
+    assert clustered.json["seconds"]["repair"] >= sidecar["seconds"]["fit"]
     assert json.loads((work / "clusters" / "cluster.json").read_text())["space"] == "repaired"
     assert figures["recall_at_1"][0] < 0.2 < 0.3 < figures["recall_at_1"][1]
     before, after = np.exp(figures["log_rank"])

@@ -56,6 +56,7 @@ _COMMANDS = [
     "FILE://pipe:touch touched",
     "~/x::pipe:touch touched",
     "{a,pipe:touch touched}",
+    "http://127.0.0.1:1/0.tar{:,/1.tar}:pipe:touch touched",
 ]
 
 

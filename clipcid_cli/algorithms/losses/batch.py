@@ -52,7 +52,7 @@ class LossBatch:
     """
 
     image_Bd: Tensor
-    text_Bd: Tensor
+    text_Bd: Tensor  # the teacher's rows where the text tower is its own; no rows where such a run has no captions
     student_scale: Tensor  # exp(logit_scale) of the student
     image_BD: Tensor  # student image features s' in the shared space; `image_Bd` itself when no map is learned
     text_BD: Tensor  # student text features v' there
@@ -73,6 +73,7 @@ class LossBatch:
     extra_text_ED: Tensor | None = None
     teacher_extra_text_ED: Tensor | None = None  # the teacher's features u of the same texts
     num_extra: int = 0  # texts without images in the global batch
+    trains_text: bool = True  # whether there is a text tower that the pairs of single rows can train
     # The rows whose queries this process takes, step 1; all by default.
     own: slice = dataclasses.field(default_factory=lambda: slice(None))
 
@@ -90,13 +91,15 @@ class LossBatch:
         return self.student_bias
 
     def same_tower_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return (s', t) and (v', u), without the pair whose teacher tower is missing."""
-        pairs = ((self.image_BD, self.teacher_image_BD), (self.text_BD, self.teacher_text_BD))
+        """Return (s', t) and (v', u), without a pair whose teacher tower is missing, or whose text tower is not trained."""
+        of_text = self.teacher_text_BD if self.trains_text else None
+        pairs = ((self.image_BD, self.teacher_image_BD), (self.text_BD, of_text))
         return [(student, teacher) for student, teacher in pairs if teacher is not None]
 
     def cross_tower_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return (s', u) and (v', t), without the pair whose teacher tower is missing."""
-        pairs = ((self.image_BD, self.teacher_text_BD), (self.text_BD, self.teacher_image_BD))
+        """Return (s', u) and (v', t), without a pair whose teacher tower is missing, or whose text tower is not trained."""
+        of_text = self.teacher_image_BD if self.trains_text else None
+        pairs = ((self.image_BD, self.teacher_text_BD), (self.text_BD, of_text))
         return [(student, teacher) for student, teacher in pairs if teacher is not None]
 
 

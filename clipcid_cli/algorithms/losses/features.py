@@ -49,7 +49,7 @@ def _squared_distances(batch: LossBatch) -> Tensor:
         taught = rows_between(batch.teacher_image_BD, first, stop)
         sums.append((image - taught).square().sum() / len(batch))
     num_texts = batch.num_extra
-    if batch.teacher_text_BD is not None:
+    if batch.teacher_text_BD is not None and batch.trains_text:
         num_texts += len(batch)
         taught = rows_between(batch.teacher_text_BD, first, stop)
         sums.append((text - taught).square().sum() / num_texts)

@@ -40,6 +40,7 @@ class LossEntry:
     # also teach texts without images (``--extra-texts``).
     compares_features: bool = False
     one_tower: bool = False  # whether a teacher of images alone, or of captions alone, can serve it
+    image_alone: bool = False  # whether it can train an image tower without captions, by the teacher's image rows
     # Where features are compared: ``own`` compares student with student only, ``teacher`` compares across and so needs
     # equal widths (see ``--teacher-space``).
     space: Literal["own", "teacher"] = "teacher"
@@ -78,6 +79,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "contrastive:instance_intra",
             scale=CLIP_SCALE,
             one_tower=True,
+            image_alone=True,
         ),
         LossEntry(
             "cluster",
@@ -86,6 +88,7 @@ LOSSES: Mapping[str, LossEntry] = {
             scale=CLIP_SCALE,
             needs_clusters=True,
             one_tower=True,
+            image_alone=True,
         ),
         LossEntry(
             "fd",
@@ -93,6 +96,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "features:feature_distance",
             compares_features=True,
             one_tower=True,
+            image_alone=True,
         ),
         LossEntry(
             "mfd",
@@ -101,6 +105,7 @@ LOSSES: Mapping[str, LossEntry] = {
             masked_patches=0.75,
             compares_features=True,
             one_tower=True,
+            image_alone=True,
         ),
         LossEntry(
             "icl",
@@ -222,6 +227,6 @@ def select_losses(preset: str, overrides: Mapping[str, float], trust: float = 1.
 
 def load_loss(name: str) -> Callable[..., Any]:
     """Import and return the function of a loss."""
-    module, function = LOSSES[name].function.split(":")
+    module, function = LOSSES[name].function.split(":")  # of the table above: what a user names is looked up there
     loaded: Callable[..., Any] = getattr(importlib.import_module(f"clipcid_cli.algorithms.losses.{module}"), function)
     return loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from stat import S_ISDIR
@@ -100,7 +100,17 @@ def _list_folder(root: str) -> ListedImages:
                 row |= {"text": os.fsencode(text), "text_size": stat.st_size, "text_time": stat.st_mtime_ns}
             yield row
 
-    return ListedImages(rows(), class_names)
+    return ListedImages(rows(), class_names, _count_alone(texts, [path for path, _ in images]))
+
+
+def _count_alone(texts: Iterable[str], images: Iterable[str]) -> int:
+    """Count the texts, by their paths without the suffix, beside images of which none has their name.
+
+    One in a folder without images describes something else, as a README.txt above folders of classes.
+    """
+    names = {os.path.splitext(path)[0] for path in images}
+    folders = {os.path.dirname(path) for path in names}
+    return sum(text not in names and os.path.dirname(text) in folders for text in texts)
 
 
 def _walk(root: str) -> Iterator[tuple[str, os.stat_result]]:

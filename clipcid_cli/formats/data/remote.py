@@ -179,7 +179,10 @@ class _CommandOutput:
     """What a command writes; its end is an error where the command failed."""
 
     def __init__(self, path: str) -> None:
-        # By the shell, as webdataset does.
+        # By the shell, as webdataset does. Only what the user typed comes here: `open_described` refuses commands that a
+        # file records, a pattern's names are no patterns again (`shard_files`), a page lists addresses below its own alone
+        # (`web.list_links`), and cells of lists, redirects and indexes are read by `read_image` and `ByteRange.read`, which
+        # know no commands.
         self._process = subprocess.Popen(command_of(path), shell=True, stdout=subprocess.PIPE, bufsize=0)
 
     def read(self, size: int) -> bytes:

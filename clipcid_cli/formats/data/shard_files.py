@@ -36,9 +36,13 @@ def find_files(spec: str) -> list[str] | None:
     """List the tars or parquet files that `spec` refers to, in natural order; None for a folder without any."""
     if os.path.isfile(spec):
         return [spec]
-    if _is_pattern(spec):
-        files = _find_matches(spec)
-    elif is_pipe(spec):
+    files = _find_matches(spec) if _is_pattern(spec) else _find_named(spec)
+    return sorted(files, key=natural_key) or None
+
+
+def _find_named(spec: str) -> list[str]:
+    """List the files of one name, which is no pattern; none for a folder without any."""
+    if is_pipe(spec):
         files = [spec]
     elif is_url(spec):
         files = _find_behind_url(spec)
@@ -48,7 +52,7 @@ def find_files(spec: str) -> list[str] | None:
         files = glob.glob(spec)
         if not files:
             raise ClipcidError(f"There is no data at {spec}.", FORMS)
-    return sorted(files, key=natural_key) or None
+    return files
 
 
 def _is_pattern(spec: str) -> bool:
@@ -62,8 +66,9 @@ def _find_matches(pattern: str) -> list[str]:
     files = list[str]()
     for part in expand(pattern):
         if is_remote(part) or os.path.isdir(part):
-            inside = find_files(part)
-            if inside is None:
+            # Not as a pattern again: `a{:,x}:b` makes `a::b`, whose parts nobody has looked at.
+            inside = _find_named(part)
+            if not inside:
                 raise ClipcidError(f"{part} contains no .tar shard.", FORMS)
             files += inside
         else:

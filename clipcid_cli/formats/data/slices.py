@@ -49,6 +49,7 @@ class ListedImages(NamedTuple):
 
     rows: Iterable[dict[str, Any]]  # see `_SCHEMA`
     class_names: tuple[str, ...] | None = None
+    texts_alone: int = 0  # files of captions beside images, of which none has their name
 
 
 class _Sliced(NamedTuple):
@@ -57,6 +58,7 @@ class _Sliced(NamedTuple):
     slices: list[pa.RecordBatch]
     class_names: tuple[str, ...] | None
     several: bool  # whether an image may have several classes
+    texts_alone: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Images(ABC):
                 row["repeated"] = row["key"] in seen
                 seen.add(row["key"])
             slices.append(pa.RecordBatch.from_pylist(pending, _SCHEMA))
-        return _Sliced(slices, listing.class_names, several)
+        return _Sliced(slices, listing.class_names, several, listing.texts_alone)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -129,9 +131,15 @@ class Images(ABC):
         return rows
 
     def stamp(self, index: int) -> tuple[int, ...]:
-        """Return the number of rows of a slice, and a hash of them."""
+        """Return the number of rows of a slice, a hash of them and, where there are any, the captions without an image."""
         rows = self._listed.slices[index]
-        return len(rows), int.from_bytes(hashlib.blake2b(rows.serialize(), digest_size=7).digest(), "big")
+        stamp = len(rows), int.from_bytes(hashlib.blake2b(rows.serialize(), digest_size=7).digest(), "big")
+        alone = self.texts_alone(index)
+        return (*stamp, alone) if alone else stamp
+
+    def texts_alone(self, index: int) -> int:
+        """Count the files of captions without an image, all of them with the first slice."""
+        return 0 if index else self._listed.texts_alone
 
     def make_sample(self, row: dict[str, Any], skips: Skips) -> Sample:
         """Return the sample of a row; its caption is read where it is a file of its own."""
@@ -170,6 +178,8 @@ class Slice(Shard):
 
     def read(self, skips: Skips) -> Iterator[Sample]:
         """Yield the samples of a slice; count rows without a path or a key, and those whose key an earlier one has."""
+        if alone := self.images.texts_alone(self.index):
+            skips.change("without_image", alone)
         for row_number, row in enumerate(self.images.rows(self.index), self.index * VIRTUAL_SHARD + 1):
             name = os.fsdecode(self.images.key_of(row)) or f"row {row_number}"
             if not row["path"]:

@@ -139,6 +139,7 @@ def read_members(path: str | Path, max_bytes: int = MAX_SAMPLE_BYTES, *, allow_c
         end = None if remote else os.fstat(file.fileno()).st_size
         try:
             options: Any = {"tarinfo": _Header, "encoding": "utf-8", "errors": "surrogateescape"}
+            # Nothing is extracted: names of members become keys, and the path of no file.
             with tarfile.open(path, "r|" if remote else "r:", file, _READ, **options) as tar:
                 while (header := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # else it keeps a kilobyte a member

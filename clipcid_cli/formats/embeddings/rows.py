@@ -134,6 +134,7 @@ class ArrayFile:
             if (stat.st_ino, stat.st_mtime_ns) != self.stamp:
                 raise OSError("it was replaced after this run had begun")
             if self.offset is None:
+                # Without objects nothing of it runs; `find_member` has refused what grows beyond measure.
                 with np.load(file, allow_pickle=False) as archive:
                     return np.asarray(archive[self.member])
             if size > _SMALL:

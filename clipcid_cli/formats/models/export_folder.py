@@ -21,6 +21,8 @@ VOCABULARY = "vocab.json"
 MERGES = "merges.txt"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+ST_MODULES = "modules.json"
+ST_SETTINGS = "sentence_bert_config.json"
 IMAGE_ENCODER = "image_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
 CLASSIFIER = "classifier.onnx"
@@ -79,6 +81,8 @@ CONTENT = {
     HF_CONFIG: "architecture, as transformers reads it",
     HF_WEIGHTS: "weights, as transformers reads them",
     "preprocessor_config.json": "preprocessing, as transformers reads it",
+    ST_MODULES: "what sentence-transformers makes of the folder",
+    ST_SETTINGS: "how sentence-transformers pads texts",
     TOKENIZER: "texts to tokens, padded and cut to the model's length",
     f"{WEB}/{INDEX}": "a page that classifies pictures in a browser, for any static server; it needs only this folder",
     f"{WEB}/{SEARCH}": "a page that searches images by text in a browser",

@@ -1,8 +1,6 @@
-"""An open_clip model as a folder that ``CLIPModel`` and ``CLIPProcessor`` of transformers read, or why there is none.
+"""An open_clip model as a folder that ``AutoModel`` and ``AutoProcessor`` of transformers read, or why there is none.
 
-``CLIPModel`` is one architecture: a plain ViT with a class token, and a causal text transformer read at its end token. Any
-setting of open_clip that is neither translated here nor known to change nothing in evaluation is refused by name. Also
-``tokenizer.json``, which the ONNX form has too.
+Also ``tokenizer.json``, which the ONNX form has too.
 """
 
 from __future__ import annotations
@@ -10,7 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import string
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,94 +23,43 @@ from clipcid_cli.formats.models.export_folder import (
     HF_WEIGHTS,
     MERGES,
     SPECIAL_TOKENS,
+    ST_MODULES,
+    ST_SETTINGS,
     TOKENIZER,
     VOCABULARY,
 )
-from clipcid_cli.formats.models.open_clip_folder import RESAMPLE, pixel_problems, refusals_of_the_system, square_side
-
-_VOCABULARY_SIZE = 49408
-BOS_ID, EOS_ID = 49406, 49407
-
-# Settings that are translated, or have no effect on a model that only encodes.
-_KNOWN = (
-    "embed_dim vision_cfg text_cfg quick_gelu init_logit_scale nonscalar_logit_scale width mlp_ratio head_width heads "
-    "context_length patch_dropout pos_embed_type attn_pooler_queries attn_pooler_heads eos_id pad_id final_ln_after_pool "
-    "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path "
-    "hf_model_pretrained hf_proj_type hf_pooler_type"
-)
+from clipcid_cli.formats.models.hf_clip import BOS_ID, EOS_ID, ClipArchitecture, MetaClip2Architecture
+from clipcid_cli.formats.models.hf_siglip import SiglipArchitecture
+from clipcid_cli.formats.models.open_clip_folder import RESAMPLE, refusals_of_the_system, square_side
 
 
-def _is_off(value: Any) -> bool:
-    """Tell whether a setting says nothing; 0, which equals False in Python, says something."""
-    return value is None or value is False or value in ("", {})
-
-
-# Which values of a setting are expressed; of any that is not here only those that say nothing.
-_EXPRESSED: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(_KNOWN.split(), lambda value: True),
-    "init_logit_bias": lambda bias: bias is None,
-    "ls_init_value": lambda scale: scale is None,
-    "pool_type": lambda pooling: pooling in ("tok", "argmax"),
-    "proj_type": lambda projection: projection == "linear",
-    "block_type": lambda block: block in (None, "default"),
-    "layers": lambda layers: not isinstance(layers, list | tuple),
-    **dict.fromkeys(("image_size", "patch_size"), lambda size: size is None or square_side(size) is not None),
-    "act_kwargs": lambda options: (options or {}) in ({}, {"approximate": "none"}, {"approximate": "tanh"}),
-    "norm_kwargs": lambda options: set(options or {}) <= {"eps"},
-    "vocab_size": lambda size: size >= _VOCABULARY_SIZE,
-}
-_WHY_NOT = {
-    "layers": ", a ResNet's",
-    "image_size": ", not square",
-    "patch_size": ", not square",
-    "vocab_size": f", below the {_VOCABULARY_SIZE} of CLIP's tokenizer",
-}
-
-# From open_clip's names of tensors to Hugging Face's, which spells `pre_layrnorm` so.
-_RENAMED = (
-    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
-    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.attn\.", ".self_attn."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
-    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
-    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
-    (r"^visual\.proj$", "visual_projection.weight"),
-    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
-    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-    (r"^ln_final\.", "text_model.final_layer_norm."),
-    (r"^text_projection$", "text_projection.weight"),
-)
-
-
-def hf_problems(model: Mapping[str, Any], preprocess: Mapping[str, Any], tokenizer: str) -> list[str]:
-    """Name every setting of a model of open_clip that ``CLIPModel`` and ``CLIPProcessor`` cannot express."""
+def find_architecture(model: Mapping[str, Any]) -> ClipArchitecture:
+    """Choose the architecture of transformers that is the most likely to express a model of open_clip."""
     text = model["text_cfg"]
-    if text.get("pool_type") == "eos" and text.get("eos_id") == EOS_ID:
-        text = text | {"pool_type": "argmax"}  # the same place in CLIP's tokens
-    towers = {"": model, "vision_cfg.": model["vision_cfg"], "text_cfg.": text}
-    problems = [
-        f"{prefix}{name} is {'set' if isinstance(value, dict) and len(value) > 1 else repr(value)}{_WHY_NOT.get(name, '')}"
-        for prefix, settings in towers.items()
-        for name, value in settings.items()
-        if not _EXPRESSED.get(name, _is_off)(value)
-    ]
-    if tokenizer != "SimpleTokenizer":
-        problems.append(f"its tokenizer is {tokenizer}, not CLIP's")
-    return problems + pixel_problems(preprocess)
+    if model["vision_cfg"].get("timm_pool") == "map" and text.get("pool_type") == "last":
+        return SiglipArchitecture()
+    if text.get("hf_tokenizer_name") and text.get("pool_type") == "eos":
+        return MetaClip2Architecture()
+    return ClipArchitecture()
 
 
-def validate_for_hf(model: Mapping[str, Any], preprocess: Mapping[str, Any], tokenizer: str) -> None:
-    """Refuse a model of open_clip that ``CLIPModel`` cannot express."""
-    if problems := hf_problems(model, preprocess, tokenizer):
-        raise ClipcidError(
-            "--format hf: Hugging Face's CLIPModel cannot express this model: " + "; ".join(problems) + ".",
-            "Export it with --format open-clip or onnx.",
-        )
+def validate_for_hf(
+    model: Mapping[str, Any], preprocess: Mapping[str, Any], tokenizer: str, module: torch.nn.Module | None = None
+) -> None:
+    """Refuse a model of open_clip that transformers cannot express."""
+    architecture = find_architecture(model)
+    problems = architecture.problems(model, preprocess, tokenizer)
+    if module is not None and not problems:
+        problems = architecture.module_problems(module)
+    if problems:
+        raise _refusal(architecture, problems)
+
+
+def _refusal(architecture: ClipArchitecture, problems: Sequence[str]) -> ClipcidError:
+    return ClipcidError(
+        f"--format hf: Hugging Face's {architecture.name}Model cannot express this model: {'; '.join(problems)}.",
+        "Export it with --format open-clip or onnx.",
+    )
 
 
 def write_hf_folder(
@@ -119,78 +67,61 @@ def write_hf_folder(
     model: Mapping[str, Any],
     preprocess: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
+    module: torch.nn.Module,
     tokenizer: Any,
 ) -> None:
-    """Write the folder of a model that `validate_for_hf` accepted; its tokenizer is open_clip's ``SimpleTokenizer``."""
+    """Write the folder of a model that `validate_for_hf` accepted, with its module and open_clip's tokenizer of it."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    config = write_hf_settings(folder, model, preprocess, float(tensors["logit_scale"]), tokenizer)
+    architecture = find_architecture(model)
+    config = architecture.make_config(model, float(tensors["logit_scale"]), module)
     with torch.device("meta"):
-        empty = transformers.CLIPModel(config)
-    empty.load_state_dict(dict(_rename_tensors(tensors)), assign=True)
+        empty = getattr(transformers, f"{architecture.name}Model")(config)
+    renamed = architecture.rename(tensors)
+    ours, theirs = ({(name, tensor.shape) for name, tensor in side.items()} for side in (renamed, empty.state_dict()))
+    if unlike := sorted(name for name, _ in ours ^ theirs):
+        raise _refusal(architecture, [f"they do not have the same tensors ({', '.join(unlike[:3])})"])
+    empty.load_state_dict(renamed, assign=True)
+    write_hf_settings(folder, config, preprocess, tokenizer)
+    if architecture.sees_padding:
+        _write_sentence_transformers(folder)
     with refusals_of_the_system(folder):
         empty.save_pretrained(folder, max_shard_size="1TB")  # in one file
     # safetensors lets the owner alone read it.
     (folder / HF_WEIGHTS).chmod((folder / HF_CONFIG).stat().st_mode)
 
 
-def write_hf_settings(
-    folder: Path, model: Mapping[str, Any], preprocess: Mapping[str, Any], logit_scale: float, tokenizer: Any
-) -> Any:
-    """Write all of `write_hf_folder` but the weights; return the ``CLIPConfig``. The scale is the learned logarithm."""
-    config = make_config(model, logit_scale)
-    written_tokenizer = write_clip_tokenizer(folder, tokenizer)
+def write_hf_settings(folder: Path, config: Any, preprocess: Mapping[str, Any], tokenizer: Any) -> None:
+    """Write all of `write_hf_folder` but the weights."""
+    write_tokenizer = write_own_tokenizer if hasattr(tokenizer, "tokenizer") else write_clip_tokenizer
+    written_tokenizer = write_tokenizer(folder, tokenizer)
     with refusals_of_the_system(folder):
         config.save_pretrained(folder)
         make_image_processor(preprocess).save_pretrained(folder)
         written_tokenizer.save_pretrained(folder)
     # transformers 5 leaves this file out, and other programs read it.
     write_json(folder / SPECIAL_TOKENS, written_tokenizer.special_tokens_map)
-    return config
 
 
-def make_config(model: Mapping[str, Any], logit_scale: float) -> Any:
-    """Translate open_clip's ``model_cfg``, with its defaults, to a ``CLIPConfig``; the scale is the learned logarithm."""
-    import transformers
+def _write_sentence_transformers(folder: Path) -> None:
+    """Let sentence-transformers pad texts to the model's length; by default it pads them to the longest of a batch.
 
-    vision = {"width": 768, "head_width": 64} | model["vision_cfg"]
-    text = {"width": 512, "heads": 8} | model["text_cfg"]
-    projection = {"projection_dim": int(model["embed_dim"])}
-    quick = bool(model.get("quick_gelu"))
-    return transformers.CLIPConfig(
-        **projection,
-        logit_scale_init_value=logit_scale,
-        vision_config={
-            "image_size": square_side(vision.get("image_size") or 224),
-            "patch_size": square_side(vision.get("patch_size") or 16),
-            "num_attention_heads": int(vision["width"]) // int(vision["head_width"]),
-            **_transformer(vision, quick),
-            **projection,
-        },
-        text_config={
-            "vocab_size": int(text.get("vocab_size", _VOCABULARY_SIZE)),
-            "max_position_embeddings": int(text.get("context_length", 77)),
-            "num_attention_heads": int(text["heads"]),
-            # transformers takes the first token of this number, open_clip the first of the largest: the same one.
-            "bos_token_id": BOS_ID,
-            "eos_token_id": EOS_ID,
-            "pad_token_id": EOS_ID,
-            **_transformer(text, quick),
-            **projection,
-        },
-    )
-
-
-def _transformer(tower: Mapping[str, Any], quick_gelu: bool) -> dict[str, Any]:
-    tanh = (tower.get("act_kwargs") or {}).get("approximate") == "tanh"
-    return {
-        "hidden_size": int(tower["width"]),
-        "intermediate_size": int(tower["width"] * float(tower.get("mlp_ratio", 4.0))),
-        "num_hidden_layers": int(tower.get("layers", 12)),
-        "hidden_act": "quick_gelu" if quick_gelu else "gelu_pytorch_tanh" if tanh else "gelu",
-        "layer_norm_eps": float((tower.get("norm_kwargs") or {}).get("eps", 1e-5)),
+    The rest is what it would find out by itself.
+    """
+    features = {
+        modality: {"method": f"get_{modality}_features", "method_output_name": "pooler_output"}
+        for modality in ("text", "image")
     }
+    settings = {
+        "transformer_task": "feature-extraction",
+        "modality_config": features,
+        "module_output_name": "sentence_embedding",
+        "processing_kwargs": {"text": {"padding": "max_length"}},
+    }
+    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    write_json(folder / ST_MODULES, [module])
+    write_json(folder / ST_SETTINGS, settings)
 
 
 def make_image_processor(preprocess: Mapping[str, Any]) -> Any:
@@ -210,23 +141,6 @@ def make_image_processor(preprocess: Mapping[str, Any]) -> Any:
     )
 
 
-def _rename_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of an open_clip CLIP under Hugging Face's names.
-
-    open_clip stores queries, keys and values in one matrix, and projections as [width, D], multiplied from the right.
-    """
-    for name, tensor in tensors.items():
-        for pattern, replacement in _RENAMED:
-            name = re.sub(pattern, replacement, name)
-        if ".in_proj_" in name:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                yield name.replace(".in_proj_", f".{letter}_proj."), part.clone()
-        elif name.endswith("_projection.weight"):
-            yield name, tensor.T.contiguous()
-        else:
-            yield name, tensor.reshape(()) if name == "logit_scale" else tensor
-
-
 def write_clip_tokenizer(folder: Path, tokenizer: Any) -> Any:
     """Write the vocabulary and merges of open_clip's ``SimpleTokenizer``; return transformers' tokenizer of them."""
     import transformers
@@ -241,6 +155,46 @@ def write_clip_tokenizer(folder: Path, tokenizer: Any) -> Any:
     fast = transformers.CLIPTokenizerFast.from_pretrained(folder, model_max_length=length)
     _fix_length(fast.backend_tokenizer, length, 0, fast.pad_token)
     return fast
+
+
+def write_own_tokenizer(folder: Path, tokenizer: Any) -> Any:
+    """Return transformers' tokenizer of an open_clip tokenizer that `fits_tokenizer_file`; it writes its files itself.
+
+    It gives no attention mask: open_clip's text towers attend to padding, or are read before it.
+    """
+    import transformers
+
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=_make_own_tokenizer(tokenizer),
+        model_max_length=int(tokenizer.context_length),
+        model_input_names=["input_ids"],
+        **tokenizer.tokenizer.special_tokens_map,
+    )
+
+
+def _make_own_tokenizer(tokenizer: Any) -> Any:
+    """Return a Hugging Face tokenizer of open_clip of the library tokenizers, which cleans and pads as it does."""
+    from tokenizers import normalizers
+
+    own = tokenizer.tokenizer
+    fast = copy.deepcopy(own.backend_tokenizer)
+    steps = [*_cleaning(tokenizer.clean_fn), *([] if fast.normalizer is None else [fast.normalizer])]
+    fast.normalizer = normalizers.Sequence(steps)
+    _fix_length(fast, int(tokenizer.context_length), own.pad_token_id, own.pad_token)
+    return fast
+
+
+def _cleaning(clean: Callable[[str], str]) -> list[Any]:
+    """Return the steps of open_clip's ``canonicalize``, ``lower`` or ``whitespace`` that the library tokenizers have."""
+    from tokenizers import Regex, normalizers
+
+    steps: list[Any] = []
+    if clean("a.") == "a":
+        punctuation = "".join(re.escape(letter) for letter in string.punctuation)
+        steps += [normalizers.Replace("_", " "), normalizers.Replace(Regex(f"[{punctuation}]"), "")]
+    if clean("A") == "a":
+        steps.append(normalizers.Lowercase())
+    return [*steps, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
 
 
 def fits_tokenizer_file(tokenizer: Any) -> bool:
@@ -260,9 +214,7 @@ def write_tokenizer_file(folder: Path, tokenizer: Any) -> None:
         with TemporaryDirectory() as scratch:
             fast = write_clip_tokenizer(Path(scratch), tokenizer).backend_tokenizer
     else:
-        own = tokenizer.tokenizer
-        fast = copy.deepcopy(own.backend_tokenizer)
-        _fix_length(fast, int(tokenizer.context_length), own.pad_token_id, own.pad_token)
+        fast = _make_own_tokenizer(tokenizer)
     write_bytes(folder / TOKENIZER, fast.to_str().encode())
 
 

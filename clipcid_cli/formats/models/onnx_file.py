@@ -104,6 +104,7 @@ def write_onnx(
     *,
     opset: int,
     metadata: Mapping[str, str],
+    static: bool = False,
 ) -> None:
     """Write a module, in evaluation mode on the CPU, as an ONNX file; its input is called as the argument of ``forward``.
 
@@ -111,15 +112,16 @@ def write_onnx(
 
     Args:
         example: An input with at least two rows: PyTorch would treat an axis of one as fixed.
+        static: Whether the file takes one row at a time, so that no shape in it depends on the input.
     """
     try:
         program = torch.onnx.export(
             module,
-            (example,),
+            (example[:1] if static else example,),
             dynamo=True,
             verbose=False,
             output_names=output_names,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=None if static else ({0: torch.export.Dim("batch")},),
             opset_version=opset,
         )
     except Exception as error:  # torch.export and the exporter raise many kinds for what they cannot express
@@ -283,6 +285,7 @@ def _parse(text: Template, constants: Mapping[str, Any], **words: Any) -> Any:
     """Make a graph of its text, with further constants of float32."""
     from onnx import numpy_helper, parser
 
+    # The words are this module's numbers and names: class names are metadata, and no part of the text.
     graph = parser.parse_graph(text.substitute(words))
     for name, values in constants.items():
         graph.initializer.append(numpy_helper.from_array(np.asarray(values, dtype="float32"), name))

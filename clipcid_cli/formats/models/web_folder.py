@@ -83,6 +83,7 @@ def write_engine(folder: Path, packages: Path | None) -> None:
             with reading(archive, f"npm's {package}", _FIX) as file:
                 content = file.read()
             _validate_archive(content, archive, package)
+            # By its hash the very archive; its names lead nowhere, since files are written by those of `_PACKAGES`.
             with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as tar:
                 for member, name in files.items():
                     packed = tar.extractfile(f"package/{member}")
@@ -106,7 +107,10 @@ def _archive_name(package: str) -> str:
 
 def _fetch_packages(folder: Path) -> Path:
     command = ["npm", "pack", *_PACKAGES, "--prefer-offline", "--pack-destination", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Words of this module alone, without a shell; and in a folder of its own, since npm obeys the .npmrc of the project that
+    # it stands in, which may be a stranger's.
+    (folder / "package.json").write_text("{}")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip()[-500:]
         raise ClipcidError(f"--format web takes two packages from npm, which failed:\n{said}", _FIX)

@@ -106,6 +106,7 @@ def open_clusters(folder: Path, is_checked: bool = False) -> Clusters:
     validate_unchanged(folder, sidecar.outputs, sidecar_path(folder, "cluster"), fix)
     num_rows = count_rows(folder / CLUSTERS, fix)
     with reading(folder / CENTROIDS, "centroids", fix):
+        # Here and below: without objects nothing of a file runs, and what is mapped takes no memory, whatever it promises.
         centroids = np.load(folder / CENTROIDS, mmap_mode="r", allow_pickle=False)
         if centroids.ndim != 2 or centroids.dtype != np.float32 or not (is_checked or _are_finite(centroids)):
             raise ValueError(f"it holds {centroids.dtype} {list(centroids.shape)}, not finite float32 [K, D]")

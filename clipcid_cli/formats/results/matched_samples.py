@@ -67,6 +67,7 @@ class SampleRows:
 
 @lru_cache(maxsize=8)  # a worker asks for them with every batch
 def _map_column(path: Path, total: int) -> Column:
+    # Without objects nothing of it runs; mapped, it takes no memory, whatever it promises.
     column: Column = np.load(path, mmap_mode="r" if total else None, allow_pickle=False)
     return column
 

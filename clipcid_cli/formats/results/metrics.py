@@ -23,7 +23,6 @@ import dataclasses
 import io
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.file_names import file_name
 from clipcid_cli.formats.files import LARGEST_TEXT, read_regular, reading, write_json, write_parquet, write_text
 from clipcid_cli.formats.fingerprint import validate_unchanged
 from clipcid_cli.formats.sidecar import AnySidecar, Sidecar, read_sidecar, sidecar_path
@@ -58,6 +58,8 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
     RETRIEVAL: {"image_ranks": pa.list_(pa.int64()), "text_rank": pa.int64()},
 }
 _ABOUT = b"clipcid"
+# Of paths, patterns and captions' keys.
+_SEPARATORS = "/{},:*"
 
 
 class LinesRecord(msgspec.Struct):
@@ -91,7 +93,7 @@ class Metrics(msgspec.Struct):
 def metrics_stem(dataset: str, model: str, task: str, *variant: str) -> str:
     """Return the name of a metrics file without its suffix, e.g. ``food101_ViT-B-32_zeroshot_classification``."""
     parts = (dataset, model, task, *variant)
-    return "_".join(re.sub(r"[^\w.-]+", "-", part).strip("-.") or "unnamed" for part in parts)
+    return "_".join(file_name(part, separators=_SEPARATORS) for part in parts)
 
 
 def find_variant(path: Path, task: str) -> str:

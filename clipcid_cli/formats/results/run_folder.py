@@ -49,6 +49,7 @@ class DistillMade(msgspec.Struct):
 
     losses: dict[str, dict[str, Any]]
     ema: float | None = None
+    text_tower: str = "own"
 
 
 class AppliedKeepList(msgspec.Struct):
@@ -166,6 +167,7 @@ def read_checkpoint(folder: Path, step: int) -> dict[str, Any]:
     path = checkpoint_path(folder, step)
     fix = "Remove it to resume from the one before, or start over with --resume never."
     with reading(path, "a checkpoint", fix):
+        # `weights_only` builds tensors and plain values, and calls nothing that the file names.
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}, not the state of a run")

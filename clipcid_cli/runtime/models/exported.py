@@ -25,7 +25,10 @@ class OnnxSession:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._input = self._session.get_inputs()[0].name
+        (taken,) = self._session.get_inputs()
+        self._input = taken.name
+        # The rows of a batch, where the file fixes them; else the axis has a name.
+        self._at_once = taken.shape[0] if isinstance(taken.shape[0], int) else None
         self._outputs = [output.name for output in self._session.get_outputs()]
         self.engine = f"ONNX Runtime {onnxruntime.__version__}"
 
@@ -34,8 +37,11 @@ class OnnxSession:
         return self.run(batch)[self._outputs[0]]
 
     def run(self, batch: Tensor) -> dict[str, Tensor]:
-        outputs = self._session.run(None, {self._input: batch.numpy()})
-        return {name: torch.from_numpy(output) for name, output in zip(self._outputs, outputs, strict=True)}
+        parts = torch.split(batch, self._at_once or len(batch))
+        outputs = zip(*(self._session.run(None, {self._input: part.numpy()}) for part in parts), strict=True)
+        return {
+            name: torch.cat([*map(torch.from_numpy, rows)]) for name, rows in zip(self._outputs, outputs, strict=True)
+        }
 
 
 def read_tokens(path: Path, texts: list[str]) -> Tensor:
@@ -47,17 +53,17 @@ def read_tokens(path: Path, texts: list[str]) -> Tensor:
 
 
 class HfClip:
-    """A ``CLIPModel`` with its processor, loaded by transformers in float32 from a folder that `write_hf_folder` wrote."""
+    """A model of transformers with its processor, loaded in float32 from a folder that `write_hf_folder` wrote."""
 
     def __init__(self, folder: Path) -> None:
         with quiet_libraries():
             import transformers
 
             transformers.utils.logging.disable_progress_bar()
-            self._model = transformers.CLIPModel.from_pretrained(
+            self._model = transformers.AutoModel.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, torch_dtype=torch.float32
             ).eval()
-            self._processor = transformers.CLIPProcessor.from_pretrained(
+            self._processor = transformers.AutoProcessor.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
         self.engine = f"transformers {transformers.__version__}"

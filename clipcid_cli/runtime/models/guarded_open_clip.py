@@ -62,7 +62,7 @@ def import_towers(config: Mapping[str, Any]) -> None:
         ("open_clip.hf_model", "transformers", config["text_cfg"].get("hf_model_name")),
         ("open_clip.timm_model", "timm", config["vision_cfg"].get("timm_model_name")),
     ):
-        module = importlib.import_module(owner)
+        module = importlib.import_module(owner)  # of the table above: a configuration's names are never imported
         if tower and getattr(module, library) is None:
             # Classes defined before look names up in their module when they are used, so they find the library now.
             importlib.reload(module)

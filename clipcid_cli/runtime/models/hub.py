@@ -1,4 +1,4 @@
-"""Files of models on the Hugging Face hub: fetched where it answers, else taken from the local cache."""
+"""Files of models on the Hugging Face hub: fetched where it answers, else taken from the local cache; or uploaded."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import contextlib
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import huggingface_hub.constants as hub
 
 from clipcid_cli.errors import ClipcidError, in_one_line
+from clipcid_cli.runtime.libraries import quiet_libraries
+
+_TOKEN_FIX = "Run hf auth login, or set HF_TOKEN, with a token that may write: https://huggingface.co/settings/tokens."
 
 
 @contextlib.contextmanager
@@ -45,3 +49,67 @@ def _answers(url: str) -> bool:
         socket.create_connection((parts.hostname, port), timeout=5.0).close()
         return True
     return False
+
+
+def find_uploader(repository: str) -> str:
+    """Return the account whose token this machine has, where huggingface_hub looks for it; refuse where there is none."""
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise ClipcidError(
+            f"--push {repository}: there is no token of the Hugging Face hub on this machine.", _TOKEN_FIX
+        )
+    with _uploading(repository):
+        return str(HfApi(endpoint=hub.ENDPOINT).whoami()["name"])
+
+
+def upload(repository: str, folder: Path, names: Sequence[str], message: str) -> str:
+    """Put files of a folder into a model repository by one commit, so that all or none arrive; return its address.
+
+    A repository that does not exist is made, a private one. Its other files stay.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    api = HfApi(endpoint=hub.ENDPOINT)
+    with _uploading(repository):
+        api.create_repo(repository, private=True, exist_ok=True)
+        files = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
+        commit = api.create_commit(repository, files, commit_message=message)
+        there = api.list_repo_files(repository, revision=commit.oid)
+    if missing := sorted({*names} - {*there}):  # the hub leaves out what a .gitignore of the repository names
+        raise ClipcidError(
+            f"--push {repository}: the hub left out {', '.join(missing)}, which the .gitignore there may name.",
+            f"Remove these from its .gitignore and run the command again; the commit is {commit.commit_url}.",
+        )
+    return str(commit.commit_url)
+
+
+@contextlib.contextmanager
+def _uploading(repository: str) -> Iterator[None]:
+    """Say what the hub refuses, and how to be let in."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    what = f"--push {repository}: "
+    later = "The same command uploads the export once that is mended; what is exported stays."
+    if hub.HF_HUB_OFFLINE:
+        raise ClipcidError(f"{what}the hub is disabled (HF_HUB_OFFLINE).", "Unset HF_HUB_OFFLINE, or omit --push.")
+    if not _answers(hub.ENDPOINT):
+        raise ClipcidError(f"{what}{hub.ENDPOINT} cannot be reached from here. Nothing was uploaded.", later)
+    try:
+        with quiet_libraries():
+            yield
+    except Exception as error:  # the http client, the hub's client and hf_xet each raise their own
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status == 401:
+            raise ClipcidError(f"{what}{hub.ENDPOINT} does not know the token of this machine.", _TOKEN_FIX) from error
+        if status in (403, 404):
+            raise ClipcidError(
+                f"{what}the token of this machine may not write there ({status}). Nothing was uploaded.",
+                f"Choose a repository of yours, or a token with the right to write to this one. {later}",
+            ) from error
+        raise ClipcidError(
+            f"{what}{hub.ENDPOINT} did not take the files, of which none was committed: {in_one_line(error, 300)}",
+            later,
+        ) from error

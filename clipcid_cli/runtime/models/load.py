@@ -38,10 +38,19 @@ _FOLDER_HINT = (
 )
 
 
-def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: int | None = None) -> ClipModel:
-    """Load a CLIP model; an ``architecture`` or ``config`` needs a seed for random weights."""
+def load_model(
+    name: ModelName,
+    device: torch.device | str = "cpu",
+    fresh_seed: int | None = None,
+    config: dict[str, Any] | None = None,
+) -> ClipModel:
+    """Load a CLIP model; an ``architecture`` or ``config`` needs a seed for random weights.
+
+    Args:
+        config: Taken in place of the model's own ``model_cfg``, for random weights.
+    """
     with quiet_libraries():
-        config = _find_config(name)
+        config = config or _find_config(name)
         _validate_transformers(name, config)
         if name.has_weights:
             module, weights = _load_trained(name, config)
@@ -175,6 +184,8 @@ def _own_text_tower(config: dict[str, Any], name: ModelName) -> dict[str, Any]:
 def _create(name: ModelName, source: str, config: dict[str, Any], **options: Any) -> torch.nn.Module:
     try:
         import_towers(config)
+        # Weights run nothing: open_clip reads them by safetensors or with `weights_only`. `validate_passed_on` has refused
+        # settings that would run code, and `import_towers` refuses code on a hub.
         return cast(torch.nn.Module, open_clip.create_model(source, precision="fp32", device="cpu", **options))
     except Exception as error:  # open_clip raises whatever PyTorch, safetensors or json do for a file that does not fit
         raise ClipcidError(

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.file_names import file_name
 
 Kind = Literal["architecture", "tag", "hub", "folder", "config"]
 
@@ -172,9 +173,10 @@ class ModelName:
             path = self.path.resolve()
             is_student = path.name in ("student", "student-ema")
             text = f"{path.parent.name}-{path.name}" if is_student else path.name.removesuffix(".json")
+            name = file_name(text, empty="model")
         else:
-            text = self.spec.removeprefix("hf-hub:")
-        return (re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-") or "model") + self.suffix
+            name = file_name(self.spec.removeprefix("hf-hub:"), separators=":/", empty="model")
+        return name + self.suffix
 
 
 def parse_model(spec: str) -> ModelName:

@@ -42,8 +42,8 @@ class PrunedForward:
         self.prunes_texts = _is_known_text_tower(self._text)
         self._in_few_sizes = in_few_sizes
 
-    def __call__(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return self.encode_images(pixels), self.encode_texts(tokens)
+    def __call__(self, pixels: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.encode_images(pixels), None if tokens is None else self.encode_texts(tokens)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Embed normalised pixels, float32 [B, 3, height, width], on the model's device."""

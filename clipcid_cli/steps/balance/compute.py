@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the filters are loaded where a run has them
     from clipcid_cli.steps.balance.filters.against import NearReferences
     from clipcid_cli.steps.balance.filters.captions import CaptionWindow
     from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
+    from clipcid_cli.steps.balance.filters.near import FarImages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Outcome:
     """What is to be written: what each filter has found, sets, the forest they were made from, and which rows are kept."""
 
     run: BalanceRun  # with the rows that filters have left to be searched
-    near: NearReferences | None
+    against: NearReferences | None
     captions: CaptionWindow | None
+    far: FarImages | None
     sets: Sets
     forest: Edges
     other: OtherLinkage | NotComputed
@@ -51,10 +53,15 @@ class Outcome:
     audit: Audit | None
 
     @property
-    def filters(self) -> list[NearReferences | CaptionWindow | ClusterCap]:
+    def filters(self) -> list[NearReferences | CaptionWindow | FarImages | ClusterCap]:
         """Those of the run, in their order."""
-        filters = (self.near, self.captions, self.cap)
+        filters = (self.against, self.captions, self.far, self.cap)
         return [dropping for dropping in filters if dropping is not None]
+
+    @property
+    def searches(self) -> frozenset[str]:
+        """The names of the comparisons with references."""
+        return frozenset[str]().union(*(kind.nearest.searches for kind in (self.against, self.far) if kind is not None))
 
 
 def begin(plan: BalancePlan, output: Output[BalanceSidecar], context: DistContext) -> BalanceRun:
@@ -93,8 +100,10 @@ def compute(plan: BalancePlan, output: Output[BalanceSidecar], context: DistCont
     if plan.settings.neighbors == "partitioned":  # the tiles of partitions are of many sizes
         keep_few_kernels()
     run = begin(plan, output, context)
-    near, captions = _find_filtered(run)
-    run = _leave_out(run, [dropping.is_dropped for dropping in (near, captions) if dropping is not None])
+    against, captions = _find_filtered(run)
+    run = _leave_out(run, [dropping.is_dropped for dropping in (against, captions) if dropping is not None])
+    far = _find_far(run)
+    run = _leave_out(run, [] if far is None else [far.is_dropped])
     if run.clusters is not None:
         from clipcid_cli.steps.balance.filters.cluster_cap import warn_of_few
 
@@ -107,21 +116,30 @@ def compute(plan: BalancePlan, output: Output[BalanceSidecar], context: DistCont
     is_kept = sets.kept if cap is None else sets.kept & ~cap.is_dropped
     audit = _audit(run, sets, is_kept)
     context.barrier()  # until here another process may read what it has mapped
-    return Outcome(run, near, captions, sets, forest, other, cap, is_kept, audit)
+    return Outcome(run, against, captions, far, sets, forest, other, cap, is_kept, audit)
 
 
 def _find_filtered(run: BalanceRun) -> tuple[NearReferences | None, CaptionWindow | None]:
     """Find what is dropped before repeats are searched."""
-    near = captions = None
-    if run.references:
+    against = captions = None
+    if run.settings.against:
         from clipcid_cli.steps.balance.filters.against import find_near
 
-        near = find_near(run)
+        against = find_near(run)
     if run.settings.has_window:
         from clipcid_cli.steps.balance.filters.captions import find_captions
 
         captions = find_captions(run)
-    return near, captions
+    return against, captions
+
+
+def _find_far(run: BalanceRun) -> FarImages | None:
+    """Find what of the rest is far from all targets."""
+    if not run.settings.near:
+        return None
+    from clipcid_cli.steps.balance.filters.near import find_far
+
+    return find_far(run)
 
 
 def _leave_out(run: BalanceRun, dropped: list[BoolArray]) -> BalanceRun:

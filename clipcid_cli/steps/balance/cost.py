@@ -20,7 +20,7 @@ from clipcid_cli.runtime.distributed import DistContext, memory_for_rows
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES
-from clipcid_cli.steps.balance.plan import BalanceInputs, check_inputs
+from clipcid_cli.steps.balance.plan import BalanceInputs, NamedReference, check_inputs
 from clipcid_cli.steps.balance.samples import validate_data_there
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.reporting import Progress, format_duration
@@ -74,12 +74,12 @@ class MemoryCost(msgspec.Struct, omit_defaults=True):
     device: int = 0  # on a CPU none
 
 
-class BalanceCost(msgspec.Struct, kw_only=True):
+class BalanceCost(msgspec.Struct, omit_defaults=True, kw_only=True):
     """What a new search would take; pairs and flop are those of ``neighbors``."""
 
     images: int
-    # Fewer than all images where a caption window drops some; the most they may be where it drops all that were
-    # sampled.
+    # Fewer than all images where a caption window or --near-keep drops some; the most they may be where the window drops all
+    # that were sampled. What references drop within a distance is not known.
     searched: int
     width: int
     neighbors: str
@@ -92,6 +92,7 @@ class BalanceCost(msgspec.Struct, kw_only=True):
     clustered_images: int | None
     memory: MemoryCost
     disk: int  # bytes
+    near: list[ReferenceCost] | None = None
 
 
 def estimate_cost(settings: BalanceSettings, inputs: BalanceInputs, context: DistContext) -> BalanceCost:
@@ -102,7 +103,14 @@ def estimate_cost(settings: BalanceSettings, inputs: BalanceInputs, context: Dis
     sample = _sample_rows(embeddings)
     captions = _look_at_captions(settings, embeddings, sample) if settings.has_window else None
     searched = round(_share_inside(captions) * embeddings.num_rows)
-    against = [_count_reference(embeddings, name, rows) for name, rows in inputs.references]
+    near = [_count_reference(near, searched) for near in inputs.references if near.flag == "--near"]
+    if settings.near_keep is not None:
+        searched = max(1, round(settings.near_keep * searched))
+    against = [
+        _count_reference(reference, embeddings.num_rows)
+        for reference in inputs.references
+        if reference.flag == "--against"
+    ]
     searches = {
         "exact": _count_search(searched * (searched - 1) // 2, embeddings.width),
         "partitioned": _count_search(_pairs_in_partitions(searched), embeddings.width),
@@ -119,6 +127,7 @@ def estimate_cost(settings: BalanceSettings, inputs: BalanceInputs, context: Dis
         exact=searches["exact"],
         partitioned=searches["partitioned"],
         against=against or None,
+        near=near or None,
         caption_window=captions,
         clustered_images=None if inputs.clusters is None else inputs.clusters.images,
         memory=_count_memory(settings, inputs, searched, context.device, scan),
@@ -177,15 +186,15 @@ def _pairs_in_partitions(searched: int) -> int:
     return round(searched * partitions + (0.5 + _VISITS) * searched * searched / partitions)
 
 
-def _count_reference(embeddings: Embeddings, name: str, reference: Embeddings | EmbedCost) -> ReferenceCost:
-    is_there = isinstance(reference, Embeddings)
-    rows = reference.num_rows if isinstance(reference, Embeddings) else reference.images
-    embed_seconds = 0.0 if isinstance(reference, Embeddings) else reference.seconds["encode"]
-    return ReferenceCost(name, rows, not is_there, embed_seconds, embeddings.num_rows * rows)
+def _count_reference(reference: NamedReference, compared: int) -> ReferenceCost:
+    rows = reference.rows
+    embed_seconds = 0.0 if isinstance(rows, Embeddings) else rows.seconds["encode"]
+    to_embed = not isinstance(rows, Embeddings)
+    return ReferenceCost(reference.name, _count_rows(rows), to_embed, embed_seconds, compared * _count_rows(rows))
 
 
-def _reference_rows(inputs: BalanceInputs) -> int:
-    return sum(rows.num_rows if isinstance(rows, Embeddings) else rows.images for _, rows in inputs.references)
+def _count_rows(rows: Embeddings | EmbedCost) -> int:
+    return rows.num_rows if isinstance(rows, Embeddings) else rows.images
 
 
 def _count_memory(
@@ -193,7 +202,7 @@ def _count_memory(
 ) -> MemoryCost:
     """Count the bytes of mapped rows, of a process without them, and of its GPU, which keeps panels and makes scores."""
     images, width = inputs.embeddings.num_rows, inputs.embeddings.width
-    others = _reference_rows(inputs)
+    others = sum(_count_rows(reference.rows) for reference in inputs.references)
     is_exact = settings.neighbors == "exact"
     in_panels = searched if is_exact else round((1.0 + _VISITS) * searched)
     room = memory_for_rows(device, on_cpu=CACHE_BYTES)
@@ -214,7 +223,7 @@ def _count_disk(settings: BalanceSettings, inputs: BalanceInputs, searched: int)
     if inputs.references:
         an_image += _BYTES_OF_REFERENCE * (len(inputs.references) + 1)
     disk = an_image * images
-    disk += sum(cost.bytes for _, cost in inputs.references if isinstance(cost, EmbedCost))
+    disk += sum(reference.rows.bytes for reference in inputs.references if isinstance(reference.rows, EmbedCost))
     is_partitioned = settings.neighbors == "partitioned"
     if is_partitioned:
         disk += _BYTES_OF_PLACES * searched
@@ -225,20 +234,20 @@ def _count_disk(settings: BalanceSettings, inputs: BalanceInputs, searched: int)
 
 def _describe(cost: BalanceCost) -> Iterator[str]:
     captions = cost.caption_window
-    against = cost.against or []
+    references = [*(("against", one) for one in cost.against or []), *(("near", one) for one in cost.near or [])]
     most = "at most " if captions is not None and not captions.inside else ""
     of = f" of {most}{cost.searched:,} of them" if cost.searched < cost.images else ""
     yield f"{cost.images:,} images of width {cost.width}. A new search{of} compares:"
     for name, search in (("exact", cost.exact), ("partitioned", cost.partitioned)):
         about = "" if name == "exact" else "about "
         yield f"  {name}: {about}{search.pairs:,} pairs, {search.flop:.3g} FLOP."
-    if against or captions is not None:
+    if references or captions is not None:
         yield "Before it, images are dropped:"
-    for reference in against:
+    for word, reference in references:
         embed = ""
         if reference.to_embed:
             embed = f" to embed first, about {format_duration(reference.embed_seconds)}"
-        yield f"  against {reference.name}: {reference.rows:,} images{embed}; {reference.pairs:,} pairs."
+        yield f"  {word} {reference.name}: {reference.rows:,} images{embed}; {reference.pairs:,} pairs."
     if captions is not None:
         sampled = f"{captions.sampled:,} sampled images"
         inside = f"{captions.inside:.1%} of {sampled} are inside the window."

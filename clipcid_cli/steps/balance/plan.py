@@ -37,11 +37,20 @@ class CapClusters:
 
 
 @dataclasses.dataclass(frozen=True)
+class NamedReference:
+    """Images that others are compared with, by the flag and name that the user gave; a dry run does not embed them."""
+
+    flag: str  # ``--against`` or ``--near``
+    name: str
+    rows: Embeddings | EmbedCost
+
+
+@dataclasses.dataclass(frozen=True)
 class BalanceInputs:
     """What is read."""
 
     embeddings: Embeddings
-    references: Sequence[tuple[str, Embeddings | EmbedCost]]  # of ``--against``; a dry run makes no embeddings of them
+    references: Sequence[NamedReference]
     clusters: CapClusters | None  # of ``--max-per-cluster``
     seconds: dict[str, float]  # time by phase, to which later phases add theirs
 
@@ -50,6 +59,7 @@ class BalanceInputs:
 class Reference:
     """One reference, by the name that the user gave, the hash of its files, and the rows that cannot be compared."""
 
+    flag: str
     name: str
     identity: str
     embeddings: Embeddings
@@ -81,11 +91,18 @@ class BalancePlan:
     def keep_list(self) -> Path:
         return self.folder / KEEP_LIST
 
+    def references_of(self, flag: str) -> list[Reference]:
+        return [reference for reference in self.references if reference.flag == flag]
+
 
 def make_plan(settings: BalanceSettings, inputs: BalanceInputs) -> BalancePlan:
     """Decide, on the first process, what is balanced and written; refuse what would fail after hours of search."""
-    data = check_inputs(settings, inputs)
-    references = [_plan_reference(name, reference) for name, reference in inputs.references]
+    return plan_checked(settings, inputs, check_inputs(settings, inputs))
+
+
+def plan_checked(settings: BalanceSettings, inputs: BalanceInputs, data: Dataset | None = None) -> BalancePlan:
+    """Decide it for inputs that have been checked."""
+    references = [_plan_reference(reference) for reference in inputs.references]
     spec = _identify(settings, inputs, references)
     if not settings.overwrite:
         _validate_none_lost(spec.folder, inputs.embeddings)
@@ -115,18 +132,22 @@ def check_inputs(settings: BalanceSettings, inputs: BalanceInputs) -> Dataset | 
         validate_uids(settings, embeddings)
     if settings.reads_texts:
         embeddings.rows(Kind.TEXTS)  # refuses those without
-    for name, reference in inputs.references:
-        if isinstance(reference, Embeddings) and not has_usable_row(reference.rows(Kind.IMAGES)):
-            raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Embed again.")
+    for reference in inputs.references:
+        rows = reference.rows
+        if isinstance(rows, Embeddings) and not has_usable_row(rows.rows(Kind.IMAGES)):
+            raise ClipcidError(
+                f"All {rows.num_rows:,} rows of {reference.name} are zero or not finite.", "Embed again."
+            )
     return data
 
 
-def _plan_reference(name: str, embeddings: Embeddings | EmbedCost) -> Reference:
+def _plan_reference(reference: NamedReference) -> Reference:
+    name, embeddings = reference.name, reference.rows
     assert isinstance(embeddings, Embeddings), "this is no dry run"
     bad_rows = embeddings.find_bad_rows(texts=False)
     if len(bad_rows):
         reporting.warn(f"{len(bad_rows):,} rows of {name} are zero or not finite, and nothing is compared with them.")
-    return Reference(name, identity_of({}, embeddings.fingerprints()), embeddings, bad_rows)
+    return Reference(reference.flag, name, identity_of({}, embeddings.fingerprints()), embeddings, bad_rows)
 
 
 def _identify(
@@ -147,8 +168,11 @@ def _identify(
         "texts": None if texts is None else texts.hash,
         "keys": next((rows.key_rule for rows in opened if rows.key_rule is not None), None),
         "clusters": None if inputs.clusters is None else inputs.clusters.identity,
-        "against": [[reference.name, reference.identity] for reference in references] or None,
-        "against_threshold": settings.reference_distance if references else None,
+        "against": _name_contents(references, "--against"),
+        "against_threshold": settings.reference_distance if settings.against else None,
+        "near": _name_contents(references, "--near"),
+        "near_distance": settings.near_distance,
+        "near_keep": settings.near_keep,
     }
     return OutputSpec(
         WorkDirectory(settings.work).balance,
@@ -159,6 +183,10 @@ def _identify(
         overwrite=settings.overwrite,
         may_differ={*identity} if settings.overwrite else {*identity, "inputs"},
     )
+
+
+def _name_contents(references: Sequence[Reference], flag: str) -> list[list[str]] | None:
+    return [[reference.name, reference.identity] for reference in references if reference.flag == flag] or None
 
 
 def _note_new_shards(settings: BalanceSettings, embeddings: Embeddings) -> None:

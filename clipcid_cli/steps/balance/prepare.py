@@ -11,7 +11,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.plan import BalanceInputs, CapClusters
+from clipcid_cli.steps.balance.plan import BalanceInputs, CapClusters, NamedReference
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embeddings import open_given
 from clipcid_cli.steps.models import find_embedded_model
@@ -65,8 +65,8 @@ def _choose(settings: BalanceSettings) -> _Choice:
         folder = work.find_embeddings()
     elif folder is None:
         model = settings.model or find_embedded_model(work) or configured().get("model", DEFAULT_MODEL)
-    if settings.against:
-        from clipcid_cli.steps.balance.filters.against import validate_references
+    if settings.named_references:
+        from clipcid_cli.steps.balance.filters.references import validate_references
 
         validate_references(settings, model)
     if folder is not None and settings.embeddings is None:
@@ -82,11 +82,12 @@ def _embed(settings: BalanceSettings, model: str | None, context: DistContext) -
     return ensure_embeddings(settings, context, data=settings.data, model=model)
 
 
-def _open_references(
-    settings: BalanceSettings, embeddings: Embeddings, context: DistContext
-) -> list[tuple[str, Embeddings | EmbedCost]]:
-    if not settings.against:
+def _open_references(settings: BalanceSettings, embeddings: Embeddings, context: DistContext) -> list[NamedReference]:
+    if not settings.named_references:
         return []
-    from clipcid_cli.steps.balance.filters.against import open_reference
+    from clipcid_cli.steps.balance.filters.references import open_reference
 
-    return [(name, open_reference(settings, embeddings, name, context)) for name in settings.against]
+    return [
+        NamedReference(flag, name, open_reference(settings, embeddings, flag, name, context))
+        for flag, name in settings.named_references
+    ]

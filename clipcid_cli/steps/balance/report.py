@@ -26,7 +26,7 @@ from clipcid_cli.steps.balance.sets import Sets
 from clipcid_cli.typed import this_command
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.balance.filters.against import NearReferences
+    from clipcid_cli.steps.balance.filters.references import Nearest
 
 REPORT = "report.html"
 
@@ -89,7 +89,8 @@ def write_report(outcome: Outcome, result: BalanceResult, warnings: list[str]) -
         why_no_images=gallery.closed,
         classes=compare_classes(gallery.data, run.embeddings, run.rows, outcome.is_kept),
         cluster_sizes=[] if outcome.cap is None else _count_sizes(outcome.cap.before, outcome.cap.most),
-        near=[] if outcome.near is None else _show_near(run, outcome.near, gallery),
+        against=[] if outcome.against is None else _show_near(run, outcome.against.nearest, gallery),
+        near=[] if outcome.far is None else _show_near(run, outcome.far.nearest, gallery),
         window_figure=None if outcome.captions is None else outcome.captions.draw(),
         reasons=REASONS,
         embeddings=str(run.embeddings.folder),
@@ -130,7 +131,7 @@ def _pair_up(ones: Iterable[Picture], others: Iterable[Picture], distances: Floa
     return [{"a": one, "b": other, "distance": distance} for one, other, distance in pairs]
 
 
-def _show_near(run: BalanceRun, near: NearReferences, gallery: ReportPictures) -> list[dict[str, Any]]:
+def _show_near(run: BalanceRun, near: Nearest, gallery: ReportPictures) -> list[dict[str, Any]]:
     """Choose some pairs of each reference, from the nearest to the farthest, and load their images."""
     shown = []
     for index, reference in enumerate(near.references):

@@ -42,6 +42,15 @@ class AgainstResult(msgspec.Struct):
     references: list[ReferenceResult]
 
 
+class NearResult(msgspec.Struct):
+    """What targets leave of the images that other filters have left."""
+
+    threshold: float
+    kept: int
+    dropped: int
+    references: list[ReferenceResult]
+
+
 class CaptionWindowResult(msgspec.Struct):
     """The ends of the window of caption similarity, and how many images lie where; some are without a usable caption."""
 
@@ -74,7 +83,7 @@ class BalanceResult(msgspec.Struct, omit_defaults=True, kw_only=True):
     """What was kept."""
 
     images: int
-    searched: int  # the images that references and caption window have left
+    searched: int  # the images that filters have left
     kept: int
     keep_ratio: float
     threshold: float | None
@@ -84,12 +93,14 @@ class BalanceResult(msgspec.Struct, omit_defaults=True, kw_only=True):
     other_linkage: OtherLinkageResult | None
     neighbors: str
     audit: Audit | None
-    dropped_by: dict[str, int]  # images by ``reference, caption, repeat, cluster``, each once
+    # Images by ``reference, caption, repeat, cluster`` and, of ``--near``, ``far``, each once.
+    dropped_by: dict[str, int]
     against: AgainstResult | None
     caption_window: CaptionWindowResult | None
     cluster_cap: ClusterCapResult | None
     skipped: dict[str, int]  # samples by reason
     seconds: dict[str, float]  # ``embed, search, write`` and, of partitioned neighbours, ``audit``
+    near: NearResult | None = None
     # Of ``--write-shards`` and ``--write-data``; the sidecar holds the result without them.
     shards: WrittenResult | None = None
     data: WrittenResult | None = None

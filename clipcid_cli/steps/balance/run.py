@@ -10,7 +10,7 @@ import msgspec
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.rows import remove_copies
 from clipcid_cli.formats.fingerprint import find_lost
-from clipcid_cli.formats.output import Output, list_differences
+from clipcid_cli.formats.output import Output, is_claimed, list_differences
 from clipcid_cli.formats.results.forest import (
     CURVE,
     ROW_FILES,
@@ -24,18 +24,19 @@ from clipcid_cli.formats.results.forest import (
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED
+from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.compute import compute
 from clipcid_cli.steps.balance.pictures import has_new_pictures
-from clipcid_cli.steps.balance.plan import BalancePlan, list_row_files, make_plan
+from clipcid_cli.steps.balance.plan import BalanceInputs, BalancePlan, list_row_files, make_plan, plan_checked
 from clipcid_cli.steps.balance.prepare import prepare
 from clipcid_cli.steps.balance.report import REPORT
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.samples import validate_data_there
 from clipcid_cli.steps.balance.shared_arrays import remove_shared
 from clipcid_cli.steps.balance.write import validate_new, write, write_lists
-from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.steps.claim import claim_output, preview_output
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -50,12 +51,21 @@ def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
         if isinstance(inputs, EmbedCost):
             return inputs
         if settings.dry_run:
-            from clipcid_cli.steps.balance.cost import estimate_cost
-
-            return context.on_rank0(lambda: estimate_cost(settings, inputs, context))
+            return context.on_rank0(lambda: _preview(settings, inputs, context))
         plan = context.on_rank0(lambda: make_plan(settings, inputs))
         with claim_output(context, plan.spec) as output:
             return _balance(plan, output, context)
+
+
+def _preview(settings: BalanceSettings, inputs: BalanceInputs, context: DistContext) -> BalanceCost:
+    """Say what is there already, and what a new search would take."""
+    from clipcid_cli.steps.balance.cost import estimate_cost
+
+    # Else files of another tool need not be hashed; and where references are not embedded yet, no result has them.
+    is_there = is_claimed(WorkDirectory(settings.work).balance, "balance")
+    if is_there and not any(isinstance(reference.rows, EmbedCost) for reference in inputs.references):
+        preview_output(plan_checked(settings, inputs).spec, "this result", "What follows is of a new search.")
+    return estimate_cost(settings, inputs, context)
 
 
 def _balance(plan: BalancePlan, output: Output[BalanceSidecar], context: DistContext) -> BalanceResult:

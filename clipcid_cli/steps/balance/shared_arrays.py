@@ -118,6 +118,7 @@ def _write(place: Path, rank: int, arrays: Arrays) -> int:
 def _map(place: Path, rank: int, length: int) -> Arrays:
     paths = [place / f"{rank}-{number}.npy" for number in range(length)]
     try:
+        # Of this run's processes; without objects nothing of a file in their place would run.
         arrays = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
     except FileNotFoundError as error:
         raise ClipcidError(

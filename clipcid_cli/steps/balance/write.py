@@ -55,8 +55,7 @@ def write(outcome: Outcome) -> BalanceResult:
         pictures=pictures,
         result=result,
     )
-    if outcome.near is None:
-        forget_searches(output.folder)
+    forget_searches(output.folder, outcome.searches)
     return result
 
 
@@ -65,7 +64,10 @@ def summarise(outcome: Outcome) -> BalanceResult:
     run, sets, other = outcome.run, outcome.sets, outcome.other
     rows = run.rows
     kept = int(np.count_nonzero(outcome.is_kept))
-    near = 0 if outcome.near is None else int(np.count_nonzero(outcome.near.is_dropped))
+    against = None if outcome.against is None else outcome.against.summarise()
+    near = None if outcome.far is None else outcome.far.summarise()
+    by_reference = 0 if against is None else against.dropped
+    far = {} if near is None else {"far": near.dropped}
     embedded = {} if run.embeddings.sidecar is None else run.embeddings.sidecar.counts["skipped"]
     return BalanceResult(
         images=len(rows),
@@ -80,12 +82,14 @@ def summarise(outcome: Outcome) -> BalanceResult:
         neighbors=run.settings.neighbors,
         audit=outcome.audit,
         dropped_by={
-            "reference": near,
-            "caption": len(rows) - rows.num_searched - near,
+            "reference": by_reference,
+            "caption": len(rows) - rows.num_searched - by_reference - sum(far.values()),
+            **far,
             "repeat": rows.num_searched - sets.num_kept,
             "cluster": sets.num_kept - kept,
         },
-        against=None if outcome.near is None else outcome.near.summarise(),
+        against=against,
+        near=near,
         caption_window=None if outcome.captions is None else outcome.captions.summarise(),
         cluster_cap=None if outcome.cap is None else outcome.cap.summarise(),
         skipped={**embedded, **run.skips.counts},

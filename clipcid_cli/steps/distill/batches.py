@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
@@ -31,6 +32,7 @@ from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.distill.training_batch import HOST, TrainingBatch
 from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.shard_copies import fetch_part_ahead
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.distill.clusters import ClusterLookup
@@ -116,6 +118,7 @@ class BatchMaker:
         chosen = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
         self._augmentation = teacher.augmentation(chosen)
         self._first_captions = teacher.first_captions
+        self._shows_captions = settings.shows_captions
         self._extra_texts = teacher.extra_texts
         self._rows = teacher.rows_shown()
         self._num_views = teacher.num_views
@@ -156,13 +159,13 @@ class BatchMaker:
         batch = TrainingBatch(
             pixels=pixels[0],
             colors=colors if self._augmentation.changes_colors else None,
-            tokens=self._tokens[0](words + further),
+            tokens=None if self._settings.keeps_text_tower else self._tokens[0](words + further),
             bad=bad,
             kept_patches=None if self._masking is None else self._choose_patches(self._masking, work.items),
         )
         if len(self._shown_to) > 1:
             batch.teacher_pixels = pixels[1]
-            batch.teacher_tokens = self._tokens[1](words)
+            batch.teacher_tokens = self._tokens[1](words) if self._shows_captions else None
         self._add_stored_rows(batch, work, np.array(views), np.array(captions))
         return batch
 
@@ -173,10 +176,10 @@ class BatchMaker:
             values += 12 * _FLOAT_BYTES
         if self._masking is not None:
             values += self._masking.kept * _INTEGER_BYTES
-        lengths = [processor.tokenizer([""]).shape[1] for processor in self._shown_to]
-        values += sum(lengths) * _INTEGER_BYTES
+        own, *teachers = (_INTEGER_BYTES * processor.tokenizer([""]).shape[1] for processor in self._shown_to)
+        further = 0 if self._settings.keeps_text_tower else own
+        values += further + (sum(teachers) if self._shows_captions else 0)
         towers = sum(kind in self._rows for kind in (Kind.IMAGES, Kind.TEXTS))
-        further = lengths[0] * _INTEGER_BYTES
         if self._rows:
             width = self._rows[Kind.IMAGES].shape[-1] * Kind.IMAGES.dtype.itemsize
             values += towers * width
@@ -224,7 +227,12 @@ class BatchMaker:
         return None
 
     def _choose_caption(self, sample: Sample, epoch: int) -> tuple[int, str]:
-        """Choose one of a sample's captions, but the first where only that is embedded; return its index and text."""
+        """Choose one of a sample's captions, but the first where only that is embedded; return its index and text.
+
+        Where none is shown, the text is empty, whatever captions the sample has.
+        """
+        if not self._shows_captions:
+            return 0, ""
         captions = sample.captions
         dropout = self._settings.caption_dropout
         if self._first_captions or (len(captions) == 1 and not dropout):
@@ -310,7 +318,9 @@ class Batches:
 
     def deal(self, steps: range) -> Iterator[DealtBatch]:
         """Say what workers shall make of each step's batch; a start anywhere deals the same."""
-        order = SampleOrder(self._seed, self._samples.sizes.tolist(), index_of(self._inputs.dataset).fetch_ahead)
+        index = index_of(self._inputs.dataset)
+        fetch = partial(fetch_part_ahead, index, context=self._context)
+        order = SampleOrder(self._seed, self._samples.sizes.tolist(), fetch)
         own = slice(*self._context.rank_range(self._batch_size))
         for step in steps:
             first = step * self._batch_size

@@ -147,7 +147,7 @@ class OpenedClusters:
             # Where it can: in recipes/ablation, on drawings that the teacher knew, retrieval was 4.1 (R@1) and 6.2 points
             # (R@10) worse with the image tower alone (95 %: 1.8…6.2 and 4.4…8.2), hardly better than without the loss. It
             # cannot where a sample may show another caption than its first, the only one whose clusters are known.
-            teach_text = clusters.captions is not None and not settings.freeze_text and not several_captions
+            teach_text = clusters.captions is not None and settings.trains_text and not several_captions
         elif teach_text and several_captions:
             reporting.warn(
                 "--cluster-towers both: captions after an image's first are taught the clusters of the first."

@@ -34,16 +34,20 @@ class HeldOut:
 
     @classmethod
     def read(cls, inputs: Inputs, student: ClipModel) -> HeldOut | None:
-        """Read the first held-out samples; None when there are fewer than two, which retrieval cannot use."""
+        """Read the first held-out samples; None when fewer than two have a caption, which retrieval cannot use."""
         first = np.arange(min(inputs.held_out.total, _MAX_HELD_OUT))
-        samples = [ref.read() for ref in inputs.refs(inputs.held_out, first)]
-        decode = Decoder.from_model(student, captions=True)
-        decoded = decode(samples)
-        rows = [row for row in range(len(samples)) if row not in decoded.failures]
+        every = [ref.read() for ref in inputs.refs(inputs.held_out, first)]
+        rows = [row for row, sample in enumerate(every) if sample.captions]
         if len(rows) < 2:
             return None
-        if len(rows) < len(samples):
-            samples = [samples[row] for row in rows]
+        decode = Decoder.from_model(student, captions=True)
+        samples = [every[row] for row in rows]
+        decoded = decode(samples)
+        if decoded.failures:
+            rows = [row for place, row in enumerate(rows) if place not in decoded.failures]
+            if len(rows) < 2:
+                return None
+            samples = [every[row] for row in rows]
             decoded = decode(samples)
         return cls(student, samples, rows, decoded)
 

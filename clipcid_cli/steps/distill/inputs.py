@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 class Inputs:
     """Everything a run reads."""
 
+    settings: DistillSettings  # with the losses that the inputs can serve
     dataset: Dataset
     usable: UsableSamples
     training: SampleRows
@@ -73,13 +75,19 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
     if folders:
         embeddings = open_stored(settings, folders, scratch or work.path)
     dataset = _open_data(settings, embeddings, scratch)
-    usable = count_usable(dataset, settings.max_bad_fraction)
+    if settings.keeps_text_tower:
+        from clipcid_cli.steps.distill.kept_text import drop_losses_of_captions
+
+        settings = drop_losses_of_captions(settings, embeddings, dataset)
+    captions = settings.shows_captions
+    may_lack = bool(settings.student_caption_key)  # few data are translated whole
+    usable = count_usable(dataset, settings.max_bad_fraction, captions=captions, may_lack_captions=may_lack)
     keep_list = choose_keep_list(settings.keep_list, work, "samples", settings.max_bad_fraction)
     listed = None if keep_list is None else keep_list.path
     online = choose_online(settings, embeddings) if settings.online_teacher else None
     if online is None and embeddings is not None:
         for member in embeddings.members:
-            validate_keys(member, dataset)
+            validate_keys(member, dataset, captions=not settings.student_caption_key)
     clusters = None
     if settings.needs_clusters:
         from clipcid_cli.steps.distill.clusters import find_clusters
@@ -87,7 +95,7 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
         clusters = find_clusters(settings, embeddings, online, listed)
 
     fingerprints = dataset.fingerprints() + ([] if listed is None else [record(listed)])
-    sources = Sources(listed, embeddings, online is None, None if clusters is None else clusters.files)
+    sources = Sources(listed, embeddings, online is None, None if clusters is None else clusters.files, captions)
     matched, counts = find_samples(settings, dataset, sources, fingerprints, scratch)
     if counts.bad_rows and sources.required:
         lacking = ", or missing from those of a teacher" if settings.num_teachers > 1 else ""
@@ -107,6 +115,7 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
         chosen = clusters.teach(teacher.embeddings, counts, several_captions, is_decided)
         fingerprints += chosen.fingerprints()
     return Inputs(
+        settings=settings,
         dataset=dataset,
         usable=usable,
         training=open_rows(matched, TRAINING),
@@ -121,9 +130,11 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
 def _open_data(settings: DistillSettings, embeddings: Embeddings | None, scratch: Path | None) -> Dataset:
     work = WorkDirectory(settings.work)
     if settings.data is not None:
-        dataset = open_named(settings, settings.data, work.indexes)
+        dataset = open_named(settings.read_for_student(), settings.data, work.indexes)
     else:
         described = recorded_data(work.find_embeddings() if embeddings is None else embeddings.folder)
+        if settings.student_caption_key:
+            described = msgspec.structs.replace(described, caption_key=settings.student_caption_key)
         dataset = open_described(described, work.indexes, **settings.trust)
         reporting.note(f"Data: {dataset.spec}, from which the embeddings were made.")
     if scratch is not None and dataset.index is None:

@@ -95,7 +95,7 @@ def _zeroshot_settings(settings: DistillSettings) -> EvalZeroshotSettings:
     return EvalZeroshotSettings(
         work=settings.work,
         data=settings.eval_data,
-        caption_key=settings.caption_key,
+        caption_key=settings.student_caption_key or settings.caption_key,
         caption_lines=settings.caption_lines,
         workers=settings.workers,
         overwrite=settings.overwrite,

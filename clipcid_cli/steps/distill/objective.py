@@ -77,14 +77,16 @@ class Objective:
         count = len(features.image)
         start = self.context.rank * count if self.local_loss else 0
         own = self._project(features)
-        num_extra = len(features.text) - count  # texts without images come last
+        num_extra = 0 if features.text is None else len(features.text) - count  # texts without images come last
         extra = own.get("text_BD", own["text_Bd"])[count:] if num_extra else None
         # All in one exchange.
         together = gather_rows(torch.cat([rows_between(rows, 0, count) for rows in own.values()], dim=1))
         widths = [rows.shape[1] for rows in own.values()]
         rows: dict[str, Any] = dict(zip(own, torch.split(together, widths, dim=1), strict=True))
+        rows = {"text_Bd": rows["image_Bd"][:0]} | rows  # none where no text tower runs
         taught = LossBatch(
             **{"image_BD": rows["image_Bd"], "text_BD": rows["text_Bd"]} | rows,
+            trains_text=features.text is not None,
             student_scale=student_scale,
             student_bias=student_bias,
             affinity_scale=self.affinity_scale,
@@ -101,10 +103,13 @@ class Objective:
             image, text, extra = [
                 None if rows is None else project(rows.float(), self.space.axes) for rows in teacher_rows
             ]
+            text = None if text is None else gather_rows(text)
+            if text is not None and not taught.trains_text:  # the text tower is the teacher's: so are its rows
+                taught = dataclasses.replace(taught, text_Bd=text, text_BD=text)
             return dataclasses.replace(
                 taught,
                 teacher_image_BD=None if image is None else gather_rows(image),
-                teacher_text_BD=None if text is None else gather_rows(text),
+                teacher_text_BD=text,
                 teacher_extra_text_ED=self._gather_compared(extra),
                 teacher_scale=self.teacher.scale,
                 teacher_bias=self.teacher.bias,
@@ -126,7 +131,9 @@ class Objective:
     def _project(self, features: Features) -> dict[str, Tensor]:
         """Return the unit rows that losses compare, by their names in `LossBatch`."""
         # float32 from here on, whatever the towers ran in: the losses subtract numbers that are nearly equal.
-        rows = {"image_Bd": features.image.float(), "text_Bd": features.text.float()}
+        rows = {"image_Bd": features.image.float()}
+        if features.text is not None:
+            rows["text_Bd"] = features.text.float()
         image_map = self.parameters.image_map
         text_map = self.parameters.text_map
         if image_map is not None and text_map is not None:

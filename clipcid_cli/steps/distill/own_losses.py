@@ -25,7 +25,8 @@ def load_own_loss(file: LossFile) -> Callable[..., Tensor]:
     module.__file__ = file.path
     sys.modules[module.__name__] = module  # where dataclasses of the file look for their types
     try:
-        exec(compile(file.source, file.path, "exec"), module.__dict__)  # the user named it in this run
+        # The file that the user named in this run: sidecars record its hash, and never lead here.
+        exec(compile(file.source, file.path, "exec"), module.__dict__)
     except Exception as error:
         raise _failed(file, error, "cannot be loaded", f"Correct {file.path}.") from error
     function = getattr(module, file.name)

@@ -102,8 +102,8 @@ def full_speed(plan: DistillPlan, student: Student, context: DistContext) -> flo
     if device is None:
         return None
     settings = plan.settings
-    texts = 1 + plan.extra_texts / plan.batch_size
+    texts = 0.0 if settings.keeps_text_tower else 1 + plan.extra_texts / plan.batch_size
     image = clip.image.operations * (1 if settings.freeze_image else _WITH_BACKWARD)
-    text = clip.text.operations * (1 if settings.freeze_text else _WITH_BACKWARD)
+    text = clip.text.operations * (_WITH_BACKWARD if settings.trains_text else 1)
     rate = device.exact if student.precision.dtype == torch.float32 else device.product
     return context.size * rate / (image + texts * text)

@@ -142,6 +142,7 @@ def make_plan(
 ) -> DistillPlan:
     """Plan a run, on the first process; `memories` are those of the processes' GPUs, None of a CPU."""
     inputs = find_inputs(settings, embeddings, scratch)
+    settings = inputs.settings
     parts = [student.model.info.slug, settings.chosen_preset, f"s{settings.seed}"]
     name = settings.name or "-".join(parts + ["all"] * (inputs.keep_list is None))
     folder = RunFolder(WorkDirectory(settings.work).distill(name))

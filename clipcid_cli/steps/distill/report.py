@@ -105,6 +105,7 @@ def _compare(
         embedded = inputs.held_out.column("embeddings")[held_out.rows].astype(np.int64)
         known = np.flatnonzero(embedded >= 0)
         all_captions = Kind.FURTHER in stored.kinds or all(len(sample.captions) == 1 for sample in held_out.samples)
+        all_captions &= not inputs.settings.student_caption_key
         which = which if all_captions else "the first caption of each"
         rows = {name: _take(encoded, known, all_captions) for name, encoded in students.items()}
         samples = rows["student"].samples

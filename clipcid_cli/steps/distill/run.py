@@ -10,22 +10,21 @@ import msgspec
 
 from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.output import Output, find_output
+from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.results.run_folder import DistillSidecar, list_checkpoints, write_held_out
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import skipped_file, write_skipped
-from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext, device_memory, open_dist_context
 from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.claim import claim_output, scratch_folder
+from clipcid_cli.steps.claim import claim_output, preview_output, scratch_folder
 from clipcid_cli.steps.distill.memory import validate_memory
 from clipcid_cli.steps.distill.plan import DistillPlan, make_plan, validate_named
 from clipcid_cli.steps.distill.report import write_report
 from clipcid_cli.steps.distill.result import DistillCost, Distilled
-from clipcid_cli.steps.distill.samples import list_skipped
+from clipcid_cli.steps.distill.samples import count_unreadable, list_skipped
 from clipcid_cli.steps.distill.stored import find_embeddings
 from clipcid_cli.steps.distill.student import Student, load_student, write_students
 from clipcid_cli.steps.distill.trainer import Trainer
@@ -87,13 +86,7 @@ def _preview(plan: DistillPlan, student: Student, context: DistContext) -> Disti
     from clipcid_cli.steps.distill.cost import measure_cost
 
     spec = plan.identify(student)
-    output = context.on_rank0(lambda: find_output(spec))
-    if output.finished is not None:
-        reporting.note(f"{plan.folder.path} holds this run already, finished. What follows is of all its steps.")
-    elif output.begun is not None:
-        reporting.note(
-            f"{plan.folder.path} holds this run unfinished: it is resumed. What follows is of all its steps."
-        )
+    context.on_rank0(lambda: preview_output(spec, "this run", "What follows is of all its steps."))
     validate_memory(plan, student, context)
     validate_samples(plan.inputs.dataset, context, plan.settings, dry_run=True)
     cost = measure_cost(Trainer(plan, student, context))
@@ -136,14 +129,15 @@ def write(
     inputs = plan.inputs
     folder = plan.folder
     info = trainer.student.model.info
-    skips = Skips.of(unreadable)
+    skips = count_unreadable(inputs.dataset, unreadable)
     skips.merge(inputs.usable.skips)
     if skips.total:
         reporting.warn(f"Unusable samples: {skips.total:,}\n{skips.describe()}")
     with timed(seconds, "write"):
-        written = write_students(folder, trainer.student.model, str(plan.settings.student), trainer.state)
+        written = write_students(folder, trainer.student, trainer.state)
         write_held_out(folder.held_out, inputs.held_out_keys())
-        has_skipped = write_skipped(folder.skipped, list_skipped(inputs.dataset, unreadable))
+        listed = list_skipped(inputs.dataset, unreadable, captions=plan.settings.shows_captions)
+        has_skipped = write_skipped(folder.skipped, listed)
         write_text(folder.report, write_report(trainer))
     result: dict[str, Any] = {
         "steps": plan.steps,

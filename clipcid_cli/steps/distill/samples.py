@@ -43,7 +43,7 @@ _FEW_SHARDS = 100
 
 @dataclasses.dataclass(frozen=True)
 class UsableSamples:
-    """How many samples of those read have an image and a caption; the others are skipped."""
+    """How many samples of those read have an image and, where they are needed, a caption; the others are skipped."""
 
     total: int
     skips: Skips
@@ -56,55 +56,85 @@ def index_of(dataset: Dataset) -> DataIndex:
     return dataset.index
 
 
-def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
-    """Count the samples that can be trained on, from the records of the data's index."""
+def count_usable(
+    dataset: Dataset, max_bad_fraction: float, *, captions: bool = True, may_lack_captions: bool = False
+) -> UsableSamples:
+    """Count the samples that can be trained on, with `captions` or without, from the records of the data's index.
+
+    Args:
+        may_lack_captions: Whether any number of samples may have none.
+    """
     index = index_of(dataset)
     skips = Skips()
     without_caption = Skips()
     for shard, listed in enumerate(index.records):
         skips.merge(listed.skips)
-        if listed.with_captions < listed.samples:
+        if captions and listed.with_captions < listed.samples:
             part = index.part(shard)
             places = np.flatnonzero(part.num_captions == 0)
-            named = part.keys.take(pa.array(places[:_NAMED])).to_pylist()
+            named = list(map(dataset.shards[shard].describe, part.keys.take(pa.array(places[:_NAMED])).to_pylist()))
             without_caption.merge(Skips({"no_caption": len(places)}, {"no_caption": named}))
-    skips.merge(without_caption)
-    total = sum(listed.with_captions for listed in index.records)
+    if not may_lack_captions:
+        skips.merge(without_caption)
+    total = sum(listed.with_captions if captions else listed.samples for listed in index.records)
     read = sum(listed.read for listed in index.records)
     if not total:
+        where = f" {' or '.join(dataset.caption_keys)}" if dataset.caption_keys else ""
         raise ClipcidError(
-            f"{dataset.spec}: none of {read:,} samples has a caption.",
+            f"{dataset.spec}: none of {read:,} samples has a caption{where}.",
             "Training needs captions: a .txt file next to each image, or what --caption-key names.",
         )
     skips.check(read, max_bad_fraction, dataset.spec)
+    if may_lack_captions:
+        skips.merge(without_caption)
     return UsableSamples(total, skips, read)
 
 
-def list_skipped(dataset: Dataset, unreadable: Mapping[str, str]) -> Iterator[pa.Table]:
-    """List, shard by shard, the samples that cannot be trained on; of unreadable images the reason is given by key."""
+def list_skipped(dataset: Dataset, unreadable: Mapping[str, str], *, captions: bool = True) -> Iterator[pa.Table]:
+    """List, shard by shard, the samples that cannot be trained on; of unreadable images the reason is given by key.
+
+    With `captions` so are those without one.
+    """
     index = index_of(dataset)
     reasons = {key: reason.partition(": ")[0] for key, reason in unreadable.items()}
-    bad = pa.array(reasons, pa.string())
     for shard, listed in enumerate(index.records):
-        if listed.skips.total == 0 and listed.with_captions == listed.samples and not reasons:
+        lacks_captions = captions and listed.with_captions < listed.samples
+        if listed.skips.total == 0 and not lacks_captions and not reasons:
             continue  # its part need not be read
         part = index.part(shard)
         name = dataset.shards[shard].name
-        keys = part.keys.combine_chunks()
         yield make_table(part.skipped)
-        yield list_rows(keys.filter(pa.array(part.num_captions == 0)), name, "no_caption")
-        unread = keys.filter(pc.is_in(keys, value_set=bad)).to_pylist()
-        yield make_table([(key, name, reasons[key]) for key in unread])
+        keys = part.keys.combine_chunks()
+        if lacks_captions:
+            yield list_rows(keys.filter(pa.array(part.num_captions == 0)), name, "no_caption")
+        yield make_table([(key, name, reasons[key]) for key in _select(keys, reasons)])
+
+
+def count_unreadable(dataset: Dataset, unreadable: Mapping[str, str]) -> Skips:
+    """Count unreadable images by the reason that is given of each key, and name them as other skipped samples are."""
+    index = index_of(dataset)
+    skips = Skips()
+    for shard, opened in enumerate(dataset.shards if unreadable else ()):
+        for key in _select(index.part(shard).keys.combine_chunks(), unreadable):
+            skips.add(unreadable[key], opened.describe(key))
+    return skips
+
+
+def _select(keys: pa.Array, some: Mapping[str, str]) -> list[str]:
+    """Return the keys that are among `some`."""
+    chosen: list[str] = keys.filter(pc.is_in(keys, value_set=pa.array(some, pa.string()))).to_pylist()
+    return chosen
 
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """The files that the data is matched with, and whether a sample without an embedding is left out of training."""
+    """The files that the data is matched with, and what a sample must have to be trained on."""
 
     keep_list: Path | None = None
     embeddings: Embeddings | None = None
-    required: bool = True
+    required: bool = True  # whether it needs an embedding
     clusters: Clusters | None = None
+    captions: bool = True  # whether it needs a caption
 
     def listings(self) -> dict[str, Listing]:
         """Return the keys of each file, with what is looked up by them."""
@@ -175,6 +205,7 @@ def find_samples(
         ],
         "kinds": [sources.keep_list is not None, sources.embeddings is not None, sources.clusters is not None],
         "required": sources.required,
+        "captions": sources.captions,
         "keys": settings.keys,
         "val_fraction": settings.val_fraction,
     }
@@ -221,7 +252,7 @@ def match_samples(dataset: Dataset, sources: Sources, val_fraction: float, folde
             if "embeddings" in matches and len(bad):
                 is_bad = np.isin(matches["embeddings"][:, 0], bad)
                 matches["embeddings"][is_bad, 0] = -1
-            columns, selected, held_out = _match_shard(part, matches, sources.required, val_fraction, counts)
+            columns, selected, held_out = _match_shard(part, matches, sources, val_fraction, counts)
             train({name: values[selected] for name, values in columns.items()})
             hold_out({name: values[held_out] for name, values in columns.items()})
             first += len(part)
@@ -230,11 +261,12 @@ def match_samples(dataset: Dataset, sources: Sources, val_fraction: float, folde
 
 
 def _match_shard(
-    samples: Part, matches: dict[str, Values], required: bool, val_fraction: float, counts: MatchCounts
+    samples: Part, matches: dict[str, Values], sources: Sources, val_fraction: float, counts: MatchCounts
 ) -> tuple[dict[str, npt.NDArray[Any]], BoolArray, BoolArray]:
     """Return the columns of a shard's n samples, which are trained on and which are held out, bool [n]; count them."""
     keys, num_captions = samples.keys, samples.num_captions
-    usable = num_captions > 0
+    required = sources.required
+    usable = num_captions > 0 if sources.captions else np.ones(len(keys), bool)
     columns: dict[str, npt.NDArray[Any]] = {"places": np.arange(len(keys))}
     if "keep_list" in matches:
         kept = matches["keep_list"][:, 0]

@@ -27,8 +27,12 @@ from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
 
 
 def losses_of_captions(settings: DistillSettings) -> list[str]:
-    """List the losses of the run that need the teacher's embeddings of captions."""
-    return [loss.name for loss in settings.loss_entries() if not loss.one_tower]
+    """List the losses of the run that need the teacher's embeddings of captions.
+
+    Beside its text tower only those do that were typed: a preset's others are off where there are none.
+    """
+    needing = [loss.name for loss in settings.loss_entries() if settings.needs_teacher_texts(loss)]
+    return [name for name in needing if name in settings.typed_losses] if settings.keeps_text_tower else needing
 
 
 def named_teachers(settings: DistillSettings) -> list[ModelName]:
@@ -76,8 +80,8 @@ def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistCon
         validate_views(settings, folder, configured().get("views", 0), with_views)
         if not settings.dry_run:  # and before hours of embedding
             context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
-    # Existing embeddings of images only may suffice; new ones are of captions too.
-    text = True if losses_of_captions(settings) or not exists else None
+    # Existing embeddings of images only may suffice; new ones are of captions too, if a text tower is trained on them.
+    text = True if losses_of_captions(settings) or not (exists or settings.keeps_text_tower) else None
     return ensure_embeddings(settings, context, data=settings.data, model=teacher, text=text)
 
 
@@ -127,7 +131,7 @@ def open_stored(settings: DistillSettings, folders: tuple[Path, ...], work: Path
         raise ClipcidError(
             f"{folder} holds embeddings of images only, and captions are needed by: {', '.join(needing)}.",
             "Use losses that need one tower only: "
-            + ", ".join(name for name, entry in LOSSES.items() if entry.one_tower)
+            + ", ".join(name for name, entry in LOSSES.items() if not settings.needs_teacher_texts(entry))
             + f"\nOr add a teacher that has captions: --embeddings {folder} --embeddings OTHER"
             + f"\nOr embed the captions too. {embeddings.embed_again(text=True)}",
         )
@@ -150,20 +154,21 @@ def _validate_made_by(teacher: ModelName, embeddings: Embeddings, settings: Dist
         )
 
 
-def validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
-    """Refuse embeddings whose keys or captions are of another form than the data's."""
+def validate_keys(embeddings: Embeddings, dataset: Dataset, *, captions: bool = True) -> None:
+    """Refuse embeddings whose keys or, where they should be the same, `captions` are of another form than the data's."""
     if embeddings.sidecar is None:
         return
     recorded = embeddings.sidecar.made
     keys = recorded.keys
-    if embeddings.has_texts and recorded.caption_key != dataset.caption_keys:
+    captions = captions and embeddings.has_texts
+    if captions and recorded.caption_key != dataset.caption_keys:
         wanted = " ".join(f"--caption-key {key}" for key in recorded.caption_key)
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} were made with {wanted or 'no --caption-key'}, the data is read with "
             f"{' '.join(dataset.caption_keys) or 'none'}: captions differ.",
             f"Give {wanted}." if wanted else "Omit --caption-key.",
         )
-    if embeddings.has_texts and recorded.caption_lines != dataset.caption_lines:
+    if captions and recorded.caption_lines != dataset.caption_lines:
         flag = "--caption-lines" if recorded.caption_lines else "--no-caption-lines"
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} were made with {flag}, the data is read without it: captions differ.",

@@ -31,7 +31,8 @@ from clipcid_cli.training.gradients import Features, GradCache
 from clipcid_cli.training.train_state import TrainState
 
 # Runs both towers on normalised pixels (on the model's device) and tokens (on the CPU): features [b, d], not normalised.
-EncodeBoth = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Without tokens there are none of texts.
+EncodeBoth = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Student:
     starts_trained: bool  # whether a tower that is trained starts from weights that were trained before
     reads_tokens: bool  # whether a loss reads features of patches and tokens
     masking: Masking | None  # of a further pass over the images; None where no loss has one
+    text_folder: Path | None  # model folder from which the configuration of a Hugging Face text tower is taken along
 
     def train(self) -> None:
         """Switch to training, but for what is frozen."""
@@ -88,7 +90,13 @@ class Student:
 def load_student(settings: DistillSettings, device: torch.device) -> Student:
     """Load the student as ``--student``, ``--init-from`` and ``--freeze-…`` say."""
     name = parse_model(str(settings.student))
-    model = load_model(name, device, fresh_seed=settings.seed)
+    text_folder = name.folder
+    if settings.keeps_text_tower:
+        from clipcid_cli.steps.distill.kept_text import load_beside_teacher
+
+        model, text_folder = load_beside_teacher(settings, name, device)
+    else:
+        model = load_model(name, device, fresh_seed=settings.seed)
     if any(loss.needs_bias for loss in settings.loss_entries()):
         before, had_bias = model.logit_scale, model.logit_bias is not None
         model = model.with_logit_bias()
@@ -99,15 +107,16 @@ def load_student(settings: DistillSettings, device: torch.device) -> Student:
             )
     starts_trained = {"image", "text"} if name.has_weights else set()
     if settings.init_from is not None:
-        model = _inherit(model, settings.init_from, settings.init_towers)
-        starts_trained |= {"image", "text"} if settings.init_towers == "both" else {settings.init_towers}
+        towers = "image" if settings.keeps_text_tower else settings.init_towers
+        model = _inherit(model, settings.init_from, towers)
+        starts_trained |= {"image", "text"} if towers == "both" else {towers}
     frozen: list[nn.Module] = []
-    for tower, is_frozen in (("image", settings.freeze_image), ("text", settings.freeze_text)):
+    for tower, is_frozen in (("image", settings.freeze_image), ("text", not settings.trains_text)):
         if is_frozen:
             frozen += freeze(model.module, tower)
             starts_trained -= {tower}
     pruned = PrunedForward(model.module)
-    if not pruned.prunes_texts:
+    if not pruned.prunes_texts and not settings.keeps_text_tower:
         reporting.note(
             f"Texts are encoded at their full length of {model.info.context_length} tokens: only causal text towers of "
             "open_clip, read at the end of a text, can skip the padding."
@@ -121,14 +130,22 @@ def load_student(settings: DistillSettings, device: torch.device) -> Student:
         _checkpoint_layers(model)
     return Student(
         model=model,
-        precision=choose_precision(settings.precision, device, "train", model.info.parameters),
+        precision=choose_precision(settings.precision, device, "train", _count_encoding(model, settings)),
         pruned=pruned,
         encode_both=_compile_towers(pruned) if settings.torchcompile else pruned,
         frozen=frozen,
         starts_trained=bool(starts_trained),
         reads_tokens=bool(reads_tokens),
         masking=_plan_masking(settings, model, pruned.num_patches),
+        text_folder=text_folder,
     )
+
+
+def _count_encoding(model: ClipModel, settings: DistillSettings) -> int:
+    """Count the parameters of the towers that run in a step."""
+    if not settings.keeps_text_tower:
+        return model.info.parameters
+    return sum(parameter.numel() for parameter in model.module.parameters() if parameter.requires_grad)
 
 
 def _plan_masking(settings: DistillSettings, model: ClipModel, num_patches: int | None) -> Masking | None:
@@ -166,9 +183,9 @@ def _compile_towers(pruned: PrunedForward) -> EncodeBoth:
     encode_images = torch.compile(pruned.encode_images)
     encode_texts = pruned.encode_texts if pruned.prunes_texts else torch.compile(pruned.encode_texts)
 
-    def call(pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def call(pixels: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
         try:
-            return encode_images(pixels), encode_texts(tokens)
+            return encode_images(pixels), None if tokens is None else encode_texts(tokens)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ClipcidError(
                 f"--torchcompile: torch.compile failed: {describe(error)}.",
@@ -200,23 +217,21 @@ def _checkpoint_layers(model: ClipModel) -> None:
         ) from error
 
 
-def write_students(folder: RunFolder, student: ClipModel, source: str, state: TrainState) -> list[Path]:
-    """Write the trained model, and the one with averaged weights where there is one, as open_clip folders.
-
-    Where the `source` that was trained is in a folder, the configuration of its text tower is taken along.
-    """
-    info = student.info
+def write_students(folder: RunFolder, student: Student, state: TrainState) -> list[Path]:
+    """Write the trained model, and the one with averaged weights where there is one, as open_clip folders."""
+    model = student.model
+    info = model.info
     folders = folder.students(ema=state.ema is not None)
     for target in folders:
         with state.ema.swapped_in() if state.ema is not None and target == folder.student_ema else nullcontext():
-            tensors = student.module.state_dict()
+            tensors = model.module.state_dict()
             write_model_folder(
                 target,
                 info.config,
                 info.preprocess,
                 tensors,
-                source=parse_model(source).folder,
-                tokenizer=student.tokenizer.whole,
+                source=student.text_folder,
+                tokenizer=model.tokenizer.whole,
             )
     return folders
 

@@ -237,7 +237,6 @@ class OnlineTeacher(Teacher):
     def rows(self, batch: TrainingBatch) -> TeacherRows:
         """Embed what the student is shown."""
         assert batch.teacher_pixels is not None, "workers have its processor"
-        assert batch.teacher_tokens is not None, "likewise"
         model, precision = self._running
         images, texts = [], []
         for start in range(0, len(batch), SAMPLES_AT_ONCE):
@@ -246,11 +245,12 @@ class OnlineTeacher(Teacher):
             if batch.colors is not None:
                 pixels = normalize_pixels(apply_colors(pixels, batch.colors[part]), model.info.preprocess)
             images.append(model.encode_images(pixels, precision))
-            texts.append(model.encode_texts(batch.teacher_tokens[part], precision))
+            if batch.teacher_tokens is not None:
+                texts.append(model.encode_texts(batch.teacher_tokens[part], precision))
         image = torch.cat(images)
         if self._image_map is not None:
             image = image.float() @ self._image_map
-        return TeacherRows(image, torch.cat(texts))
+        return TeacherRows(image, torch.cat(texts) if texts else None)
 
     def fingerprints(self) -> list[FileRecord]:
         return [] if self.embeddings is None else self.embeddings.fingerprints([Kind.TEXTS])
@@ -297,7 +297,14 @@ def choose_teacher(
     validate_matches(settings, dataset, embeddings, counts)
     num_views = _choose_views(settings, embeddings)
     extra_texts = find_extra_texts(settings, embeddings, judgement.trust)
-    first_captions = _choose_captions(embeddings, counts, varies=extra_texts is not None)
+    first_captions = embeddings.has_texts
+    if settings.student_caption_key:
+        keys = " or ".join(settings.student_caption_key)
+        reporting.note(
+            f"The student reads captions {keys}, the first of each sample, by the teacher's rows of its own."
+        )
+    elif settings.shows_captions:
+        first_captions = _choose_captions(embeddings, counts, varies=extra_texts is not None)
     return StoredTeacher(
         embeddings=embeddings,
         judgement=judgement,

@@ -21,7 +21,7 @@ class TrainingBatch:
 
     pixels: Tensor  # uint8 [b, H, W, 3]
     colors: Tensor | None  # colour maps, float32 [b, 3, 4]; None where none changes anything
-    tokens: Tensor  # of captions and of further texts, int64 [b + e, L]
+    tokens: Tensor | None  # of captions and of further texts, int64 [b + e, L]; None where no text tower runs
     bad: list[tuple[str, str]]  # (reason, key) of images that could not be decoded; they are white in `pixels`
     kept_patches: Tensor | None = None  # patches of each image that are seen where the others are masked, int64 [b, n]
     # A stored teacher's rows of what is shown, float16; so for captions and further texts.
@@ -47,13 +47,21 @@ class TrainingBatch:
     @classmethod
     def join(cls, parts: Sequence[TrainingBatch], device: torch.device) -> TrainingBatch:
         """Join the parts of a process, in order, on a device; all but tokens, which the towers pack on the host."""
-        captions = [part.tokens[: len(part)] for part in parts]
-        further = [part.tokens[len(part) :] for part in parts]
         bad = [image for part in parts for image in part.bad]
-        batch = dataclasses.replace(parts[0], tokens=torch.cat(captions + further), bad=bad)
+        batch = dataclasses.replace(parts[0], tokens=_join_tokens(parts), bad=bad)
         for field in dataclasses.fields(cls):
             values = [getattr(part, field.name) for part in parts]
             if isinstance(values[0], Tensor) and field.name != "tokens":
                 place = HOST if field.name == "teacher_tokens" else device
                 setattr(batch, field.name, join_on(place, values))
         return batch
+
+
+def _join_tokens(parts: Sequence[TrainingBatch]) -> Tensor | None:
+    """Put the captions of all parts before their further texts."""
+    tokens = [part.tokens for part in parts if part.tokens is not None]
+    if not tokens:
+        return None
+    captions = [rows[: len(part)] for part, rows in zip(parts, tokens, strict=True)]
+    further = [rows[len(part) :] for part, rows in zip(parts, tokens, strict=True)]
+    return torch.cat(captions + further)

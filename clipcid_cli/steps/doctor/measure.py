@@ -273,5 +273,6 @@ def _try_lock(path: Path) -> str:
 
 
 def _try_lock_elsewhere(path: Path) -> str:
+    # A program of this module; the path is a word of its own, which no shell reads.
     ended = subprocess.run([sys.executable, "-I", "-c", _TRY_LOCK, path], check=False, stderr=subprocess.DEVNULL)
     return "" if ended.returncode == 0 else f"a second process could take a lock in {path.parent} that the first holds"

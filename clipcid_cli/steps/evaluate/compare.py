@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +45,12 @@ def compare_results(settings: EvalZeroshotSettings) -> ComparisonResult:
     """Compare two results on the same images, or several pairs of them."""
     sides = [_find_files(side) for side in settings.compared]
     paths = [path for side in sides for path in side]
+    work = WorkDirectory(settings.work)
     for path in paths:
         if path.is_dir():
-            raise _folder_error(path, WorkDirectory(settings.work))
+            raise _folder_error(path, work)
+        if not path.exists():
+            raise _missing_error(path, work)
     again = "Run eval-zeroshot --predictions --overwrite for that model and data set again."
     sidecars = [validate_unchanged_metrics(path, again) for path in paths]
     records = [read_metrics(path) for path in paths]
@@ -74,7 +78,10 @@ def compare_results(settings: EvalZeroshotSettings) -> ComparisonResult:
     for judged in differences.values():
         reporting.note(judged.verdict)
     if is_pair and models[0] != models[1]:
-        reporting.note("This compares two checkpoints, not two methods: for methods, give several seeds of each.")
+        reporting.note(
+            "This compares two checkpoints, not two methods: for methods, give several seeds of each, trained as long as "
+            "you mean to train."
+        )
     return ComparisonResult(
         compared=files if is_pair else [files[:num_seeds], files[num_seeds:]],
         models=models if is_pair else [models[:num_seeds], models[num_seeds:]],
@@ -105,6 +112,19 @@ def _folder_error(folder: Path, work: WorkDirectory) -> ClipcidError:
     if files:
         fix = "Give one of its metrics files:\n" + "\n".join(f"  {file}" for file in files[:_NAMED])
     return ClipcidError(f"{folder} is a folder; --compare takes two metrics files.", fix)
+
+
+def _missing_error(path: Path, work: WorkDirectory) -> ClipcidError:
+    """Return the error for a metrics file that is not there, which names those of close names, beside it or in eval/."""
+    files = [*path.parent.glob("*.json"), *work.eval.glob("*.json")]
+    by_name = {file.stem: file for file in files}  # of two of one name that of the work directory
+    near = get_close_matches(path.name.removesuffix(".json"), by_name, n=3)
+    fix = "Measure the model first: clipcid eval-zeroshot MODEL DATA --predictions"
+    if near:
+        fix = "Did you mean one of these?\n" + "\n".join(f"  {by_name[name]}" for name in near)
+    elif next(work.eval.glob("*.json"), None) is not None:
+        fix = f"Those of this work directory are in {work.eval}."
+    return ClipcidError(f"There is no metrics file {path}.", fix)
 
 
 def _validate_same_data(first: Predictions, second: Predictions) -> None:

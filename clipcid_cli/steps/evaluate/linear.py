@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import torch
 
 from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K
-from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.output import Output
+from clipcid_cli.algorithms.near.repeated import find_repeated
+from clipcid_cli.formats.fingerprint import FileRecord, record
+from clipcid_cli.formats.output import Output, OutputSpec, find_output
 from clipcid_cli.formats.results.evaluations import LinearSidecar
 from clipcid_cli.formats.results.features import ImageFeatures
 from clipcid_cli.formats.results.metrics import read_metrics, skipped_path, write_metrics
 from clipcid_cli.formats.skipped import make_table, write_skipped
-from clipcid_cli.runtime.distributed import open_dist_context
+from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.evaluate.features import extract_features
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, warn_of_skips
 from clipcid_cli.steps.evaluate.probe_fits import ProbeFits, describe_fit, guess_labels
@@ -38,26 +41,29 @@ def run(settings: EvalLinearSettings) -> LinearResult | Preview:
         for task in plan.splits.values():
             validate_samples(task.dataset, context, settings, dry_run=settings.dry_run)
         if settings.dry_run:
-            reporting.note(f"Would fit {plan.name.spec} on {plan.splits['train'].dataset.spec} and write {plan.path}.")
-            return Preview(plan.dataset, plan.name.spec, TASK, {"metrics": str(plan.path)})
+            return _preview(plan, context)
         return _evaluate(plan, EvaluatedModel(plan.name, context, settings))
+
+
+def _preview(plan: ProbePlan, context: DistContext) -> Preview:
+    usable = None
+    if context.on_rank0(plan.path.exists):  # else the data need not be hashed
+        _, spec = _identify(plan, EvaluatedModel(plan.name, context, plan.settings))
+        usable = context.on_rank0(lambda: _find_usable(plan, find_output(spec)))
+    if usable is None:
+        reporting.note(f"Would fit {plan.name.spec} on {plan.splits['train'].dataset.spec} and write {plan.path}.")
+    return Preview(plan.dataset, plan.name.spec, TASK, {"metrics": str(plan.path)})
 
 
 def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
     path = plan.path
     context = model.context
-    data = context.on_rank0(lambda: {split: task.fingerprints() for split, task in plan.splits.items()})
-    inputs = [file for records in data.values() for file in records]
-    with model.claim(path, LinearSidecar, plan.identity, inputs, _MAY_DIFFER) as output:
-        # An earlier probe that also has a few-shot curve, or nearest neighbours, answers the question without them.
-        more = plan.settings.shot_counts or plan.settings.neighbour_counts
-        usable = output.finished if more else output.finished or output.earlier
+    data, spec = _identify(plan, model)
+    with claim_output(context, spec) as output:
 
         def find_result() -> LinearResult | None:
-            if usable is None or not path.is_file():
-                return None
-            reporting.note(f"{path} already holds {model.name.spec} on {plan.dataset}.")
-            return _make_result(usable, path, reused=True)
+            usable = _find_usable(plan, output)
+            return None if usable is None else _make_result(usable, path, reused=True)
 
         result = context.on_rank0(find_result)
         if result is not None:
@@ -66,6 +72,26 @@ def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
         with timed(seconds, "encode"):
             features = {split: extract_features(model, task, data[split]) for split, task in plan.splits.items()}
         return context.on_rank0(lambda: _write(plan, model, features, seconds, output))
+
+
+def _identify(plan: ProbePlan, model: EvaluatedModel) -> tuple[dict[str, list[FileRecord]], OutputSpec[LinearSidecar]]:
+    """Return the fingerprints of each split, and what decides the output."""
+    data = model.context.on_rank0(lambda: {split: task.fingerprints() for split, task in plan.splits.items()})
+    inputs = [file for records in data.values() for file in records]
+    return data, model.specify(plan.path, LinearSidecar, plan.identity, inputs, _MAY_DIFFER)
+
+
+def _find_usable(plan: ProbePlan, output: Output[LinearSidecar]) -> LinearSidecar | None:
+    """Find an earlier probe that answers the question, and say so.
+
+    One that also has a few-shot curve, or nearest neighbours, does where these are not asked for.
+    """
+    more = plan.settings.shot_counts or plan.settings.neighbour_counts
+    usable = output.finished if more else output.finished or output.earlier
+    if usable is None or not plan.path.is_file():
+        return None
+    reporting.note(f"{plan.path} already holds {plan.name.spec} on {plan.dataset}.")
+    return usable
 
 
 def _write(
@@ -80,6 +106,7 @@ def _write(
         warn_of_skips(plan.splits[split].name, own.skips)
     images = {split: own.to(model.context.device) for split, own in features.items()}
     test = images["test"]
+    warn_of_repeats(images)
     with timed(seconds, "sweep"):
         fits = ProbeFits(images, plan)
         points, best = fits.sweep()
@@ -130,6 +157,18 @@ def _write(
         sweep=[{"c": point.c, "validation_score": point.score, **describe_fit(point.solution)} for point in points],
     )
     return _make_result(sidecar, plan.path, reused=False)
+
+
+def warn_of_repeats(images: dict[str, ImageFeatures]) -> None:
+    """Warn of test images that the probe has seen; by their embeddings, since splits often number their keys alike."""
+    test = images["test"].rows
+    seen = [find_repeated(test, own.rows) for split, own in images.items() if split != "test"]
+    repeated = int(torch.stack(seen).any(dim=0).sum())
+    if repeated:
+        reporting.warn(
+            f"{repeated:,} of {len(test):,} test images are among those of training too, by their embeddings: the result "
+            "flatters the model. Leave them out of one split."
+        )
 
 
 def _make_result(sidecar: LinearSidecar, path: Path, *, reused: bool) -> LinearResult:

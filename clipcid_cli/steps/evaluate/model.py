@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ import torch
 from clipcid_cli.algorithms.metrics.classification import class_weights
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.output import Output, OutputSpec
+from clipcid_cli.formats.output import OutputSpec
 from clipcid_cli.formats.results.metrics import RETRIEVAL, SIDECARS, EvaluationSidecar, Metrics
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
@@ -27,7 +26,6 @@ from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.encode import BATCH_SIZES, Batch, Decoder, Encoded, encode, encode_batch, join, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.preflight import choose_workers
@@ -105,21 +103,21 @@ class EvaluatedModel:
 
         return self.context.on_rank0(describe)
 
-    def claim(
+    def specify(
         self,
         path: Path,
         kind: type[AnyEvaluation],
         identity: dict[str, Any],
         data: list[FileRecord],
         may_differ: Collection[str],
-    ) -> AbstractContextManager[Output[AnyEvaluation]]:
-        """Claim a metrics file, whose sidecar lies in a folder of its own; model, `identity` and `data` decide it.
+    ) -> OutputSpec[AnyEvaluation]:
+        """Specify a metrics file, whose sidecar lies in a folder of its own; model, `identity` and `data` decide it.
 
         Args:
             may_differ: Settings that do not decide all metrics.
         """
         of_model = {"model": self.name.slug, "precision": self.precision.name, "batch_size": self.batch_size}
-        spec = OutputSpec(
+        return OutputSpec(
             path.parent / SIDECARS,
             path.stem,
             kind,
@@ -130,7 +128,6 @@ class EvaluatedModel:
             may_differ=may_differ,
             resumes=False,
         )
-        return claim_output(self.context, spec)
 
     def encode(self, task: ZeroshotTask) -> TaskRows:
         """Encode a data set, and the prompts of its classes where it has templates."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.output import Output, OutputSpec, find_output
 from clipcid_cli.formats.results.evaluations import ZeroshotSidecar
 from clipcid_cli.formats.results.metrics import (
     RETRIEVAL,
@@ -20,6 +20,7 @@ from clipcid_cli.formats.results.metrics import (
 from clipcid_cli.formats.skipped import make_table, write_skipped
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import note_captions
 from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_skips
@@ -37,24 +38,46 @@ def evaluate_pair(
         data: Fingerprints of the data set.
         path: The metrics file.
     """
-    # They change the intervals only.
-    draws = {"bootstrap": settings.bootstrap, "seed": settings.seed}
-    with model.claim(path, ZeroshotSidecar, task.describe() | draws, data, draws) as output:
+    with claim_output(model.context, _identify(model, task, data, path, settings)) as output:
 
         def find_result() -> ZeroshotResult | None:
-            if output.finished is None or not path.is_file():
-                return None
-            if settings.predictions and not predictions_path(path).is_file():
-                reporting.note(f"{path} has no predictions; measuring {model.name.spec} on {task.name} again.")
-                return None
-            reporting.note(f"{path} already holds {model.name.spec} on {task.name}.")
-            return _make_result(output.finished, task, path, reused=True)
+            finished = _find_finished(output, path, f"{model.name.spec} on {task.name}", settings)
+            return None if finished is None else _make_result(finished, task, path, reused=True)
 
         result = model.context.on_rank0(find_result)
         if result is not None:
             return result
         rows = model.encode(task)
         return model.context.on_rank0(lambda: _write(rows, model, output, path, settings))
+
+
+def is_measured(model: EvaluatedModel, task: ZeroshotTask, path: Path, settings: EvalZeroshotSettings) -> bool:
+    """Tell whether a run would find its result there, and say so; on every process, and nothing is written."""
+    context = model.context
+    spec = _identify(model, task, context.on_rank0(task.fingerprints), path, settings)
+    what = f"{model.name.spec} on {task.name}"
+    return context.on_rank0(lambda: _find_finished(find_output(spec), path, what, settings) is not None)
+
+
+def _identify(
+    model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord], path: Path, settings: EvalZeroshotSettings
+) -> OutputSpec[ZeroshotSidecar]:
+    # They change the intervals only.
+    draws = {"bootstrap": settings.bootstrap, "seed": settings.seed}
+    return model.specify(path, ZeroshotSidecar, task.describe() | draws, data, draws)
+
+
+def _find_finished(
+    output: Output[ZeroshotSidecar], path: Path, what: str, settings: EvalZeroshotSettings
+) -> ZeroshotSidecar | None:
+    """Return the sidecar of a result that is there with all that is asked for, and say so."""
+    if output.finished is None or not path.is_file():
+        return None
+    if settings.predictions and not predictions_path(path).is_file():
+        reporting.note(f"{path} has no predictions; measuring {what} again.")
+        return None
+    reporting.note(f"{path} already holds {what}.")
+    return output.finished
 
 
 def _write(

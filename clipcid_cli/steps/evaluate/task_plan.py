@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from clipcid_cli.algorithms.metrics.classification import MULTI_LABEL_METRICS, SINGLE_LABEL_METRICS
@@ -28,6 +29,8 @@ from clipcid_cli.steps.evaluate.prompts import find_class_names, find_templates
 from clipcid_cli.steps.evaluate.tasks import TASKS, ZeroshotTask
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
+# Samples by which classes and captions are found: at the head of the data, where they cost no more than the first.
+_LOOKED_AT = 16
 _BUILTIN = (*BUILTIN_CLASS_NAMES, *BUILTIN_TEMPLATES)
 
 
@@ -115,12 +118,23 @@ def _choose_task(folder: BenchmarkFolder, dataset: Dataset, settings: EvalZerosh
                 "Give another data set, or say what to measure with --task.",
             )
         return folder.dataset_type
-    first = next(sample for shard in dataset.shards for sample in shard.stream())
-    if first.label is not None:
-        return CLASSIFICATION
-    if first.labels is not None:
-        return MULTI_LABEL
+    looked_at = list(islice((sample for shard in dataset.shards for sample in shard.stream()), _LOOKED_AT))
+    first = looked_at[0]
+    classes = CLASSIFICATION if first.label is not None else MULTI_LABEL
+    if first.label is not None or first.labels is not None:
+        if any(sample.captions for sample in looked_at):
+            reporting.note(
+                f"{folder.name} has classes and captions: its classes are measured. For its captions: eval-zeroshot "
+                "--task retrieval"
+            )
+        return classes
     if first.captions:
+        several = any(sample.labels is not None for sample in looked_at)
+        if several or any(sample.label is not None for sample in looked_at):
+            reporting.note(
+                f"{folder.name} has captions, and classes of some images: its captions are measured. For its classes: "
+                f"eval-zeroshot --task {MULTI_LABEL if several else CLASSIFICATION}"
+            )
         return RETRIEVAL
     raise ClipcidError(
         f"{folder.data}: sample {first.key} has neither a class nor a caption.",

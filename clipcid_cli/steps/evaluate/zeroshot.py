@@ -18,7 +18,7 @@ from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.model import EvaluatedModel
-from clipcid_cli.steps.evaluate.pair import evaluate_pair
+from clipcid_cli.steps.evaluate.pair import evaluate_pair, is_measured
 from clipcid_cli.steps.evaluate.report import write_summary
 from clipcid_cli.steps.evaluate.result import Preview, Previews, ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.task_plan import plan_tasks
@@ -44,13 +44,25 @@ def run(settings: EvalZeroshotSettings) -> Answer:
         if settings.dry_run:
             for task in plan.tasks:
                 validate_samples(task.dataset, context, settings, dry_run=True)
-            previews = plan.preview()
+            previews = _preview(plan, context)
             return previews[0] if len(previews) == 1 else Previews(previews)
         answer = evaluate(plan, context)
     if len(answer.results) > 1:
         return answer
     (only,) = answer.results
     return msgspec.structs.replace(only, files=only.files | answer.files)
+
+
+def _preview(plan: ZeroshotPlan, context: DistContext) -> list[Preview]:
+    """Say of each pair that it is measured already, or would be."""
+    previews = list[Preview]()
+    for name, task in plan.pairs:
+        path = plan.metrics_path(name, task)
+        done = context.on_rank0(path.exists)  # else the data need not be hashed
+        if done:
+            done = is_measured(EvaluatedModel(name, context, plan.settings), task, path, plan.settings)
+        previews.append(plan.preview_pair(name, task, is_measured=done))
+    return previews
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +105,13 @@ class ZeroshotPlan:
                 )
 
     def preview(self) -> list[Preview]:
-        previews = []
-        for name, task in self.pairs:
-            path = self.metrics_path(name, task)
+        return [self.preview_pair(*pair) for pair in self.pairs]
+
+    def preview_pair(self, name: ModelName, task: ZeroshotTask, *, is_measured: bool = False) -> Preview:
+        path = self.metrics_path(name, task)
+        if not is_measured:
             reporting.note(f"Would measure {task.task} of {name.spec} on {task.dataset.spec} and write {path}.")
-            previews.append(Preview(task.name, name.spec, task.task, {"metrics": str(path)}))
-        return previews
+        return Preview(task.name, name.spec, task.task, {"metrics": str(path)})
 
 
 def make_plan(settings: EvalZeroshotSettings) -> ZeroshotPlan:

@@ -65,7 +65,8 @@ def render_card(
         license=settings.license or _UNKNOWN,
         library=_LIBRARIES[settings.format[0]],
         facts=facts,
-        metrics=list(_find_metrics(work, info.weights_hash, source)),
+        # The same weights may have been measured in two folders, as in the run's and in an export.
+        metrics=list(dict.fromkeys(_find_metrics(work, info.weights_hash, source))),
         precision=settings.stored_precision,
         parity=parity,
         dense=settings.dense,
@@ -103,8 +104,10 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
     teachers = " + ".join(_short(sidecar.model.spec) for sidecar in embedded if sidecar is not None)
     # What a loss of the user's own reads is not recorded: all that there is.
     is_taught = any(LOSSES[name].needs_teacher if name in LOSSES else bool(teachers) for name in losses)
+    kept = {"Text tower": "of the teacher, unchanged"} if run.made.text_tower == "teacher" else {}
     return {
-        "Teacher": (teachers or _UNKNOWN) if is_taught else "none",
+        "Teacher": (teachers or _UNKNOWN) if is_taught or kept else "none",
+        **kept,
         "Training data": f"{_short(run.data.spec)}; {counts['used']:,} of {counts['read']:,} samples used",
         "Keep ratio": ratio,
         "Losses": ", ".join(f"{name} × {loss['value']:g}" for name, loss in losses.items()),
@@ -114,7 +117,7 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
 
 def _find_metrics(
     work: WorkDirectory, weights_hash: str, source: ModelName
-) -> Iterator[tuple[str, str, str, int, float, str]]:
+) -> Iterator[tuple[str, str, str, int, str, str]]:
     """Yield what was measured on these very weights: data set, task, metric, images, value, hashes of the prompts.
 
     The data set is named with the variant, as ``photos (caption-lines)``. Where both are folders, they have the same
@@ -137,7 +140,7 @@ def _find_metrics(
         data = f"{content.dataset} ({variant})" if variant else content.dataset
         for name, value in content.metrics.items():
             if isinstance(value, int | float):
-                yield data, content.task, name, sidecar.counts["images"], float(value), prompts
+                yield data, content.task, name, sidecar.counts["images"], f"{value:.4f}", prompts
 
 
 def _read(folder: Path, step: str, kind: type[AnySidecar]) -> AnySidecar | None:

@@ -51,14 +51,14 @@ def write_open_clip(checker: Checker, folder: Path) -> dict[str, Parity]:
 
 
 def write_hf(checker: Checker, folder: Path) -> dict[str, Parity]:
-    """Write a folder that transformers loads as ``CLIPModel`` and ``CLIPProcessor``, load it, and compare.
+    """Write a folder that transformers loads as ``AutoModel`` and ``AutoProcessor``, load it, and compare.
 
     Compared are rows of the same pixels and tokens, and the pixels and tokens that the folder's own processor makes.
     """
     model = checker.model
     tensors = _stored_tensors(checker)
     with quiet_libraries():
-        write_hf_folder(folder, model.info.config, model.info.preprocess, tensors, model.tokenizer.whole)
+        write_hf_folder(folder, model.info.config, model.info.preprocess, tensors, model.module, model.tokenizer.whole)
     written = HfClip(folder)
     towers = hf_towers(written, checker.original, model)
     parity = checker.check("hf", checker.settings.stored_precision, towers, [folder / HF_WEIGHTS])

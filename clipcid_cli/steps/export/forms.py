@@ -19,8 +19,13 @@ def validate_forms(model: ClipModel, settings: ExportSettings) -> None:
     """Refuse, before anything is read or written, what one of the forms cannot express."""
     info = model.info
     if "hf" in settings.format:
-        validate_for_hf(info.config, info.preprocess, info.tokenizer)
-    if "onnx" in settings.forms and (problems := transformers_js_problems(model)):
+        validate_for_hf(info.config, info.preprocess, info.tokenizer, model.module)
+        if not fits_tokenizer_file(model.tokenizer.whole):
+            raise ClipcidError(
+                f"--format hf: tokenizer.json cannot express the tokenizer of {info.spec}, {info.tokenizer}.",
+                "Export it with --format open-clip or onnx.",
+            )
+    if "onnx" in settings.forms and (problems := transformers_js_problems(model, settings)):
         reporting.note(f"onnx/, which transformers.js reads, is left out: {'; '.join(problems)}.")
     if "web" in settings.format:
         problems = pixel_problems(info.preprocess)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,8 @@ from clipcid_cli.formats.models.export_folder import (
     quantized_name,
 )
 from clipcid_cli.formats.models.export_sidecar import Parity
-from clipcid_cli.formats.models.hf_folder import (
-    fits_tokenizer_file,
-    hf_problems,
-    write_hf_settings,
-    write_tokenizer_file,
-)
+from clipcid_cli.formats.models.hf_clip import ClipArchitecture
+from clipcid_cli.formats.models.hf_folder import fits_tokenizer_file, write_hf_settings, write_tokenizer_file
 from clipcid_cli.formats.models.onnx_file import (
     DENSE_EMBEDS,
     IMAGE_EMBEDS,
@@ -44,7 +39,9 @@ from clipcid_cli.runtime.models.views import Renderer
 from clipcid_cli.steps.export.check import Checker, latency_of, rate_of, run_timed
 from clipcid_cli.steps.export.inputs import ACCURACY, Classes
 from clipcid_cli.steps.export.limits import validate_parity
+from clipcid_cli.steps.export.metadata import describe_encoders
 from clipcid_cli.steps.export.tokens import compare_tokens
+from clipcid_cli.steps.settings.export import ExportSettings
 
 
 def write_onnx_files(checker: Checker, folder: Path) -> dict[str, Parity]:
@@ -56,13 +53,13 @@ def write_onnx_files(checker: Checker, folder: Path) -> dict[str, Parity]:
     classes = checker.inputs.classes
     kinds = ("fp32", *checker.settings.quantize)
     info = checker.model.info
-    for_transformers_js = not transformers_js_problems(checker.model)
+    for_transformers_js = not transformers_js_problems(checker.model, checker.settings)
     tokens = None
     with quiet_libraries():
         _write_encoders(checker, folder)
         if for_transformers_js and "hf" not in checker.settings.format:
-            log_scale = math.log(checker.model.logit_scale)
-            write_hf_settings(folder, info.config, info.preprocess, log_scale, checker.model.tokenizer.whole)
+            config = ClipArchitecture().make_config(info.config, math.log(checker.model.logit_scale))
+            write_hf_settings(folder, config, info.preprocess, checker.model.tokenizer.whole)
         if fits_tokenizer_file(checker.model.tokenizer.whole):
             write_tokenizer_file(folder, checker.model.tokenizer.whole)
             tokens = compare_tokens("onnx", partial(read_tokens, folder / TOKENIZER), checker)
@@ -80,10 +77,12 @@ def write_onnx_files(checker: Checker, folder: Path) -> dict[str, Parity]:
     return parity
 
 
-def transformers_js_problems(model: ClipModel) -> list[str]:
-    """Name what keeps transformers.js from running a model: what Hugging Face's settings cannot express of it."""
+def transformers_js_problems(model: ClipModel, settings: ExportSettings) -> list[str]:
+    """Name what keeps transformers.js from running a model: what Hugging Face's settings of a CLIP cannot express of it."""
     info = model.info
-    return hf_problems(info.config, info.preprocess, info.tokenizer)
+    if settings.static:
+        return ["--static fixes the batch at one"]
+    return ClipArchitecture().problems(info.config, info.preprocess, info.tokenizer)
 
 
 def _form(name: str, kind: str) -> str:
@@ -93,17 +92,7 @@ def _form(name: str, kind: str) -> str:
 def _write_encoders(checker: Checker, folder: Path) -> None:
     model, opset = checker.model, checker.settings.onnx_opset
     assert opset is not None
-    metadata = {
-        "model": model.info.spec,
-        "weights_hash": model.info.weights_hash,
-        "preprocess": json.dumps(model.info.preprocess),
-        "tokenizer": model.info.tokenizer,
-        "context_length": str(model.info.context_length),
-        "logit_scale": repr(model.logit_scale),
-        "logit_bias": repr(model.logit_bias or 0.0),
-        "output": "unit rows",
-        "opset": str(opset),
-    }
+    metadata = describe_encoders(model) | {"opset": str(opset)}
     tower: torch.nn.Module = ImageTower(model.module)
     outputs = [IMAGE_EMBEDS]
     if checker.settings.dense:
@@ -114,7 +103,8 @@ def _write_encoders(checker: Checker, folder: Path) -> None:
         (IMAGE_ENCODER, tower, model.normalize(checker.inputs.compared_pixels[:2]), outputs),
         (TEXT_ENCODER, TextTower(model.module), checker.inputs.tokens[:2], [TEXT_EMBEDS]),
     ):
-        write_onnx(folder / name, module.eval(), example, gives, opset=opset, metadata=metadata)
+        static = checker.settings.static
+        write_onnx(folder / name, module.eval(), example, gives, opset=opset, metadata=metadata, static=static)
 
 
 def _validate_encoders(checker: Checker, folder: Path, kind: str) -> Parity:

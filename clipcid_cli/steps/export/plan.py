@@ -42,6 +42,10 @@ def plan_export(settings: ExportSettings) -> tuple[ModelName, Path]:
     if "web" in settings.format:
         validate_packages(settings.npm_packages)
     validate_export_folder(folder, overwrite=settings.overwrite)
+    if settings.push is not None:
+        from clipcid_cli.steps.export.push import validate_push
+
+        validate_push(settings.push)
     return source, folder
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.models.hf_folder import EOS_ID
+from clipcid_cli.formats.models.hf_clip import EOS_ID
 from clipcid_cli.steps.export.check import Checker
 from clipcid_cli.steps.export.inputs import SENTENCES
 
@@ -23,10 +23,12 @@ def compare_tokens(form: str, tokenize: Callable[[list[str]], torch.Tensor], che
     tokenizer = checker.model.tokenizer
     prompts = [text for texts in checker.inputs.prompts for text in texts]
     texts = list(dict.fromkeys([*TOKENIZER_TEXTS, *SENTENCES, *checker.inputs.texts, *prompts]))
-    mended = _find_different(texts, tokenizer(texts), tokenize(texts))
+    # CLIP's text tower does not see what follows the end of a text; others may.
+    end = None if hasattr(tokenizer.whole, "tokenizer") else EOS_ID
+    mended = _find_different(texts, tokenizer(texts), tokenize(texts), end)
     if mended:
         cleaned = tokenize([tokenizer.whole.clean_fn(text) for text in mended])
-        if different := _find_different(mended, tokenizer(mended), cleaned):
+        if different := _find_different(mended, tokenizer(mended), cleaned, end):
             raise ClipcidError(
                 f"{form}: the tokenizer gives other tokens for {different[0][:60]!r} than open_clip's.",
                 "Report this text; --format open-clip is not affected.",
@@ -34,8 +36,10 @@ def compare_tokens(form: str, tokenize: Callable[[list[str]], torch.Tensor], che
     return {"texts": len(texts), "same": len(texts) - len(mended), "same_once_mended": len(mended)}
 
 
-def _find_different(texts: list[str], ours: torch.Tensor, theirs: torch.Tensor) -> list[str]:
-    """Return the texts whose tokens differ before the end of the text; the text tower does not see the padding."""
-    padding = (ours == EOS_ID).cumsum(dim=1) - (ours == EOS_ID).int() > 0
-    same = ((ours == theirs) | padding).all(dim=1)
-    return [text for text, equal in zip(texts, same.tolist(), strict=True) if not equal]
+def _find_different(texts: list[str], ours: torch.Tensor, theirs: torch.Tensor, end: int | None) -> list[str]:
+    """Return the texts whose tokens differ, before the first of the token `end` if there is one."""
+    equal = ours == theirs
+    if end is not None:
+        ended = ours == end
+        equal |= ended.cumsum(dim=1) - ended.int() > 0
+    return [text for text, same in zip(texts, equal.all(dim=1).tolist(), strict=True) if not same]

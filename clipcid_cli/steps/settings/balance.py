@@ -64,6 +64,20 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings, GpuPlanSettings)
         "Euclidean distance for --against, inclusive; by default that of --threshold or --cosine-distance.",
         within=_DISTANCE,
     )
+    near: tuple[str, ...] = _first(
+        (),
+        "Images to stay close to, such as the training images of a benchmark: a folder of embeddings, or images, which are "
+        "embedded with the same model. Of what the other filters leave, only images near one are kept. May be repeated.",
+        metavar="EMB|DATA",
+    )
+    near_distance: float | None = _first(
+        None, "Largest Euclidean distance from an image of --near, inclusive.", within=_DISTANCE
+    )
+    near_keep: float | None = _first(
+        None,
+        "Share of the images to keep that is nearest to those of --near; the distance follows from it.",
+        within=Range(0, 1, min_open=True),
+    )
     min_caption_similarity: float | None = _first(
         None,
         "Smallest cosine similarity of an image to its caption: images below it are dropped before sets are made, "
@@ -150,6 +164,7 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings, GpuPlanSettings)
             )
         if self.against_threshold is not None and not self.against:
             raise UsageError("--against-threshold was given without --against.", "Add --against EMB, or omit it.")
+        self._check_near()
         if self.linkage == "star" and self.select != "central":
             raise UsageError(
                 f"--select {self.select} cannot be combined with --linkage star, which itself determines the kept image.",
@@ -180,10 +195,28 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings, GpuPlanSettings)
                 "Give one of them: --write-data writes tars where the data is tars.",
             )
 
+    def _check_near(self) -> None:
+        amounts = {"--near-distance": self.near_distance, "--near-keep": self.near_keep}
+        given = [flag for flag, value in amounts.items() if value is not None]
+        if given and not self.near:
+            raise UsageError(f"{given[0]} was given without --near.", "Add --near EMB, or omit it.")
+        if self.near and len(given) != 1:
+            raise UsageError(
+                "--near-distance and --near-keep were given together."
+                if given
+                else "--near needs a distance or a share.",
+                "Give exactly one of --near-distance and --near-keep, for example --near-keep 0.3.",
+            )
+
+    @property
+    def named_references(self) -> list[tuple[str, str]]:
+        """What images are compared with before sets are made: the flag and the name of each."""
+        return [*(("--against", name) for name in self.against), *(("--near", name) for name in self.near)]
+
     @property
     def has_filters(self) -> bool:
         """Whether images are dropped before sets are made."""
-        return self.has_window or bool(self.against)
+        return self.has_window or bool(self.named_references)
 
     @property
     def has_window(self) -> bool:

@@ -29,6 +29,7 @@ from clipcid_cli.steps.settings.shared import (
     AugmentationSettings,
     KeptSettings,
     Range,
+    ReadingSettings,
     TrainingDataSettings,
     flag_of,
     given_fields,
@@ -100,6 +101,12 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         metavar="MODEL",
     )
     init_towers: str = _models("both", "Towers that --init-from initializes.", choices=("both", "image", "text"))
+    text_tower: str = _models(
+        "own",
+        "`teacher` keeps the teacher's text tower and logit scale, and trains an image tower for them, so that stored "
+        "embeddings of texts stay valid. The data needs no captions.",
+        choices=("own", "teacher"),
+    )
     freeze_image: bool = _models(False, "Freeze the image tower and train only the text tower.")
     freeze_text: bool = _models(False, "Freeze the text tower and train only the image tower.")
     cache_size: float = _input(
@@ -109,6 +116,12 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         within=ABOVE_0,
         metavar="GB",
         operational=True,
+    )
+    student_caption_key: tuple[str, ...] = _input(
+        (),
+        "Where the captions are that the student reads, as for --caption-key: translations of those that the teacher has "
+        "embedded. A sample without one is left out; of several the first is taken.",
+        metavar="KEY",
     )
     views: str | None = _input(
         None,
@@ -296,6 +309,10 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
             )
         if self.freeze_image and self.freeze_text:
             raise UsageError("--freeze-image with --freeze-text leaves nothing to train.", "Omit one of the two.")
+        if self.keeps_text_tower:
+            self._validate_kept_text_tower()
+        if self.student_caption_key:
+            self._validate_student_captions()
         if self.init_towers != "both" and self.init_from is None:
             raise UsageError(f"--init-towers {self.init_towers} needs --init-from.", "Add --init-from MODEL.")
         if self.resume == "latest" and self.overwrite:
@@ -348,6 +365,49 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
                 "Omit --online-teacher, or name one teacher.",
             )
 
+    def _validate_kept_text_tower(self) -> None:
+        if self.has_no_teacher or self.num_teachers > 1:
+            teachers = "--teacher none has none" if self.has_no_teacher else f"there are {self.num_teachers} teachers"
+            raise UsageError(
+                f"--text-tower teacher keeps the text tower of one teacher, and {teachers}.",
+                "Name one --teacher, or omit --text-tower.",
+            )
+        changing = {
+            "--freeze-image": self.freeze_image,
+            "--init-towers text": self.init_towers == "text",
+            "--cluster-towers both": self.cluster_towers == "both",
+            "--teacher-space project": self.teacher_space == "project",
+        }
+        for flag, is_given in changing.items():
+            if is_given:
+                raise UsageError(
+                    f"--text-tower teacher trains the image tower alone, in the teacher's own space: not with {flag}.",
+                    f"Omit {flag} or --text-tower.",
+                )
+        for loss in self.loss_entries():
+            if loss.reads_tokens:
+                raise UsageError(
+                    f"The loss {loss.name} trains the text tower on its tokens, and --text-tower teacher runs none.",
+                    f"Use --loss {loss.name}=0, or omit --text-tower.",
+                )
+
+    def _validate_student_captions(self) -> None:
+        flag = f"--student-caption-key {self.student_caption_key[0]}"
+        if not self.needs_teacher:
+            raise UsageError(
+                f"{flag}: no loss of the run needs a teacher, which would read other captions.", "Use --caption-key."
+            )
+        for other, is_given in {
+            "--online-teacher": self.online_teacher,
+            "--text-tower teacher": self.keeps_text_tower,
+            f"--extra-texts {self.extra_texts}": bool(self.extra_texts),
+        }.items():
+            if is_given:
+                raise UsageError(
+                    f"{flag} trains a text tower on translations of captions with stored embeddings: not with {other}.",
+                    f"Omit {other}.",
+                )
+
     def _validate_no_flags_of(self, loss: str) -> None:
         given = [flag_of(field) for field in given_fields(self) if field.name in _FLAGS_OF[loss]]
         if given:
@@ -373,8 +433,9 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
                 f"{flag}, but no loss of the run takes texts without images.",
                 f"Add one that does ({', '.join(taking)}), or omit {flag}.",
             )
-        if self.online_teacher or self.freeze_text:
-            other = "--online-teacher" if self.online_teacher else "--freeze-text"
+        if self.online_teacher or not self.trains_text:
+            frozen = "--text-tower teacher" if self.keeps_text_tower else "--freeze-text"
+            other = "--online-teacher" if self.online_teacher else frozen
             raise UsageError(
                 f"{flag} trains the text tower on stored embeddings of texts: not with {other}.", "Omit one of the two."
             )
@@ -387,7 +448,34 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
     def shows_extra_texts(self, trust: float = 1.0) -> bool:
         """Whether further texts are shown, where there are any."""
         taken = any(loss.compares_features for loss in self.loss_entries(trust))
-        return taken and self.extra_texts != 0 and not (self.online_teacher or self.freeze_text)
+        are_read = self.trains_text and not (self.online_teacher or self.student_caption_key)
+        return taken and self.extra_texts != 0 and are_read
+
+    def read_for_student(self) -> DistillSettings:
+        """Return the settings by which the student's captions are read, where the teacher has read others."""
+        if not self.student_caption_key:
+            return self
+        unnamed = ReadingSettings.caption_column
+        return dataclasses.replace(self, caption_key=self.student_caption_key, caption_column=unnamed)
+
+    @property
+    def keeps_text_tower(self) -> bool:
+        """Whether the student's text tower is the teacher's."""
+        return self.text_tower == "teacher"
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the student's text tower is trained."""
+        return not (self.freeze_text or self.keeps_text_tower)
+
+    def needs_teacher_texts(self, loss: LossEntry) -> bool:
+        """Tell whether a loss cannot do without the teacher's rows of captions."""
+        return not (loss.image_alone if self.keeps_text_tower else loss.one_tower)
+
+    @property
+    def shows_captions(self) -> bool:
+        """Whether samples show captions: beside the teacher's text tower only losses that need its rows of them do."""
+        return not self.keeps_text_tower or any(map(self.needs_teacher_texts, self.loss_entries()))
 
     @property
     def has_no_teacher(self) -> bool:
@@ -467,8 +555,8 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any loss of the run reads teacher embeddings."""
-        return any(loss.needs_teacher for loss in self.loss_entries())
+        """Whether any loss of the run reads teacher embeddings; beside the teacher's text tower they are the captions."""
+        return self.keeps_text_tower or any(loss.needs_teacher for loss in self.loss_entries())
 
 
 def _parse_loss(text: str) -> tuple[str, float]:

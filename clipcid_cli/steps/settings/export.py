@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,7 +38,7 @@ class ExportSettings(TrustSettings):
     format: tuple[str, ...] = _output(
         ("open-clip",),
         "Format to write; may be repeated. `open-clip`: a folder for open_clip (local-dir:DIR). `hf`: a folder for "
-        "transformers (CLIPModel, CLIPProcessor). `onnx`: image and text encoder, also for transformers.js, and with "
+        "transformers (AutoModel, AutoProcessor). `onnx`: image and text encoder, also for transformers.js, and with "
         "--classnames a classifier. `web`: the same, and web/, a static folder with a page that classifies pictures in the "
         "browser, and with --search-images one that searches images by text.",
         choices=FORMATS,
@@ -51,6 +52,11 @@ class ExportSettings(TrustSettings):
         "Also write each ONNX file in this format, such as image_encoder_int8.onnx; may be repeated. `fp16` halves the "
         "size; `int8` quarters it and needs labeled or captioned images to measure the loss of accuracy.",
         choices=QUANTIZED,
+    )
+    static: bool = _output(
+        False,
+        "Fix the batch of the ONNX encoders at one image or text, as accelerators of phones need it.",
+        operational=True,  # it counts where it is on
     )
     dense: bool = _output(
         False,
@@ -74,6 +80,13 @@ class ExportSettings(TrustSettings):
         10_000,
         "Maximum number of --search-images: the first ones, or, of images with classes, evenly spaced ones.",
         within=Range(1),
+        operational=True,
+    )
+    push: str | None = _output(
+        None,
+        "Also upload the files to this repository of the Hugging Face hub, by one commit; a new repository is private. The "
+        "token is that of `hf auth login` or HF_TOKEN.",
+        metavar="ORG/NAME",
         operational=True,
     )
     license: str | None = _output(None, "License of the weights, for the model card; by default unknown.")
@@ -138,15 +151,25 @@ class ExportSettings(TrustSettings):
             "--quantize": bool(self.quantize),
             "--dense": self.dense,
             "--opset": self.opset is not None,
+            "--static": self.static,
             "--classnames": self.classnames is not None,
         }
         for flag, given in about_onnx.items():
             if given and "onnx" not in self.forms:
                 raise UsageError(f"{flag} applies only to ONNX files.", "Add --format onnx.")
+        if self.static and (self.classnames is not None or "web" in self.format):
+            raise UsageError(
+                "--static fixes the batch of the encoders at one, and a classifier and the page take several at once.",
+                "Omit --classnames and --format web, or export them in another run with another --out.",
+            )
         about_web = {"--npm-packages": self.npm_packages, "--search-images": self.search_images}
         for flag, value in about_web.items():
             if value is not None and "web" not in self.format:
                 raise UsageError(f"{flag} applies only to the page.", "Add --format web.")
+        if self.push is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", self.push):
+            raise UsageError(
+                f"--push {self.push} does not name a repository.", "Give ORG/NAME, such as acme/clip-small."
+            )
         if self.templates is not None and self.classnames is None:
             raise UsageError("--templates needs class names.", "Add --classnames FILE.")
 

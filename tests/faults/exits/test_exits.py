@@ -27,7 +27,7 @@ from clipcid_cli.cli import cli
 from clipcid_cli.commands.console import ConsoleReporter, make_console
 from clipcid_cli.commands.failures import explain
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime import distributed
+from clipcid_cli.runtime import distributed, heartbeat
 from clipcid_cli.runtime.distributed import open_dist_context, rendezvous_all
 from clipcid_cli.runtime.pipeline import ordered_map
 
@@ -87,13 +87,16 @@ def meet(fate: str) -> None:
         rendezvous_all(1, 2)
         os._exit(9)
     distributed.RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=6)
+    distributed.SILENCE = datetime.timedelta(seconds=1)
+    distributed._LAST_MEETING = 0.5
+    heartbeat._BEATS_A_LIMIT = 5  # rare enough for a process that waits to do nothing
     try:
         with open_dist_context("cpu") as context:
             context.gather(rank)
             if rank == 1:
                 end(fate)
-            if fate in ("hangs", "fails"):
-                with context.limited_waits(datetime.timedelta(seconds=3)):
+            if fate in ("hangs in training", "fails"):
+                with context.limited_waits(datetime.timedelta(seconds=1)):
                     torch.distributed.all_reduce(torch.ones(4))  # as gradients are summed
             print(context.gather(rank), flush=True)
     except ClipcidError as error:
@@ -107,12 +110,16 @@ def end(fate: str) -> None:
     match fate:
         case "dies later":
             os._exit(9)
-        case "hangs":
+        case "hangs" | "hangs in training":
             time.sleep(60)
+        case "is stopped":
+            signal.raise_signal(signal.SIGSTOP)
         case "fails":
             raise OSError(5, "Input/output error", "/data/00007.tar")
-        case "is slow":
-            time.sleep(12)  # a collective may wait for longer than the meeting
+        case "works":
+            began = time.process_time()
+            while time.process_time() < began + 1.5:  # longer than one may be silent
+                hash("work")
 
 
 def wait_until_ready(run: forks.Started) -> None:
@@ -262,6 +269,7 @@ def test_processes_that_cannot_meet_are_told_within_the_limit(taken: bool, monke
 
 
 _MISSED = "Another process of the run has ended, or cannot be reached: "
+_SILENT = r"Process 1 of the run showed no sign of work for 0\.0166667 minutes, while the others waited for it\.\n$"
 _FAILED = r"OSError: \[Errno 5\] Input/output error: '/data/00007\.tar'"
 
 
@@ -270,9 +278,11 @@ _FAILED = r"OSError: \[Errno 5\] Input/output error: '/data/00007\.tar'"
     [
         ("dies later", _MISSED, 9),
         ("dies between meeting and connecting", _MISSED, 9),
-        ("hangs", _MISSED, -signal.SIGKILL),
+        pytest.param("hangs", _SILENT, -signal.SIGKILL, marks=pytest.mark.slow),
+        ("is stopped", _SILENT, -signal.SIGKILL),
+        ("hangs in training", r"Process 1 of the run did not answer: .*[Tt]imed out", -signal.SIGKILL),
         ("fails", rf"Process 1 of the run failed: {_FAILED}\.\n{_FAILED}\n$", 0),
-        pytest.param("is slow", r"\[0, 1\]", 0, marks=pytest.mark.slow),
+        ("works", r"\[0, 1\]", 0),
     ],
 )
 def test_a_process_that_is_lost_is_told_and_a_slow_one_waited_for(
@@ -283,7 +293,7 @@ def test_a_process_that_is_lost_is_told_and_a_slow_one_waited_for(
         start_clipcid("balance", cwd=tmp_path, env=world | {"RANK": str(rank)}, hook=functools.partial(meet, fate))
         for rank in range(2)
     )
-    if fate == "hangs":
+    if fate.startswith("hangs") or fate == "is stopped":
         first.wait(150)
         second.send_signal(signal.SIGKILL)
     assert second.wait(60) == code

@@ -28,6 +28,7 @@ from clipcid_cli.steps.distill.batches import Batches, Item
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import Sources, count_usable, match_samples
 from clipcid_cli.steps.distill.teachers import Teacher
+from clipcid_cli.steps.settings.distill import DistillSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ def make_inputs(root: Path, sizes: list[int], dropped: int) -> tuple[Inputs, lis
     expected = [key for number, key in enumerate(keys) if kept[number] and number % 5 < 4]
     assert training.total == counts.selected == len(expected)
     found = Inputs(
+        settings=DistillSettings(student="student.json"),
         dataset=dataset,
         usable=count_usable(dataset, 1.0),
         training=training,

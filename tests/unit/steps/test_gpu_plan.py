@@ -56,6 +56,14 @@ def test_the_batch_that_fits_fits_and_a_larger_one_does_not() -> None:
     assert recomputed > 4 * fitting
 
 
+def test_the_teachers_text_tower_is_held_and_not_trained() -> None:
+    whole, image = plan_training(), plan_training(text_tower="teacher")
+    assert image.steps == whole.steps
+    assert 0.7 * whole.operations < image.operations < 0.9 * whole.operations
+    # The text towers of ViT-L-14 and ViT-B-32 have 123.7 and 63.4 M parameters.
+    assert image.disk_bytes == pytest.approx(whole.disk_bytes + 3 * (4 * 123.7e6 - 12 * 63.4e6), rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("longer", "shorter"),
     [

@@ -37,6 +37,7 @@ def write_run(work: Path, name: str, seed: int, recall: float, weight: float = 1
     settings |= {"seed": seed, "student": {"config": "c", "weights": f"w{seed}", "pixels": "p"}}
     result = {"steps": 20, "samples": 40, "samples_per_second": 1.0, "losses": {}}
     result |= {"metrics": {R1: recall, "things/acc1": 0.5}, "chance": {R1: 0.01}}
+    entries = {"counts": {"held_out": 50}} | entries
     model = {"spec": "student.json", "parameters": 3, "embed_dim": 32}
     content = make_sidecar(DistillSidecar, settings=settings, result=result, model=model, **entries)
     write_json(folder / "distill.json", content)
@@ -70,6 +71,10 @@ def work(tmp_path: Path) -> Path:
     write_evaluation(work, "alone", 0.5)
     (work / "distill" / "stopped").mkdir()
     (work / "distill" / "stopped" / "results.jsonl").write_text(json.dumps({"step": 10, R1: 0.05}) + "\n")
+    (work / "distill" / "stopped" / "train.jsonl").write_text(json.dumps({"step": 14, "loss": 3.0}) + "\n")
+    begun = work / "distill" / "stopped" / f".distill-{'0' * 32}"
+    begun.mkdir()
+    write_json(begun / ".run.json", {"settings": {"steps": 40}, "inputs": []})
     (work / "embeddings" / "tiny").mkdir(parents=True)
     write_json(work / "embeddings" / "tiny" / "embed.json", make_sidecar(EmbedSidecar))
     return work
@@ -91,7 +96,9 @@ def test_seeds_are_one_row_and_evaluations_follow_their_runs(work: Path) -> None
     assert seeds.metrics[R1].std == pytest.approx(0.1)
     assert hostile.losses["clip"] == "2"
     assert hostile.metrics[R1].std is None
-    assert (stopped.finished, stopped.steps) == (False, 10)
+    # Steps are those trained, of those planned; not those of the last evaluation.
+    assert (stopped.finished, stopped.steps, stopped.planned) == (False, 14, 40)
+    assert (seeds.held_out, hostile.held_out, stopped.held_out) == (50, 50, None)
     several, alone = contents.evaluations
     assert (several.models, several.images) == ([f"a-s{seed}-student" for seed in range(3)], 9)
     assert several.metrics["acc1"].values == pytest.approx([0.4, 0.5, 0.6])

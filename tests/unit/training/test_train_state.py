@@ -74,7 +74,7 @@ def test_gradients_arrive_in_the_order_in_which_they_are_sent(grad_checkpointing
         assert latest - number <= 4
 
 
-def test_scales_start_at_clips_and_never_exceed_a_hundred() -> None:
+def test_scales_start_at_clips_and_never_exceed_a_hundred_unless_frozen() -> None:
     model, parameters = make_model(), LossParameters([LOSSES["instance"]], 32, SharedSpace(32), seed=0)
     state = TrainState(model, parameters, RECIPE)
     scales = {name: math.exp(value.detach()) for name, value in state.log_scales.items()}
@@ -84,6 +84,10 @@ def test_scales_start_at_clips_and_never_exceed_a_hundred() -> None:
     parameters.log_scales["instance"].grad = torch.tensor(0.0)
     state.update()
     assert math.exp(state.log_scales["instance"].detach()) == pytest.approx(100)
+    model.logit_scale.requires_grad_(False).fill_(5.0)  # type: ignore[operator]  # a parameter
+    state = TrainState(model, parameters, RECIPE)
+    state.update()
+    assert float(state.log_scales["student"]) == 5.0
 
 
 def test_float16_gradients_are_scaled_and_an_overflow_is_left_out() -> None:

@@ -1,261 +1,45 @@
-"""``--against``: images near a reference are dropped. References are embeddings, or images embedded by the same model."""
+"""``--against``: images near a reference are dropped."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, HalfArray, IntArray, row_type
-from clipcid_cli.algorithms.near.plan import rectangle
-from clipcid_cli.algorithms.sets.sinks import NearestOf
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import Arrays, map_strings
-from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
-from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.formats.results.keep_list import Column, float_column
-from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.names import parse_model, with_default_tag
+from clipcid_cli.algorithms.near.exact import BoolArray
+from clipcid_cli.formats.results.keep_list import Column
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.plan import Reference
-from clipcid_cli.steps.balance.result import AgainstResult, ReferenceResult
-from clipcid_cli.steps.balance.search import Search, forget_searches, run_chunks
-from clipcid_cli.steps.data_index import holds_embeddings, open_named
-from clipcid_cli.steps.embed.result import EmbedCost, Embedded
-from clipcid_cli.steps.embeddings import open_given
-from clipcid_cli.steps.models import find_mismatch
-from clipcid_cli.steps.settings.balance import BalanceSettings
-from clipcid_cli.steps.settings.embed import EmbedSettings
-
-_SAME_MODEL = "Embed it with the same model: give the images themselves (--against DATA)."
-
-
-def validate_references(settings: BalanceSettings, model: str | None) -> None:
-    """Refuse references that cannot be compared, before anything is embedded, with a model if one is given."""
-    _validate_none_missing(settings)
-    if model is not None:
-        _validate_models(settings, model)
-
-
-def _validate_none_missing(settings: BalanceSettings) -> None:
-    """Refuse references that are neither embeddings nor data, before anything is embedded."""
-    for name in settings.against:
-        if not holds_embeddings(Path(name)):
-            try:
-                # References are joined by no key.
-                indexes = WorkDirectory(settings.work).indexes
-                open_named(dataclasses.replace(settings, key_column=KEY_COLUMN), name, indexes)
-            except ClipcidError as error:
-                raise ClipcidError(f"--against {name}: {error.message}", error.fix) from error
-
-
-def _validate_models(settings: BalanceSettings, model: str) -> None:
-    """Refuse references that another model folder embedded than `model`, which has yet to embed the images to balance.
-
-    Weights behind other names are compared once the images are embedded: two names may be of the same ones.
-    """
-    named = with_default_tag(parse_model(model))
-    if named.path is None:
-        return
-    for folder in filter(holds_embeddings, map(Path, settings.against)):
-        reference = open_embeddings(folder, settings.keys, settings.array_name).model
-        if reference is None or parse_model(reference.spec).path is None:
-            continue
-        difference = find_mismatch(reference, named)
-        if difference is not None and difference.what == "weights":
-            raise ClipcidError(
-                f"The embeddings in {folder} are of {reference.spec} ({difference.recorded}), and the images to balance "
-                f"are to be embedded with {named.spec} ({difference.named}).",
-                _SAME_MODEL,
-            )
-
-
-def open_reference(
-    settings: BalanceSettings, embeddings: Embeddings, name: str, context: DistContext
-) -> Embeddings | EmbedCost:
-    """Open the embeddings of a reference; where there are none make them, or in a dry run return what that would cost."""
-    folder = Path(name)
-    if not holds_embeddings(folder):
-        folder, cost = _embed(settings, embeddings, name, context)
-        if isinstance(cost, EmbedCost):
-            return cost
-    reference = open_given(settings, folder, None if settings.dry_run else settings.work, needs_column=False)
-    _validate_same_model(embeddings, reference, name)
-    return reference
-
-
-def _embed(settings: BalanceSettings, embeddings: Embeddings, data: str, context: DistContext) -> tuple[Path, Embedded]:
-    """Embed reference images as the embeddings to balance were, into the folder; what is there already is taken."""
-    model = settings.model if embeddings.sidecar is None else embeddings.sidecar.model.spec
-    if model is None:
-        raise ClipcidError(
-            f"{data} contains no embeddings, and {embeddings.folder} does not record the model to embed it with.",
-            "Name the model (--model M), or give a folder of embeddings: --against EMB",
-        )
-    from clipcid_cli.steps.embed.run import make_embeddings
-
-    name = with_default_tag(parse_model(model))
-    digest = hashlib.blake2b(data.encode(), digest_size=4).hexdigest()
-    folder = WorkDirectory(settings.work).references / f"{name.slug}-{digest}"
-    given = {"data": data, "model": model, "text": False, "out": folder, "key_column": KEY_COLUMN}
-    if embeddings.sidecar is not None:
-        made_so = embeddings.sidecar.made
-        given |= {"fast_decode": made_so.fast_decode, "precision": made_so.precision}
-        if made_so.precision == "fp16" and context.device.type == "cpu":
-            given["precision"] = "fp32"
-            reporting.note(f"{embeddings.folder} was made in fp16, which needs a GPU: {data} is embedded in fp32.")
-    try:
-        embedded = make_embeddings(EmbedSettings.asked_by(settings, **given), context)
-    except ClipcidError as error:
-        raise ClipcidError(f"--against {data}: {error.message}", error.fix) from error
-    return folder, embedded
-
-
-def _validate_same_model(embeddings: Embeddings, reference: Embeddings, name: str) -> None:
-    """Refuse a reference of another width; where both say how they were made, of another model or preprocessing."""
-    if embeddings.width != reference.width:
-        raise ClipcidError(
-            f"The embeddings in {name} have width {reference.width}, those in {embeddings.folder} {embeddings.width}.",
-            _SAME_MODEL,
-        )
-    sidecars = [side.sidecar for side in (embeddings, reference) if side.sidecar is not None]
-    if len(sidecars) < 2:
-        return
-    own, other = (sidecar.model for sidecar in sidecars)
-    if own.weights_hash != other.weights_hash:
-        raise ClipcidError(
-            f"The embeddings in {name} are of {other.spec} ({other.weights_hash}), those in {embeddings.folder} "
-            f"of {own.spec} ({own.weights_hash}).",
-            _SAME_MODEL,
-        )
-    decoded = [sidecar.made for sidecar in sidecars]
-    if decoded[0].preprocess != decoded[1].preprocess:
-        ways = ["with" if side.fast_decode else "without" for side in decoded]
-        raise ClipcidError(
-            f"The images of {name} were preprocessed differently ({decoded[1].preprocess}, {ways[1]} --fast-decode) than "
-            f"those of {embeddings.folder} ({decoded[0].preprocess}, {ways[0]}).",
-            "Embed them in the same way: give the images themselves (--against DATA).",
-        )
+from clipcid_cli.steps.balance.filters.references import Nearest, compare
+from clipcid_cli.steps.balance.result import AgainstResult
 
 
 @dataclasses.dataclass(frozen=True)
 class NearReferences:
-    """Which rows lie near a reference."""
+    """Which rows lie near a reference, and are dropped."""
 
     reason: ClassVar = "reference"
-    references: Sequence[Reference]
-    threshold: float
-    # Which reference has the row nearest to each row, int16 [N]; the first of equals, −1 where none is near enough.
-    owner: npt.NDArray[np.int16]
-    row: IntArray  # that row of its embeddings, integers [N]; of no meaning where there is none
-    distance: FloatArray  # its distance, float32 [N]; NaN where there is none
-    near: list[int]  # how many rows lie near each reference, whatever other references they are near
+    nearest: Nearest
 
     @property
     def is_dropped(self) -> BoolArray:
-        """Which rows are near a reference, bool [N]."""
-        return np.asarray(self.owner >= 0)
+        return self.nearest.is_near
 
     def summarise(self) -> AgainstResult:
-        nearest = np.bincount(self.owner[self.owner >= 0], minlength=len(self.references)).tolist()
-        references = [
-            ReferenceResult(reference.name, len(reference.numbers), near, count)
-            for reference, near, count in zip(self.references, self.near, nearest, strict=True)
-        ]
-        return AgainstResult(self.threshold, sum(nearest), references)
+        dropped = int(np.count_nonzero(self.is_dropped))
+        return AgainstResult(self.nearest.threshold, dropped, self.nearest.count())
 
     def columns(self, folder: Path) -> list[Column]:
-        """Return the columns of the keep list, which name the nearest reference row of each row that is near one.
-
-        Keys, which may be more than memory holds, are mapped in a folder.
-        """
-        keys: dict[int, pa.Array] = {}
-
-        def read_names(part: slice) -> pa.Array:
-            owner = self.owner[part]
-            return pa.array([reference.name for reference in self.references]).take(pa.array(owner, mask=owner < 0))
-
-        def read_keys(part: slice) -> pa.Array:
-            owner = self.owner[part]
-            keys_read = pa.nulls(part.stop - part.start, pa.string())
-            for index in np.unique(owner[owner >= 0]).tolist():
-                if index not in keys:
-                    embeddings = self.references[index].embeddings
-                    chunks = (chunk for file in embeddings.files for chunk in embeddings.keys_of(file).chunks)
-                    keys[index] = map_strings(folder, chunks)
-                is_its = owner == index
-                named = keys[index].take(pa.array(self.row[part][is_its])).cast(pa.string())
-                keys_read = pc.replace_with_mask(keys_read, pa.array(is_its), named)
-            return keys_read
-
-        return [
-            Column("reference", pa.string(), read_names),
-            Column("reference_key", pa.string(), read_keys),
-            float_column("reference_distance", self.distance),
-        ]
+        return self.nearest.columns("reference", folder)
 
 
 def find_near(run: BalanceRun) -> NearReferences:
-    """Compare all rows with all references; the same on every process.
-
-    What was compared stays for later runs in the folder of `balance`.
-    """
-    rows, references = run.rows, run.references
+    """Find the rows that are near a reference; the same on every process."""
     threshold = run.settings.reference_distance
     assert threshold is not None  # the settings have checked it
-    compared = [_compare(run, reference, threshold) for reference in references]
-
-    def merge() -> Arrays:
-        forget_searches(run.output.folder, {name for _, name in compared})
-        owner = np.full(len(rows), -1, np.int16)
-        near = np.zeros(len(references), np.int64)
-        kind = row_type(max(reference.embeddings.num_rows for reference in references))
-        row = np.zeros(len(rows), kind)
-        distance = np.full(len(rows), np.inf, np.float32)
-        copies = np.ones(len(rows), np.int32)
-        np.add.at(copies, rows.copies.a, 1)
-        for index, (reference, (pairs, _)) in enumerate(zip(references, compared, strict=True)):
-            near[index] = copies[pairs.a].sum()
-            nearer = pairs[pairs.weight < distance[pairs.a]]
-            owner[nearer.a], distance[nearer.a] = index, nearer.weight
-            row[nearer.a] = reference.numbers[nearer.b - len(rows)]
-        for values in (owner, row, distance):  # copies are as near as the first of their kind
-            values[rows.copies.b] = values[rows.copies.a]
-        distance[owner < 0] = np.nan
-        return owner, row, distance, near
-
-    owner, row, distance, near = run.shared.publish(merge)
-    num_near = np.count_nonzero(owner >= 0)
-    reporting.note(f"{num_near:,} of {len(rows):,} images are within {threshold:g} of a reference.")
-    return NearReferences(references, threshold, owner, row, distance, near.tolist())
-
-
-def _compare(run: BalanceRun, reference: Reference, threshold: float) -> tuple[Edges, str]:
-    """Find the nearest row of a reference of each unique row; return the pairs, and the name that they are saved under.
-
-    Rows of the reference are numbered after those to balance.
-    """
-    images = reference.embeddings.rows(Kind.IMAGES)
-    num_rows = len(run.rows)
-
-    def read(numbers: IntArray) -> HalfArray:
-        return run.rows.read(numbers) if numbers[0] < num_rows else images.take(reference.numbers[numbers - num_rows])
-
-    others = np.arange(num_rows, num_rows + len(reference.numbers))
-    others = others.astype(row_type(num_rows + len(others)))
-    unique = run.rows.unique.astype(others.dtype, copy=False)
-    plan = rectangle(unique, others, run.rows_in_memory)
-    search = Search(
-        "against", plan, read, threshold, lambda: NearestOf(unique), lambda: reference.identity, is_kept=True
-    )
-    return run_chunks(run, search), search.place(run).name
+    nearest = compare(run, run.references_of("--against"), threshold, "against").up_to(threshold)
+    near = np.count_nonzero(nearest.is_near)
+    reporting.note(f"{near:,} of {len(run.rows):,} images are within {threshold:g} of a reference.")
+    return NearReferences(nearest)

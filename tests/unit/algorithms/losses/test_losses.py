@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -110,6 +111,20 @@ def test_blocks_on_a_gpu_fit_its_memory(memory: int, entries: int, monkeypatch: 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     assert batch_module.block_entries(torch.device("cuda", 0)) == entries
     assert batch_module.block_entries(torch.device("cpu")) == batch_module.BLOCK_ENTRIES == 1 << 23
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_TOWER if name != "cluster"])
+def test_a_text_tower_that_is_not_trained_leaves_the_images_half(name: str) -> None:
+    """It is the teacher's: its rows are u. `fd` compares images with images, `instance` with captions."""
+    numbers = make_numbers()
+    numbers["v"] = numbers["u"]
+    kept = dataclasses.replace(make_batch(numbers), trains_text=False)
+    is_same_tower = LOSSES[name].image_alone
+    expected = formula(name, numbers, towers="t" if is_same_tower else "u", cluster_towers="")
+    assert float(compute(name, kept, SCALES)) == pytest.approx(expected, rel=1e-9)
+    alone = dataclasses.replace(kept, teacher_text_BD=None, text_Bd=kept.text_Bd[:0], text_BD=kept.text_BD[:0])
+    if is_same_tower:
+        assert compute(name, alone, SCALES) == compute(name, kept, SCALES)
 
 
 @pytest.mark.parametrize("name", ONE_TOWER)

@@ -21,6 +21,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.samples import ListFormat, Sample, natural_key, read_classes
+from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.formats.skips import Skips
 
 
@@ -59,6 +60,14 @@ def test_patterns_that_name_a_shard_twice_or_an_unknown_variable_are_refused(tin
         open_dataset(f"{tiny_shards}::{tiny_shards}/00001.tar")
     with pytest.raises(ClipcidError, match="environment variable WDS_NAME, which is not set"):
         open_dataset(f"{tiny_shards}/${{NOWHERE}}.tar")
+
+
+def test_what_braces_make_is_one_name_and_never_a_command(tmp_path: Path) -> None:
+    command = f"pipe:touch {tmp_path}/touched"
+    recorded = DataSpec(f"http://127.0.0.1:1/0.tar{{:,/1.tar}}:{command}", "sample", "filepath", "title", "key")
+    with pytest.raises(ClipcidError, match=r"0\.tar::pipe:touch .* holds ::"):
+        open_described(recorded)
+    assert not (tmp_path / "touched").exists()
 
 
 def test_shards_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -123,6 +132,9 @@ def test_image_folder_with_captions(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(make_image(1))
     (tmp_path / "b" / "9.txt").write_text("a nine\n")
     (tmp_path / "b1" / "1.TXT").write_text("a one\n")
+    (tmp_path / "b1" / "2.txt").write_text("no image has this name")
+    (tmp_path / "about").mkdir()
+    (tmp_path / "about" / "README.txt").write_text("beside no images")
     skips = Skips()
     dataset = open_dataset(tmp_path)
     samples = list_samples(dataset, skips)
@@ -131,6 +143,7 @@ def test_image_folder_with_captions(tmp_path: Path) -> None:
     assert [sample.key for sample in samples] == ["b/9", "b/10", "b1/1", "z"]
     assert [sample.captions for sample in samples] == [("a nine",), (), ("a one",), ()]
     assert skips.examples == {"duplicate_key": ["b/9.png"]}
+    assert skips.changed == {"without_image": 1}
     assert samples[0].image.read() == make_image(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 from conftest import TINY_CONFIG, changed
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.models.hf_folder import make_config, make_image_processor, validate_for_hf
+from clipcid_cli.formats.models.hf_clip import ClipArchitecture
+from clipcid_cli.formats.models.hf_folder import make_image_processor, validate_for_hf
 from clipcid_cli.formats.models.onnx_file import validate_for_classifier
 from clipcid_cli.formats.models.web_folder import validate_packages, write_engine
 
@@ -27,6 +29,14 @@ EXPRESSIBLE = {
     "ViT-H-16", "ViT-L-14", "ViT-L-14-280", "ViT-L-14-336", "ViT-L-14-336-quickgelu", "ViT-L-14-quickgelu", "ViT-L-16",
     "ViT-L-16-320", "ViT-M-16", "ViT-M-32", "ViT-M-32-alt", "ViT-S-16", "ViT-S-16-alt", "ViT-S-32",
     "ViT-S-32-alt", "ViT-bigG-14", "ViT-bigG-14-quickgelu", "ViT-e-14", "ViT-g-14",
+    "ViT-H-14-worldwide", "ViT-H-14-worldwide-378", "ViT-H-14-worldwide-quickgelu", "ViT-L-14-worldwide",
+    "ViT-L-14-worldwide-quickgelu", "ViT-bigG-14-worldwide", "ViT-bigG-14-worldwide-378",
+    "ViT-B-16-SigLIP", "ViT-B-16-SigLIP-256", "ViT-B-16-SigLIP-384", "ViT-B-16-SigLIP-512", "ViT-B-16-SigLIP-i18n-256",
+    "ViT-B-16-SigLIP2", "ViT-B-16-SigLIP2-256", "ViT-B-16-SigLIP2-384", "ViT-B-16-SigLIP2-512",
+    "ViT-B-32-SigLIP2-256", "ViT-L-16-SigLIP-256", "ViT-L-16-SigLIP-384", "ViT-L-16-SigLIP2-256",
+    "ViT-L-16-SigLIP2-384", "ViT-L-16-SigLIP2-512", "ViT-SO400M-14-SigLIP", "ViT-SO400M-14-SigLIP-378",
+    "ViT-SO400M-14-SigLIP-384", "ViT-SO400M-14-SigLIP2", "ViT-SO400M-14-SigLIP2-378", "ViT-SO400M-16-SigLIP2-256",
+    "ViT-SO400M-16-SigLIP2-384", "ViT-SO400M-16-SigLIP2-512", "ViT-gopt-16-SigLIP2-256", "ViT-gopt-16-SigLIP2-384",
 }  # fmt: skip
 
 
@@ -75,8 +85,18 @@ def test_all_that_cannot_be_expressed_is_named() -> None:
         validate_for_classifier(PIXELS | pixels)
 
 
+def test_what_siglip_is_not_is_named() -> None:
+    config = open_clip.get_model_config("ViT-B-16-SigLIP")
+    config["text_cfg"] |= {"no_causal_mask": False, "proj_bias": False, "tokenizer_kwargs": {"strip_sep_token": True}}
+    with pytest.raises(ClipcidError, match="Hugging Face's SiglipModel cannot express this model") as caught:
+        validate_for_hf(config, PIXELS, "HFTokenizer")
+    for name, value in config["text_cfg"].items():
+        changed_here = name in ("no_causal_mask", "proj_bias", "tokenizer_kwargs")
+        assert (f"text_cfg.{name} is {value!r}" in caught.value.message) == changed_here
+
+
 def test_settings_are_translated() -> None:
-    plain = make_config(TINY_CONFIG, 2.5)
+    plain = ClipArchitecture().make_config(TINY_CONFIG, 2.5)
     assert plain.vision_config.hidden_act == plain.text_config.hidden_act == "gelu"
     assert plain.vision_config.num_attention_heads == 2
     assert plain.vision_config.intermediate_size == 128
@@ -84,8 +104,11 @@ def test_settings_are_translated() -> None:
     assert plain.logit_scale_init_value == 2.5
     assert plain.text_config.max_position_embeddings == 12
     assert plain.text_config.eos_token_id == 49407
-    assert make_config(changed(TINY_CONFIG, quick_gelu=True), 2.5).text_config.hidden_act == "quick_gelu"
-    tanh = make_config(
+    assert (
+        ClipArchitecture().make_config(changed(TINY_CONFIG, quick_gelu=True), 2.5).text_config.hidden_act
+        == "quick_gelu"
+    )
+    tanh = ClipArchitecture().make_config(
         changed(TINY_CONFIG, vision_cfg__act_kwargs={"approximate": "tanh"}, text_cfg__norm_kwargs={"eps": 1e-6}), 2.5
     )
     assert tanh.vision_config.hidden_act == "gelu_pytorch_tanh"
@@ -106,6 +129,16 @@ def test_without_npm_the_command_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ClipcidError, match="npm pack onnxruntime-web@"):
         validate_packages(None)
+
+
+def test_npm_does_not_stand_in_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose .npmrc and package.json, perhaps a stranger's, it would obey."""
+    (tmp_path / "npm").write_text('#!/bin/sh\nread line < package.json\necho "in $PWD: $line" >&2\nexit 1\n')
+    (tmp_path / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(ClipcidError, match=r"in /.*: \{\}") as failed:
+        write_engine(tmp_path / "web", None)
+    assert str(Path.cwd()) not in failed.value.message
 
 
 def test_another_file_under_a_packages_name_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.results.metrics import metrics_stem
 from clipcid_cli.runtime.models.names import (
     DEFAULT_TAGS,
     find_weights,
@@ -28,7 +31,8 @@ from clipcid_cli.runtime.pipeline import ordered_map
         ("ViT-B-32", "architecture", "ViT-B-32", None, "ViT-B-32"),
         ("ViT-B/32", "architecture", "ViT-B-32", None, "ViT-B-32"),
         ("ViT-B-32:laion2b_s34b_b79k", "tag", "ViT-B-32", "laion2b_s34b_b79k", "ViT-B-32-laion2b_s34b_b79k"),
-        ("hf-hub:org/some model", "hub", None, None, "org-some-model"),
+        ("hf-hub:org/some model", "hub", None, None, "org-some-model-ade32747"),
+        ("hf-hub:org/some-model", "hub", None, None, "org-some-model"),
     ],
 )
 def test_reads_names(spec: str, kind: str, architecture: str | None, tag: str | None, slug: str) -> None:
@@ -49,6 +53,20 @@ def test_reads_folders(tiny_model: Path, tmp_path: Path) -> None:
     (student / "open_clip_config.json").write_text(config.read_text())
     assert parse_model(str(student)).kind == "config"
     assert parse_model(str(student)).slug == "run-7-student"
+
+
+@pytest.mark.parametrize(
+    "names", [("größe 1", "gräße 1"), ("run 1", "run-1"), ("走", "跑"), (".a", "a."), ("x\u0308", "x")]
+)
+def test_two_names_of_runs_share_no_file(names: tuple[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    for name in names:
+        shutil.copytree(tiny_model, tmp_path / name / "student")
+    slugs = [parse_model(str(tmp_path / name / "student")).slug for name in names]
+    assert len(set(slugs)) == 2
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", slug) for slug in slugs)
+    assert names[0] != "größe 1" or re.fullmatch(r"groesse-1-student-[0-9a-f]{8}", slugs[0])
+    stems = [metrics_stem(name, "m", "zeroshot_retrieval") for name in names]
+    assert len(set(stems)) == 2
 
 
 def test_the_width_is_known_without_weights(tiny_model: Path) -> None:

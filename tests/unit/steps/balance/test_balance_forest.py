@@ -66,6 +66,9 @@ def test_another_keep_ratio_reuses_the_forest_and_a_smaller_one_extends_it(tmp_p
     again, said = balance(work, folder, keep=0.05)
     assert "already holds this result" in said
     assert again == result
+    assert "holds this result already, finished" in balance(work, folder, keep=0.05, dry_run=True)[1]
+    other = balance(work, folder, keep=0.6, dry_run=True)[1]
+    assert "settings.keep: 0.05 there, 0.6 now" in other
     _, told = balance(work, folder, keep=0.05, keys="shard")
     assert "The forest of these embeddings exists" in told
     assert read_keep(work)["key"][0] == "img_emb_0/000000"

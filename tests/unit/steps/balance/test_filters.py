@@ -32,6 +32,9 @@ CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("good", {"against": ("narrow",), "against_threshold": 0.1}, "have width 16, those in .*good 32"),
     ("good", {"against": ("zeros",), "against_threshold": 0.1}, "All 20 rows of .*zeros are zero or not finite"),
     ("good", {"against": ("pictures.tar",), "against_threshold": 0.1}, "does not record the model to embed it with"),
+    ("good", {"near": ("narrow",), "near_keep": 0.5}, r"have width 16.*narrow|narrow have width 16"),
+    ("good", {"near": ("zeros",), "near_keep": 0.5}, "All 20 rows of .*zeros are zero or not finite"),
+    ("good", {"near": ("empty",), "near_keep": 0.5}, "all empty"),
     ("good", {"max_caption_similarity": -0.99}, r"of none of the \d+ images is in the window to -0.99: they range"),
     ("good", {"max_per_cluster": 2}, "There are no clusters in"),
     ("good", {"max_per_cluster": 2, "clusters": "."}, "holds no finished clusters"),
@@ -77,11 +80,95 @@ def test_another_amount_needs_no_search_and_the_forest_of_all_images_stays(tmp_p
         assert ("The forest of these embeddings exists" in told) == is_there
         assert (work / "balance" / "forest.parquet").read_bytes() == whole
     assert "dropped_by" not in read_keep(work)
+    # What is near targets is compared once for all amounts to keep.
+    near = {"near": (str(folder),), "near_keep": 0.4}
+    balance(work, folder, keep=0.5, **near)
+    assert "All comparisons were made before." in balance(work, folder, keep=0.6, **near)[1]
     # A window without images leaves the result that is there.
     before = {path.name: path.read_bytes() for path in (work / "balance").iterdir() if path.is_file()}
     with pytest.raises(ClipcidError, match=r"is in the window to -0\.99"):
         balance(work, folder, keep=0.5, max_caption_similarity=-0.99)
     assert {path.name: path.read_bytes() for path in (work / "balance").iterdir() if path.is_file()} == before
+
+
+REAL = Path(__file__).parents[3] / "golden" / "answers"
+
+
+def read_real(folder: str) -> np.ndarray:
+    """Recorded embeddings of drawings, float16 [N, D]."""
+    return np.concatenate([np.load(path) for path in sorted((REAL / folder / "img_emb").iterdir())])
+
+
+def distances_to(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Euclidean distances of all rows to all others, float32."""
+    parts = [rows[at : at + 64].astype(np.float64)[:, None] for at in range(0, len(rows), 64)]
+    return np.concatenate([np.sqrt(((part - others.astype(np.float64)) ** 2).sum(-1)) for part in parts]).astype("f4")
+
+
+@pytest.mark.parametrize("amount", [{"near_keep": 0.25}, {"near_distance": 0.55}], ids=["share", "distance"])
+def test_of_what_other_filters_leave_the_images_near_a_target_are_balanced(
+    tmp_path: Path, amount: dict[str, float]
+) -> None:
+    rows = read_real("rows")[::2]
+    rows[100:140] = rows[300]  # copies are as near as the first of them
+    targets = read_real("references")
+    keys = [f"target {row}" for row in range(len(targets))]
+    halves = [write_embeddings(tmp_path / name, targets[at::2], keys=keys[at::2]) for name, at in (("a", 0), ("b", 1))]
+    folder, known = write_embeddings(tmp_path / "e", rows), write_embeddings(tmp_path / "known", rows[:200:5])
+    filters = {"against": (str(known),), "against_threshold": 0.05, "near": tuple(map(str, halves)), **amount}
+    result, told = balance(tmp_path / "w", folder, threshold=0.4, **filters)
+    keep = read_keep(tmp_path / "w")
+
+    is_left = distances_to(rows, rows[:200:5]).min(1) > np.float32(0.05)
+    assert (keep["dropped_by"] == "reference").tolist() == (~is_left).tolist()
+    by_half = np.stack([distances_to(rows, targets[at::2]).min(1) for at in (0, 1)])
+    nearest = by_half.min(0)
+    ascending = np.sort(nearest[is_left])
+    threshold = np.float32(amount.get("near_distance", ascending[round(0.25 * len(ascending)) - 1]))
+    is_near = is_left & (nearest <= threshold)
+    assert (keep["dropped_by"] == "far").tolist() == (is_left & ~is_near).tolist()
+    place = np.where(by_half[0] <= by_half[1], 0, 1)  # of equally near ones the first
+    assert keep["near"].dropna().tolist() == [str(halves[at]) for at in place[is_near]]
+    np.testing.assert_array_equal(keep["near_distance"], np.where(is_near, nearest, np.nan))
+    which = [distances_to(rows[is_near], targets[at::2]).argmin(1) for at in (0, 1)]
+    named = [keys[at::2][which[at][row]] for row, at in enumerate(place[is_near])]
+    assert keep["near_key"].dropna().tolist() == named
+    assert result["near"] == {
+        "threshold": float(threshold) if "near_keep" in amount else 0.55,
+        "kept": is_near.sum(),
+        "dropped": (is_left & ~is_near).sum(),
+        "references": [
+            {
+                "name": str(halves[at]),
+                "rows": len(targets[at::2]),
+                "near": (is_left & (by_half[at] <= threshold)).sum(),
+                "nearest": (place[is_near] == at).sum(),
+            }
+            for at in (0, 1)
+        ],
+    }
+    assert result["searched"] == result["near"]["kept"]
+    assert result["dropped_by"] == keep["dropped_by"].value_counts().to_dict() | {"caption": 0, "cluster": 0}
+    assert f"{is_near.sum():,} of {is_left.sum():,} images are within" in told
+    # Sets are made of what is left alone: as of these rows by themselves.
+    balance(tmp_path / "alone", write_embeddings(tmp_path / "left", rows[is_near]), threshold=0.4)
+    assert keep["kept"][is_near].tolist() == read_keep(tmp_path / "alone")["kept"].tolist()
+
+
+def test_a_share_is_found_where_the_sample_promised_too_little(tmp_path: Path) -> None:
+    """Copies are sampled once, however many they are."""
+    rows, targets = make_rows(NUM_ROWS), make_rows(50, seed=2)
+    rows = rows[np.argsort(distances_to(rows, targets).min(1), kind="stable")]
+    rows[100:] = rows[390:].repeat(30, axis=0)
+    named = {"near": (str(write_embeddings(tmp_path / "t", targets)),), "threshold": 0.1}
+    result, told = balance(tmp_path / "w", write_embeddings(tmp_path / "e", rows), near_keep=0.84, **named)
+    assert "of the 336 images to keep are within" in told
+    distance = np.sort(distances_to(rows, targets).min(1))
+    assert result["near"]["threshold"] == distance[335]
+    assert result["near"]["kept"] == np.count_nonzero(distance <= distance[335]) == 340, "all as near as the last"
+    nearest = f"None of the 400 images is within 0.01 of a target: the nearest of the images is {distance[0]:.4f} away"
+    with pytest.raises(ClipcidError, match=nearest):
+        balance(tmp_path / "w", tmp_path / "e", near_distance=0.01, **named)
 
 
 def size_of(row: int) -> tuple[int, int]:
@@ -207,7 +294,9 @@ def test_a_dry_run_says_what_each_filter_takes(tmp_path: Path, is_untouched: Cal
     window = {"min_caption_similarity": 0.5, "max_caption_similarity": 0.9}
     call = {"keep": 0.5, "against": (reference, reference), "against_threshold": 0.3, "max_per_cluster": 4, **window}
     result, told = balance(work, embeddings, dry_run=True, **call)
+    near, _ = balance(work, embeddings, dry_run=True, keep=0.5, near=(reference,), near_keep=0.25)
     assert is_untouched()
+    assert (near["searched"], near["near"][0]["pairs"]) == (NUM_ROWS // 4, 90 * NUM_ROWS)
     for one in result["against"]:
         assert one == {
             "name": reference,

@@ -55,6 +55,16 @@ def list_samples(dataset: Dataset, rows: SampleRows) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("keys", ["sample", "shard"])
+def test_all_skipped_samples_are_named_in_one_form(keys: str, tmp_path: Path) -> None:
+    members = [*shard_members(0, 3), ("mute.png", make_image(9)), ("bad.png", b"no image"), ("bad.txt", b"x")]
+    write_tar(tmp_path / "data/a.tar", members)
+    data = index_data(open_dataset(str(tmp_path / "data"), keys), tmp_path / "index")
+    skips = samples.count_usable(data, max_bad_fraction=0.5).skips
+    skips.merge(samples.count_unreadable(data, {"a/bad" if keys == "shard" else "bad": "unreadable_image"}))
+    assert skips.examples == {"no_caption": ["a/mute"], "unreadable_image": ["a/bad"]}
+
+
 @pytest.mark.parametrize("is_shuffled", [False, True])
 def test_rows_are_found_in_any_order(is_shuffled: bool, dataset: Dataset, tmp_path: Path) -> None:
     keys = list_keys(dataset)

@@ -30,6 +30,7 @@ from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.comparison import ComparisonResult
+from clipcid_cli.steps.evaluate.linear import warn_of_repeats
 from clipcid_cli.steps.evaluate.probe_fits import ProbeFits
 from clipcid_cli.steps.evaluate.probe_plan import ProbePlan
 from clipcid_cli.steps.evaluate.probe_result import LinearResult
@@ -77,6 +78,10 @@ def test_comparison_of_other_data_is_refused(tmp_path: Path) -> None:
             compare(a, b)
     write_result(b, "yx", [1, 0])  # the order of the rows does not matter
     assert compare(a, b)[0].images == 2
+    with pytest.raises(ClipcidError, match="There is no metrics file") as missing:
+        compare(a, tmp_path / "bb.json")
+    assert str(b) in str(missing.value.fix)
+    assert str(a) not in str(missing.value.fix)
 
 
 def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
@@ -160,11 +165,14 @@ def test_a_pattern_of_models_is_matched_as_one_of_results(tiny_model: Path, tmp_
         return [name.slug for name in eval_zeroshot.make_plan(settings).names]
 
     runs = tmp_path / "runs"
-    assert models(f"{runs}/*") == ["s-1", "s2", "s10"]
-    assert models(f"{runs}/s*", f"{runs}/[s]1") == ["s2", "s10", "s-1"]
+    assert models(f"{runs}/*") == ["s-1-14fddd61", "s2", "s10"]
+    assert models(f"{runs}/s*", f"{runs}/[s]1") == ["s2", "s10", "s-1-14fddd61"]
     assert models(f"{runs}/s2", f"{runs}/s?0") == ["s2", "s10"]
     with pytest.raises(ClipcidError, match=r"runs/x\*"):
         models(f"{runs}/x*")
+
+
+COUNTS = {"train": 20, "val": 3, "test": 8}  # images of each class
 
 
 def make_images(counts: list[int], seed: int = 0) -> ImageFeatures:
@@ -174,6 +182,18 @@ def make_images(counts: list[int], seed: int = 0) -> ImageFeatures:
     centres = torch.randn(len(counts), 6, generator=torch.Generator().manual_seed(9))
     rows = 0.7 * centres[labels] + torch.randn(len(labels), 6, generator=generator)
     return ImageFeatures(torch.nn.functional.normalize(rows, dim=1), labels)
+
+
+def test_images_of_training_in_the_test_are_a_warning() -> None:
+    splits = {name: make_images([count, count], seed) for seed, (name, count) in enumerate(COUNTS.items())}
+    with heard() as told:
+        warn_of_repeats(splits)
+    assert told == []
+    splits["test"].rows[:3] = splits["train"].rows[[4, 30, 7]]
+    splits["test"].rows[2:5] = splits["val"].rows[[5, 1, 2]]
+    with heard() as told:
+        warn_of_repeats(splits)
+    assert "5 of 16 test images are among those of training too" in "\n".join(told)
 
 
 def make_fits(images: ImageFeatures, **settings: Any) -> ProbeFits:

@@ -6,6 +6,7 @@ import dataclasses
 import html
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 from balance_data import heard
 from conftest import make_image, shard_members, write_class_folders, write_tar
+from families import FAMILIES, write_family
 from markdown_it import MarkdownIt
 from sidecars import make_sidecar
 
@@ -129,6 +131,30 @@ def test_a_processor_that_makes_other_pixels_is_refused(model: ClipModel, drawin
         ClipcidError, match=r"in the median picture \(allowed 4.00\), most in [abc]_\w+/\d+, by \d+\.\d\d\."
     ):
         write_hf(Checker(model, inverted, ExportSettings(format=("hf",))), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SigLIP 2", pytest.param("MetaCLIP 2", marks=pytest.mark.slow)])
+def test_transformers_computes_what_models_with_other_tokenizers_do(name: str, tmp_path: Path) -> None:
+    model = load_model(parse_model(str(write_family(tmp_path / "model", FAMILIES[name]))), fresh_seed=1)
+    settings = ExportSettings(format=("hf",))
+    parity = write_hf(Checker(model, read_inputs(model, None, None, settings), settings), tmp_path)["hf"]
+    assert parity.tokenizer is not None
+    assert parity.tokenizer["same"] == parity.tokenizer["texts"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own
+        from transformers import AutoModel, AutoProcessor
+
+        found, processor = (kind.from_pretrained(tmp_path) for kind in (AutoModel, AutoProcessor))
+        texts = [" Two_Dogs,\n and a CAT", "red"]
+        given = processor(text=texts, padding="max_length", truncation=True, return_tensors="pt")
+        assert {*given} == {"input_ids"}, "padding is seen, as in open_clip"
+        with torch.no_grad():
+            rows = found.eval()(**given, pixel_values=torch.ones(2, 3, 32, 32))
+            image_rows, text_rows, scale, *bias = model.module(torch.ones(2, 3, 32, 32), model.tokenizer(texts))
+            logits = scale * image_rows @ text_rows.T + sum(bias)
+    np.testing.assert_allclose(rows.image_embeds, image_rows, atol=1e-5)
+    np.testing.assert_allclose(rows.text_embeds, text_rows, atol=1e-5)
+    np.testing.assert_allclose(rows.logits_per_image, logits, atol=1e-4)
 
 
 def test_patches_over_the_limit_are_refused(model: ClipModel, drawings: Path) -> None:
@@ -258,6 +284,7 @@ def render(info: ModelRecord, source: ModelName, **settings: Any) -> str:
 def test_metrics_are_those_of_the_same_weights(model: ClipModel, tiny_model: Path, tmp_path: Path) -> None:
     write_evaluation(tmp_path, "own", "blake2b:aa", 0.5)
     write_evaluation(tmp_path, "same", "blake2b:aa", 0.5, config=record(tiny_model / "open_clip_config.json").hash)
+    write_evaluation(tmp_path, "copied", "blake2b:aa", 0.5, dataset="own")
     write_evaluation(tmp_path, "others", "blake2b:bb", 0.25)
     write_evaluation(tmp_path, "sampled", "blake2b-sampled:aa", 0.75)
     own = msgspec.structs.replace(model.info, weights_hash="blake2b:aa")
@@ -265,6 +292,7 @@ def test_metrics_are_those_of_the_same_weights(model: ClipModel, tiny_model: Pat
     for source in (tagged, parse_model(str(tiny_model))):
         card = render(own, source, work=tmp_path)
         assert "| own | zeroshot_classification | acc1 | 1,234 | 0.5000 | aa01, bb02 |" in card
+        assert card.count("| own |") == 1
         assert "| same |" in card
         assert "| others |" not in card
         assert "| sampled |" not in card
@@ -307,7 +335,7 @@ def test_a_card_shows_programs_for_what_is_in_the_folder(
     programs = re.findall(r"^```(?:python|sh)\n(.*?)^```", card.partition("## Use")[2], re.DOTALL | re.MULTILINE)
     libraries = {
         "open-clip": "import open_clip",
-        "hf": "import CLIPModel",
+        "hf": "import AutoModel",
         "onnx": "onnxruntime",
         "web": "python -m http.server",
     }

@@ -1,0 +1,97 @@
+"""Runs with ``--text-tower teacher``: whose text tower is kept, and which losses train an image tower beside it.
+
+The text tower never runs in a step: what it would make of captions are the teacher's own rows of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.sidecar import read_embed_sidecar
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.load import load_model
+from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
+from clipcid_cli.runtime.models.text_tower import put_beside
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.distill.samples import index_of
+from clipcid_cli.steps.models import embed_with, validate_teacher
+from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
+
+
+def load_beside_teacher(
+    settings: DistillSettings, name: ModelName, device: torch.device
+) -> tuple[ClipModel, Path | None]:
+    """Load the student's image tower beside the teacher's text tower, and return the folder that the latter is from."""
+    teacher_name = find_teacher(settings)
+    teacher = load_model(teacher_name)
+    if teacher.logit_bias is None:
+        for loss in settings.loss_entries():
+            if loss.needs_bias:
+                raise ClipcidError(
+                    f"The loss {loss.name} trains a logit bias, which {teacher_name.spec} has not, and --text-tower teacher "
+                    "keeps the teacher's.",
+                    f"Use --loss {loss.name}=0, or omit --text-tower.",
+                )
+    model, random = put_beside(name, teacher, device, settings.seed)
+    trained = sum(value.numel() for key, value in model.module.named_parameters() if key.startswith("visual."))
+    reporting.note(
+        f"Text tower: that of {teacher_name.spec}, kept with its logit scale {teacher.logit_scale:.3g}; trained is an image "
+        f"tower of {trained / 1e6:.1f} M parameters, of embeddings {model.info.embed_dim} wide."
+    )
+    if random:
+        reporting.note(f"The image tower starts from {name.spec}, except {', '.join(random)}.")
+    return model, teacher_name.folder
+
+
+def find_teacher(settings: DistillSettings) -> ModelName:
+    """Return the teacher, as it was named, else as its embeddings record it."""
+    if settings.teacher:
+        return with_default_tag(parse_model(settings.teacher[0]))
+    work = WorkDirectory(settings.work)
+    if settings.embeddings:
+        folder = settings.embeddings[0]
+    elif settings.data is not None and not work.has_embeddings():
+        return with_default_tag(parse_model(DEFAULT_MODEL))
+    else:
+        folder = work.find_embeddings()
+    sidecar = read_embed_sidecar(folder)
+    if sidecar is None:
+        raise ClipcidError(
+            f"--text-tower teacher, but {folder} does not record which model made it.",
+            "Name the --teacher, a model of open_clip whose embeddings they are.",
+        )
+    name = parse_model(sidecar.model.spec)
+    validate_teacher(f"embeddings in {folder}", sidecar.model, name, f"Run: {embed_with(name, settings)}")
+    return name
+
+
+def drop_losses_of_captions(
+    settings: DistillSettings, embeddings: Embeddings | None, dataset: Dataset
+) -> DistillSettings:
+    """Turn those losses off that need the teacher's rows of captions where there are none, and say so."""
+    needing = [loss.name for loss in settings.loss_entries() if settings.needs_teacher_texts(loss)]
+    lacking = None
+    if settings.online_teacher:
+        if not any(shard.with_captions for shard in index_of(dataset).records):
+            lacking = f"{dataset.spec} has no captions"
+    elif embeddings is not None and not embeddings.has_texts:
+        lacking = f"{embeddings.folder} holds no embeddings of captions"
+    if lacking is None or not needing:
+        return settings
+    typed = [name for name in needing if settings.typed_losses.get(name)]
+    left = [loss.name for loss in settings.loss_entries() if loss.name not in needing]
+    if typed or not left:
+        raise ClipcidError(
+            f"{lacking}, and they are needed by: {', '.join(typed or needing)}.",
+            "Use losses of images alone, such as --loss fd=2, or data with captions.",
+        )
+    reporting.note(f"{lacking}: without {', '.join(needing)}, the losses are {', '.join(left)}.")
+    return dataclasses.replace(settings, loss=(*settings.loss, *(f"{name}=0" for name in needing)))

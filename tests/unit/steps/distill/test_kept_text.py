@@ -1,0 +1,90 @@
+"""An image tower trained beside its teacher's text tower, with captions and without: what runs, moves, and is served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import shard_members, write_tar
+from distill_data import STUDENT, train
+from safetensors.torch import load_file
+from teaching_data import FP32, embed_data, join
+
+from clipcid_cli.algorithms.metrics.retrieval import retrieval_ranks
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.runtime.models.load import load_model
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.runtime.models.pruned_forward import PrunedForward
+
+WEIGHTS = "open_clip_model.safetensors"
+KEPT: dict[str, Any] = {"text_tower": "teacher", "preset": None, "val_fraction": 0.0}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A folder of 16 images without captions and one of 16 pairs, embeddings of both, and an image tower to train."""
+    folder = tmp_path_factory.mktemp("kept")
+    for name, captions in (("images", False), ("pairs", True)):
+        write_tar(folder / name / "0.tar", shard_members(0, 16, captions=captions))
+        embed_data(folder / name, tiny_model, folder / f"rows of {name}", text=captions)
+    (folder / "student.json").write_text(json.dumps(STUDENT))
+    return folder
+
+
+def kept(place: Path, work: Path, data: str, **settings: Any) -> tuple[list[dict[str, Any]], str]:
+    given = KEPT | {"student": str(place / "student.json"), "embeddings": (place / f"rows of {data}",)}
+    return train(work, place / data, **given | settings)
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_images_alone_train_an_image_tower(
+    online: bool, place: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the text tower runs or moves, and its scale does not either."""
+    monkeypatch.setattr(PrunedForward, "encode_texts", None)
+    log, told = kept(place, tmp_path, "images", online_teacher=online, ema=0.9, lr=0.01)
+    assert "without clip, instance, the losses are fd." in told
+    assert "16 samples" in told
+    assert [list(line) for line in log] == [["step", "loss", "loss_fd", "lr", "gradient_norm", "scale_student"]] * 4
+    assert log[-1]["loss_fd"] < log[0]["loss_fd"]
+    teacher = load_file(tiny_model / WEIGHTS)
+    students = [load_file(tmp_path / "distill" / "run" / name / WEIGHTS) for name in ("student", "student-ema")]
+    for name in [name for name in teacher if not name.startswith("visual.")]:
+        assert all(torch.equal(student[name], teacher[name]) for student in students), name
+    assert not torch.equal(students[0]["visual.proj"], students[1]["visual.proj"])
+    checkpoint = torch.load(tmp_path / "distill" / "run" / "checkpoints" / "step_00000004.pt", weights_only=True)
+    trained = sum(group["params"] != [] and len(group["params"]) for group in checkpoint["optimizer"]["param_groups"])
+    assert trained == sum(name.startswith("visual.") for name in students[0])
+
+
+def test_stored_rows_of_texts_find_images_of_the_student(place: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """They are what the student makes of the texts, and its images are near those of their captions."""
+    kept(place, tmp_path, "pairs", loss=("instance=1", "fd=0"), steps=60, lr=0.01, batch_size=16)
+    stored = open_embeddings(place / "rows of pairs")
+    texts = torch.from_numpy(np.array(stored.rows(Kind.TEXTS).read(0, 16))).float()
+    student = load_model(parse_model(str(tmp_path / "distill" / "run" / "student")))
+    captions = stored.captions_of(stored.files[0]).to_pylist()
+    assert (student.encode_texts(student.tokenizer(captions), FP32) - texts).abs().max() < 6e-4
+    assert student.logit_scale == pytest.approx(load_model(parse_model(str(tiny_model))).logit_scale, rel=1e-6)
+    rows, batch = join(place / "pairs", place / "rows of pairs").show(student)
+    ranks, _ = retrieval_ranks(student.encode_images(batch.pixels, FP32), texts[rows], torch.arange(16))
+    assert (ranks == 0).float().mean() > 0.6
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ({"preset": "clip"}, "holds no embeddings of captions, and they are needed by: clip"),
+        ({"loss": ("icl=1",)}, "captions are needed by: icl"),
+        ({"loss": ("icl=1",), "online_teacher": True}, "images has no captions, and they are needed by: icl"),
+    ],
+)
+def test_losses_that_images_alone_cannot_serve_are_refused(given: dict[str, Any], wrong: str, place: Path) -> None:
+    with pytest.raises(ClipcidError, match=wrong):
+        join(place / "images", place / "rows of images", **KEPT | given)
