@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from clipcid_cli.steps.evaluate.comparison import ComparisonResult, Difference
     from clipcid_cli.steps.evaluate.draws import Draws
     from clipcid_cli.steps.evaluate.result import ZeroshotResult
+    from clipcid_cli.steps.evaluate.suite_result import SuiteResult
     from clipcid_cli.steps.evaluate.zeroshot import Answer
 
 
@@ -23,7 +24,7 @@ def show(answer: Answer, console: Console) -> None:
     from clipcid_cli.steps.evaluate.result import Preview, Previews, ZeroshotResult, ZeroshotResults
 
     if not isinstance(answer, ZeroshotResult | ZeroshotResults | Preview | Previews):
-        _show_comparison(answer, console)
+        _show_other(answer, console)
         return
     results = answer.results if isinstance(answer, ZeroshotResults | Previews) else [answer]
     show_tables([one for one in results if not isinstance(one, Preview)], console)
@@ -32,6 +33,17 @@ def show(answer: Answer, console: Console) -> None:
     if not isinstance(answer, Previews):
         files |= {name: path for name, path in answer.files.items() if name not in kinds}
     print_facts(console, "", {}, {name: paths for name, paths in files.items() if paths})
+
+
+def _show_other(answer: ComparisonResult | SuiteResult, console: Console) -> None:
+    from clipcid_cli.steps.evaluate.suite_result import SuiteResult
+
+    if isinstance(answer, SuiteResult):
+        from clipcid_cli.commands.suite import show_suite
+
+        show_suite(answer, console)
+    else:
+        _show_comparison(answer, console)
 
 
 def _show_comparison(answer: ComparisonResult, console: Console) -> None:
@@ -212,6 +224,7 @@ Examples:
   clipcid eval-zeroshot ViT-B-32 food101/ --model ViT-L-14 --json
   clipcid eval-zeroshot ViT-B-32 imagenet pets voc2007 \\
       --data-root /data/clip_benchmark --predictions
+  clipcid eval-zeroshot ViT-B-32 --suite datacomp /data/datacomp
   clipcid eval-zeroshot --compare A.json B.json
   clipcid eval-zeroshot --compare 'pets_A-*_classification.json' \\
       'pets_B-*_classification.json'

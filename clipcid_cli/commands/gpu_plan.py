@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 def show(plan: GpuPlan, console: Console) -> None:
     """Print the figures of a plan."""
     facts = {"images": f"{plan.images:,}", "time": format_duration(3600 * plan.hours)}
-    if plan.step == "balance":
+    if plan.host_hours is not None:
+        facts["time"] += f", of which GPUs wait {format_duration(3600 * plan.host_hours)} for the host"
+    elif plan.step == "balance":
         facts["time"] += " of products; the work of the host after them is not counted"
     if plan.images_per_second is not None:
         facts["time"] += f", {plan.images_per_second:,.0f} images/s"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Header = tuple[tuple[int, ...], bool, np.dtype[Any]]  # shape, whether by column, number format
 Arrays = tuple[npt.NDArray[Any], ...]
+ArrayJournal = Journal[dict[str, Any]]
 Number = TypeVar("Number", bound=np.generic)
 
 _HASH = "hash"
@@ -83,7 +84,7 @@ def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
         return None
 
 
-def array_journal(folder: Path) -> Journal[dict[str, Any]]:
+def array_journal(folder: Path) -> ArrayJournal:
     """Return the journal of parts that are arrays and numbers by name."""
     return Journal(folder, ".npz", save_arrays, load_arrays)
 

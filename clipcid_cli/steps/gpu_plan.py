@@ -9,7 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from clipcid_cli.algorithms.costs import Clip
-from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
@@ -39,6 +39,13 @@ _SHARE_OF_KMEANS = 1 / 3
 _IMAGES_OF_CLUSTER, _MOST_CLUSTERS = 225, 1_000_000
 # Keep list and forest of an image (docs/scale.md).
 _BYTES_OF_LISTS = 65
+# Partitioned, a row is compared with √N centroids and with so many times √N rows (measured, docs/gpu.md), rows of the audit
+# with all; rows are read so many times, and copied once; after that the host takes so long for each row to make sets, lists
+# and report (docs/scale.md).
+_COMPARED_IN_PARTITIONS = 5.1
+_AUDITED = 30_000
+_READS_IN_PARTITIONS = 10
+_HOST_SECONDS_OF_ROW = 30e-6
 _ENCODED_AT_ONCE = 256
 _BYTES_OF_WEIGHT = 4  # a parameter that only lies there, in float32
 _NEAREST, _BYTES_OF_NEAREST = 16, 6
@@ -52,6 +59,9 @@ class GpuPlan(msgspec.Struct, kw_only=True):
     gpus: str
     images: int
     hours: float
+    host_hours: float | None = (
+        None  # of them, those in which the host works and GPUs wait; None where it is not counted
+    )
     operations: float  # of products, on all GPUs
     peak_share: float | None  # of the data sheet's rate of products; None on a measured device
     cost: float | None  # at ``--price``
@@ -219,30 +229,36 @@ def plan_cluster(settings: ClusterSettings) -> GpuPlan:
 
 
 def plan_balance(settings: BalanceSettings) -> GpuPlan:
-    """Compute what the products of the search take; what the host does after it is not counted."""
-    if settings.neighbors == "partitioned":
-        raise UsageError(
-            "--gpus plans the exact search: what partitions take on GPUs is not known.",
-            "Omit --neighbors partitioned, or --gpus to count its pairs here.",
-        )
+    """Compute what the search takes: all pairs by their products alone, partitions also by what the host does after them."""
     gpus = _choose_gpus(settings.gpus, settings.precision)
     known = _look_up(settings)
     images = _count_images(settings, known.images)
     width = known.width or _width_of(settings.model or DEFAULT_MODEL)
-    operations = width * images * (images - 1.0)  # two for each pair and number
     row_bytes = 2 * width
+    pairs = images * (images - 1.0) / 2
+    bytes_read = float(images) * row_bytes
+    disk_bytes = float(images) * _BYTES_OF_LISTS
+    host_seconds = 0.0
+    if settings.neighbors == "partitioned":
+        disk_bytes += bytes_read
+        bytes_read *= _READS_IN_PARTITIONS
+        pairs = images * ((1 + _COMPARED_IN_PARTITIONS) * math.sqrt(images) + min(images, _AUDITED))
+        host_seconds = _HOST_SECONDS_OF_ROW * images
+    operations = 2 * width * pairs
     own = images / gpus.total
-    return _finish(
+    plan = _finish(
         "balance",
         gpus,
         images,
-        operations / gpus.device.reached().product / gpus.total,
+        operations / gpus.device.reached().product / gpus.total + host_seconds,
         operations=operations,
-        bytes_read=float(images) * row_bytes,
-        disk_bytes=float(images) * _BYTES_OF_LISTS,
+        bytes_read=bytes_read,
+        disk_bytes=disk_bytes,
         memory_bytes=min(0.6 * gpus.device.memory, own * row_bytes),
         price=settings.price,
     )
+    plan.host_hours = host_seconds / 3600 or None
+    return plan
 
 
 def _finish(

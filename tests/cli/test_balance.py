@@ -272,8 +272,4 @@ def test_references_of_another_model(clipcid: Clipcid, tiny_model: Path, tiny_sh
     amounts = ("--keep", 0.5, "--against", "references", "--against-threshold", 0.1)
     run = clipcid("balance", tiny_shards, "--model", other, *amounts, code=1)
     assert "the images to balance are to be embedded with" in run.said
-    near = ("--keep", 0.5, "--near", "references", "--near-keep", 0.1)
-    clipcid("embed", tiny_shards, "--model", other, "--out", "embeddings")
-    run = clipcid("balance", "--embeddings", "embeddings", *near, code=1)
-    assert "Embed it with the same model: give the images themselves (--near DATA)." in run.said
     assert not (tmp_path / "clipcid-work" / "embeddings").exists()

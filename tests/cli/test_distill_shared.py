@@ -18,7 +18,8 @@ from distill_data import FULL_PRESETS, SHORT, losses, student_bytes, train_prese
 from safetensors.torch import load_file
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.steps.distill import run
+from clipcid_cli.formats.results.run_folder import list_checkpoints
+from clipcid_cli.steps.distill import run, trainer
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
@@ -138,6 +139,20 @@ def stop_at_step(patch: pytest.MonkeyPatch, number: int) -> None:
         step(trainer, batch)
 
     patch.setattr(Trainer, "step", stop)
+
+
+def test_there_is_a_checkpoint_after_some_minutes_whatever_the_steps(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = whole / "clipcid-work" / "distill"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+        stop_at_step(patch, 4)
+        with pytest.raises(ClipcidError, match="ends early"):
+            train_presets(whole, "timed", ("clip",), checkpoint_every=1000)
+    assert list_checkpoints(runs / "clip-timed" / "checkpoints") == [3, 4]
+    train_presets(whole, "timed", ("clip",), checkpoint_every=1000)
+    assert student_bytes(runs / "clip-timed") == student_bytes(runs / "clip-whole")
 
 
 def test_a_run_goes_on_with_other_data_sets_and_looks_at_the_data_no_more(

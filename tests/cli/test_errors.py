@@ -41,9 +41,6 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("balance /etc/passwd /etc/hosts /etc/group --keep 0.5", 2, "Got 2 more arguments than DATA, such as /etc/hosts"),
     ("balance a.tar b.tar c.tar --keep 0.5", 2, "Got unexpected extra arguments (b.tar c.tar)"),
     ("balance --keep 0.5 --against-threshold 0.1", 2, "--against-threshold was given without --against"),
-    ("balance --keep 0.5 --near x --near-keep 0.1 --near-distance 1", 2, "--near-distance and --near-keep were given"),
-    ("balance --keep 0.5 --near x", 2, "--near needs a distance or a share"),
-    ("balance --keep 0.5 --near-keep 0.3", 2, "--near-keep was given without --near"),
     (
         "balance --keep 0.5 --near nowhere --near-keep 0.3 --model model",
         1,

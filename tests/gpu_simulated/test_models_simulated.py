@@ -79,6 +79,7 @@ FITTED = """
 import math
 import torch
 from torch.nn.functional import normalize
+from clipcid_cli.algorithms.accumulation import exact_accumulation
 from clipcid_cli.algorithms.losses import batch
 from clipcid_cli.algorithms.losses.batch import ClusterTargets
 from clipcid_cli.algorithms.losses.cluster import soft_label_cross_entropy
@@ -95,8 +96,9 @@ def gradient(device, dtype):
     columns = (centroids, correction, centroids[label])
     targets = ClusterTargets(*(column.to(device, dtype) for column in columns))
     features = centroids[label].to(device, dtype).requires_grad_()
-    loss = soft_label_cross_entropy(features, targets, torch.tensor(100.0).to(device, dtype))
-    (loss / 16).backward()
+    with exact_accumulation(torch.device(device)):
+        loss = soft_label_cross_entropy(features, targets, torch.tensor(100.0).to(device, dtype))
+        (loss / 16).backward()
     return loss.detach().cpu().double() / 16, features.grad.cpu().double()
 
 factors, multiply = set(), torch.mm

@@ -82,7 +82,7 @@ def accuracy_metrics(labels_N: Array, ranks_N: Array, num_classes: int) -> CellM
     Source: LAION-AI/CLIP_benchmark 1.6.2, metrics/zeroshot_classification.py; its NaN for acc5 is kept.
     """
     cells_U3, images_U = count_cells(np.stack([labels_N, ranks_N == 0, ranks_N < ACCURACY_TOP_K], axis=1))
-    return CellMetrics(images_U, partial(_accuracies, cells_U3, num_classes))
+    return CellMetrics(images_U, partial(accuracies, cells_U3, num_classes))
 
 
 def compare_accuracies(
@@ -94,7 +94,7 @@ def compare_accuracies(
     among = [ranks_N < ACCURACY_TOP_K for ranks_N in ranks]
     cells_UV, images_U = count_cells(np.stack([labels_N, *right, *among], axis=1))
     models = [
-        CellMetrics(images_U, partial(_accuracies, cells_UV[:, [0, 1 + model, 1 + len(ranks) + model]], num_classes))
+        CellMetrics(images_U, partial(accuracies, cells_UV[:, [0, 1 + model, 1 + len(ranks) + model]], num_classes))
         for model in range(len(ranks))
     ]
     num_seeds = len(first_S)
@@ -102,7 +102,7 @@ def compare_accuracies(
     return compare(models[:num_seeds], models[num_seeds:], replicates, seed, p_values)
 
 
-def _accuracies(cells_U3: Array, num_classes: int, draws_BU: Array) -> dict[str, Array]:
+def accuracies(cells_U3: Array, num_classes: int, draws_BU: Array) -> dict[str, Array]:
     """Return the metrics of draws from cells of class, right (0, 1) and among the first (0, 1), classes ascending."""
     classes_U, right_U, among_U = cells_U3.T
     starts_C = np.flatnonzero(np.diff(classes_U, prepend=classes_U[0] - 1))

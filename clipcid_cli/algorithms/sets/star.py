@@ -9,6 +9,7 @@ Source: docs/method.md#star-cover.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -68,8 +69,18 @@ class StarCover(NamedTuple):
     representatives: IntArray
 
 
-def find_star_cutoff(pairs: Edges, copies: IntArray, num_kept: int, above: float = -1.0) -> StarCover | None:
+def find_star_cutoff(
+    pairs: Edges,
+    copies: IntArray,
+    num_kept: int,
+    above: float = -1.0,
+    on_cover: Callable[[float, float], None] = lambda above, within: None,
+) -> StarCover | None:
     """Find the ε > `above` that keeps a given number of rows at most, by bisection over the distances of ascending pairs.
+
+    Args:
+        on_cover: Told after each cover between which distances ε is: it is above one that keeps more. The bisection goes on
+            from there where it is begun with both, the pairs up to the second.
 
     Returns:
         A cover that keeps so few, while the next smaller distance tried keeps more; None when even all pairs keep more.
@@ -82,6 +93,7 @@ def find_star_cutoff(pairs: Edges, copies: IntArray, num_kept: int, above: float
     if count_kept(best.representatives) > num_kept:
         return None
     while high - low > 1:
+        on_cover(float(distances[low]) if low >= 0 else above, float(distances[high]))
         middle = (low + high) // 2
         cutoff = float(distances[middle])
         cover = StarCover(cutoff, star_cover(pairs.up_to(cutoff), copies))

@@ -48,6 +48,11 @@ ACCURACY = "acc1"
 PER_CLASS = "mean_per_class_recall"
 ELEVEN_POINT = "mean_average_precision_11_point"
 RECALL = "image_retrieval_recall@5"
+F1 = "F1-macro_all"
+WORST_REGION = "acc_worst_region"
+WORST_GROUP = "acc_wg"
+WORST_GROUP_TOP5 = "acc_top5_wg"
+JACCARD = "jaccard_score_10-12"
 
 
 class MissingSplitError(ClipcidError):
@@ -173,10 +178,15 @@ class KnownDataset:
     class_names: str | None = None  # built-in ones, for a copy without its own; likewise the templates
     templates: str | None = None
     source: str | None = None  # where else to get it
+    owner: str = "clip-benchmark"  # who publishes the copy on the Hugging Face hub
 
 
 def _imagenet(name: str, folder: str) -> KnownDataset:
     return KnownDataset(name, folder, class_names="imagenet", templates="openai")
+
+
+def _datacomp(name: str, folder: str, metric: str) -> KnownDataset:
+    return KnownDataset(name, folder, metric=metric, owner="djghosh")
 
 
 KNOWN_DATASETS = {
@@ -185,6 +195,7 @@ KNOWN_DATASETS = {
         _imagenet("imagenet", "wds_imagenet1k"),
         _imagenet("imagenetv2", "wds_imagenetv2"),
         _imagenet("imagenet-a", "wds_imagenet-a"),
+        _imagenet("imagenet-o", "wds_imagenet-o"),
         _imagenet("imagenet-r", "wds_imagenet-r"),
         _imagenet("imagenet-sketch", "wds_imagenet_sketch"),
         KnownDataset("objectnet", "wds_objectnet", templates="openai"),
@@ -214,6 +225,14 @@ KNOWN_DATASETS = {
         KnownDataset("fer2013", "wds_fer2013"),
         KnownDataset("pcam", "wds_vtab-pcam"),
         KnownDataset("sst2", "wds_renderedsst2"),
+        KnownDataset("clevr-counts", "wds_vtab-clevr_count_all"),
+        KnownDataset("clevr-distance", "wds_vtab-clevr_closest_object_distance"),
+        KnownDataset("kitti", "wds_vtab-kitti_closest_vehicle_distance"),
+        _datacomp("iwildcam", "wds_wilds-iwildcam_test", F1),
+        _datacomp("camelyon17", "wds_wilds-camelyon17_test", ACCURACY),
+        _datacomp("fmow", "wds_wilds-fmow_test", WORST_REGION),
+        _datacomp("dollar-street", "wds_dollar_street_test", WORST_GROUP_TOP5),
+        _datacomp("geode", "wds_geode_test", WORST_GROUP),
         KnownDataset("flickr30k", "wds_flickr30k", metric=RECALL),
         KnownDataset("mscoco", "wds_mscoco_captions", metric=RECALL),
     )
@@ -242,7 +261,7 @@ def find_known_dataset(name: str, root: Path) -> tuple[KnownDataset, Path] | Non
         get = f"{known.source}, in {places[-1] / 'test'}."
     else:
         expected = f"{places[0]} (CLIP_benchmark's shards) or "
-        get = f"hf download clip-benchmark/{known.folder} --repo-type dataset --local-dir {places[0]}"
+        get = f"hf download {known.owner}/{known.folder} --repo-type dataset --local-dir {places[0]}"
     raise ClipcidError(
         f"There is no local copy of {name}: expected in {expected}{places[-1]} (one folder of images per class).",
         f"Name the folder of your copies with --data-root, or get it: {get}"

@@ -181,6 +181,22 @@ def _read_vector(sample: Sample, length: int | None) -> npt.NDArray[Any]:
     return vector
 
 
+def read_metadata(sample: Sample, place: int) -> int:
+    """Return one number, 0 or more, of the vector of metadata that a sample has in its ``.npy``, as of WILDS."""
+    try:
+        if sample.multi_hot is None:
+            raise ValueError("it has none")
+        numbers = parse_npy(sample.multi_hot.read())
+        if numbers.ndim != 1 or numbers.dtype.kind not in "iuf" or not 0 <= numbers[place] < 2**31:
+            raise ValueError(f"it is {numbers.dtype} {list(numbers.shape)}")
+    except (OSError, ValueError, IndexError) as error:
+        raise ClipcidError(
+            f"The .npy of sample {sample.key}, of which number {place} is its group, cannot be read: {error}.",
+            "Get the copy of the data set that DataComp evaluates: its shards have a .npy beside each image.",
+        ) from error
+    return int(numbers[place])
+
+
 def natural_key(text: str) -> tuple[object, ...]:
     """Sort key by which ``2.tar`` comes before ``10.tar``; the text itself decides between ``01`` and ``1``."""
     return tuple(int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", text))), text

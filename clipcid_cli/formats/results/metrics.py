@@ -10,6 +10,7 @@ Predictions are parquet, one row per image, compared with other models' rows by 
 | classification | ``key``, ``label``, ``predicted`` (int32), ``top`` (list int32, up to 5), ``scores`` (list float32, cosines of `top`) |
 | multi-label | ``key``, ``labels`` (list int32), ``predicted``, ``top``, ``scores``, ``class_scores`` (list float32, of every class) |
 | retrieval | ``key``, ``image_ranks`` (list int64: for each caption, the images before its own), ``text_rank`` (int64: the captions before the first of its own) |
+| association | ``key``, ``cue`` (int32), ``associated``, ``chosen`` (bool), ``score`` (float32, cosine of image and cue) |
 
 Shape letters: N images, M captions, C classes, K = min(5, C).
 
@@ -48,6 +49,7 @@ SUMMARY_REPORT = "report.html"
 CLASSIFICATION = "classification"
 MULTI_LABEL = "multilabel"
 RETRIEVAL = "retrieval"
+ASSOCIATION = "association"
 
 _INT = pa.int32()
 _INTS = pa.list_(pa.int32())
@@ -56,6 +58,7 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
     CLASSIFICATION: {"label": _INT, "predicted": _INT, "top": _INTS, "scores": _FLOATS},
     MULTI_LABEL: {"labels": _INTS, "predicted": _INT, "top": _INTS, "scores": _FLOATS, "class_scores": _FLOATS},
     RETRIEVAL: {"image_ranks": pa.list_(pa.int64()), "text_rank": pa.int64()},
+    ASSOCIATION: {"cue": _INT, "associated": pa.bool_(), "chosen": pa.bool_(), "score": pa.float32()},
 }
 _ABOUT = b"clipcid"
 # Of paths, patterns and captions' keys.
@@ -182,6 +185,8 @@ class Predictions:
         """Tell whether classes are in range and lists of the lengths that the kind has."""
         if self.kind == RETRIEVAL:
             return bool((self.column("text_rank") >= 0).all())
+        if self.kind == ASSOCIATION:
+            return bool((self.column("cue") >= 0).all())
         if self.kind == CLASSIFICATION:
             classes = np.concatenate([self.column("label"), self.column("predicted"), self.matrix("top").reshape(-1)])
             return bool(((classes >= 0) & (classes < self.num_classes)).all())

@@ -2,7 +2,7 @@
 
 A process saves the numbers of the chunks that it has done since its last save, and what its sink has gathered from them, in
 one file, whole or not at all. A later run, of any number of processes, merges all files and does the other chunks. A file
-that is lost or damaged costs its chunks. Files are merged by all processes: each its share, then in pairs.
+that is lost or damaged costs its chunks.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import IntArray, ReadRows
 from clipcid_cli.algorithms.near.plan import Plan
 from clipcid_cli.algorithms.near.search import search_jobs
-from clipcid_cli.algorithms.sets.forest import ForestSink
-from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import Arrays, array_journal
+from clipcid_cli.formats.arrays import array_journal
 from clipcid_cli.runtime.distributed import memory_for_rows
 from clipcid_cli.runtime.timing import SavePace
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalanceRun
+from clipcid_cli.steps.balance.merge import Sink, merge
 
 # Each process has so many stretches of what is left: near rows, which take longer, are often beside each other, so everyone
 # should have jobs of a panel with itself. More stretches read more panels twice.
@@ -39,8 +38,6 @@ _STRETCHES = 4
 _VERSION = 2
 # In the folder of `balance`: what was compared with references, for later runs.
 _KEPT = ".references"
-
-Sink = ForestSink | NearestOf | PairsWithin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,37 +135,22 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path, known
 def _survey(place: Path) -> dict[str, list[int]]:
     """Return the names of the files that can be read, with the numbers of their chunks.
 
-    Two files can hold one chunk where a file could not be read for a while. Only one of them counts.
+    Two files can hold one chunk where a file could not be read for a while, or was merged right before a kill. Only one of
+    them counts, that with more chunks.
     """
-    readable = dict[str, list[int]]()
+    readable = {name: saved["chunks"].tolist() for name, saved in array_journal(place).parts()}
+    counted = dict[str, list[int]]()
     done = set[int]()
-    for name, saved in array_journal(place).parts():
-        chunks = saved["chunks"].tolist()
-        if done.isdisjoint(chunks):
-            readable[name] = chunks
-            done.update(chunks)
-    return readable
+    for name in sorted(readable, key=lambda name: -len(readable[name])):
+        if done.isdisjoint(readable[name]):
+            counted[name] = readable[name]
+            done.update(readable[name])
+    return counted
 
 
 def _merge(run: BalanceRun, search: Search, place: Path, names: Iterable[str]) -> Edges:
     """Return what files hold together; the same on every process."""
-    context = run.context
-    journal = array_journal(place)
-    sink = search.new_sink()
-
-    def load() -> None:
-        for name in list(names)[context.rank :: context.size]:
-            saved = journal.read(name)
-            if saved is None:
-                raise ClipcidError(f"{journal.path(name)} can no longer be read.", "Run the same command again.")
-            sink.add(Edges(saved["a"], saved["b"], saved["weight"]))
-
-    def result() -> Arrays:
-        edges = sink.result()
-        return edges.a, edges.b, edges.weight
-
-    context.on_all(load)
-    return Edges(*run.shared.reduce(result, lambda arrays: sink.add(Edges(*arrays))))
+    return merge(run.shared, search.new_sink(), array_journal(place), list(names))
 
 
 def forget_searches(folder: Path, but: Collection[str] = ()) -> None:

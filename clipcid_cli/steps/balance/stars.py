@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import msgspec
 import numpy as np
 
 from clipcid_cli.algorithms.near.cutoff import FARTHEST
@@ -11,7 +14,8 @@ from clipcid_cli.algorithms.sets.forest import Curve, connected_components
 from clipcid_cli.algorithms.sets.star import StarCover, find_star_cutoff, label_by_smallest, star_cover, star_curve
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
-from clipcid_cli.runtime.timing import timed
+from clipcid_cli.formats.journal import record_journal
+from clipcid_cli.runtime.timing import SavePace, timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.forest import find_forest
 from clipcid_cli.steps.balance.pairs import NotComputed, find_pairs
@@ -21,9 +25,42 @@ from clipcid_cli.steps.balance.stored_forest import Forest
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
 _STAR_STEP = 1.05
 _CURVE_POINTS = 24
+_BOUNDS = "bounds"
 # Pairs of a star cover, and the memory that each takes while they are sorted and covered (measured).
 _MAX_COLLECTED = 2**26
 _BYTES_A_PAIR = 75
+
+
+class _Bounds(msgspec.Struct, frozen=True):
+    """Between which distances the cut-off of stars is, as far as covers were tried."""
+
+    reach: float  # how far pairs are searched
+    above: float
+    within: float
+
+    @classmethod
+    def beyond(cls, distance: float, above: float) -> _Bounds:
+        """Search pairs a step farther than a distance."""
+        reach = min(_STAR_STEP * distance + 1e-6, FARTHEST)  # where one star covers all rows
+        return cls(reach, above, reach)
+
+
+class _Progress:
+    """The bounds of a bisection, saved now and then: of many pairs a cover takes half a minute."""
+
+    def __init__(self, run: BalanceRun) -> None:
+        self._context = run.context
+        self._journal = record_journal(run.work / ".stars", _Bounds)
+        self._pace = SavePace(expected=0.0)
+
+    def read(self) -> _Bounds | None:
+        """Return those that a killed run saved last; the same on every process."""
+        return self._context.on_rank0(lambda: self._journal.read(_BOUNDS))
+
+    def save(self, reach: float, above: float, within: float) -> None:
+        if self._context.is_main and self._pace.is_due():
+            with self._pace.saving():
+                self._journal.append(_BOUNDS, _Bounds(reach, above, within))
 
 
 def divide_by_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int) -> tuple[Division, Forest]:
@@ -55,15 +92,18 @@ def divide_by_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept:
         cover = StarCover(0.0, np.arange(num_unique))
     # Always the same steps, so that the cut-off does not depend on how far the forest reaches.
     # Below the threshold single linkage keeps more than asked, and stars never fewer than it.
-    reach = threshold
     below = float(np.nextafter(np.float32(threshold), np.float32(-1.0)))
+    progress = _Progress(run)
+    bounds = progress.read() or _Bounds.beyond(threshold, below)
     while cover is None:
-        reach = min(_STAR_STEP * reach + 1e-6, FARTHEST)  # where one star covers all rows
-        if reach > forest.cutoff:
-            forest, _ = find_forest(run, cutoff=reach)
-        pairs = pairs_up_to(reach)
-        cover = find_star_cutoff(pairs, copies, num_kept, below)
-        below = reach
+        if bounds.reach > forest.cutoff:
+            forest, _ = find_forest(run, cutoff=bounds.reach)
+        pairs = pairs_up_to(bounds.reach)
+        save = partial(progress.save, bounds.reach)
+        cover = find_star_cutoff(pairs.up_to(bounds.within), copies, num_kept, bounds.above, save)
+        if cover is None:
+            bounds = _Bounds.beyond(bounds.reach, bounds.reach)
+            progress.save(bounds.reach, bounds.above, bounds.within)
     chosen = cover
 
     def make() -> Arrays:

@@ -14,6 +14,7 @@ from clipcid_cli.steps.distill.student import batch_norms
 from clipcid_cli.training.train_state import TrainState
 
 if TYPE_CHECKING:
+    from clipcid_cli.steps.distill.held_out_images import HeldOutImages
     from clipcid_cli.steps.distill.named_data import NamedData
 
 # What the names of metrics of the averaged weights begin with.
@@ -25,13 +26,18 @@ class Evaluation:
 
     def __init__(self, inputs: Inputs, student: ClipModel, named: NamedData | None, context: DistContext) -> None:
         self.held_out: HeldOut | None = None  # on the first process; None when there are too few samples
+        self.held_out_images: HeldOutImages | None = None  # likewise, of images that need no captions
         self._student = student
         self._named = named
         self._context = context
 
         def read() -> bool:
             self.held_out = HeldOut.read(inputs, student)
-            return self.held_out is not None
+            if self.held_out is None and inputs.settings.keeps_text_tower:
+                from clipcid_cli.steps.distill.held_out_images import HeldOutImages
+
+                self.held_out_images = HeldOutImages.read(inputs, student)
+            return self.held_out is not None or self.held_out_images is not None
 
         self.has_data = context.on_rank0(read) or named is not None
 
@@ -57,6 +63,8 @@ class Evaluation:
         metrics: dict[str, float] = {}
         if self.held_out is not None:
             metrics |= self.held_out.measure(self.held_out.encode(), context.device)
+        if self.held_out_images is not None:
+            metrics |= self.held_out_images.measure(context.device)
         if self._named is not None:
             metrics |= self._named.measure(student, context)
         return metrics

@@ -18,9 +18,9 @@ from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.encode import Decoded, Decoder, Encoded
 
 # Held-out samples beyond this many are left to eval-zeroshot: evaluation during training should take seconds.
-_MAX_HELD_OUT = 5_000
-_BATCH = 256
-_FP32 = Precision("fp32", "evaluation")
+MAX_HELD_OUT = 5_000
+BATCH = 256
+FP32 = Precision("fp32", "evaluation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class HeldOut:
     @classmethod
     def read(cls, inputs: Inputs, student: ClipModel) -> HeldOut | None:
         """Read the first held-out samples; None when fewer than two have a caption, which retrieval cannot use."""
-        first = np.arange(min(inputs.held_out.total, _MAX_HELD_OUT))
+        first = np.arange(min(inputs.held_out.total, MAX_HELD_OUT))
         every = [ref.read() for ref in inputs.refs(inputs.held_out, first)]
         rows = [row for row, sample in enumerate(every) if sample.captions]
         if len(rows) < 2:
@@ -54,10 +54,10 @@ class HeldOut:
     def encode(self) -> Encoded:
         """Encode images and captions in full precision: unit rows, float32, on the CPU."""
         self.student.module.eval()
-        towers = Towers.from_model(self.student, _FP32, _BATCH)
+        towers = Towers.from_model(self.student, FP32, BATCH)
         assert self.decoded.pixels is not None
         assert self.decoded.tokens is not None
-        images = torch.cat([towers.images(pixels).cpu() for pixels in torch.split(self.decoded.pixels, _BATCH)])
+        images = torch.cat([towers.images(pixels).cpu() for pixels in torch.split(self.decoded.pixels, BATCH)])
         return Encoded(self.samples, {Kind.IMAGES: images, Kind.TEXTS: towers.encode_texts(self.decoded.tokens)})
 
     @property

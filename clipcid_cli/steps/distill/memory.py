@@ -32,7 +32,7 @@ def fitting_batch(settings: DistillSettings, student: Student, inputs: Inputs, m
     """Return how many samples a GPU with so much memory trains on at once where ``--batch-size`` does not say."""
     try:
         tokens = _measure_captions(student, inputs) if settings.trains_text else TOKENS_OF_CAPTION
-        clip, teachers = _describe(student, inputs.teacher, tokens)
+        clip, teachers = _describe(settings, student, inputs.teacher, tokens)
     except ClipcidError:  # towers whose formulas are not known
         return BATCH_OF_DEVICE
     clusters = 0 if inputs.clusters is None else len(inputs.clusters.files.centroids)
@@ -105,21 +105,25 @@ def _bytes_of_steps(plan: DistillPlan, student: Student, context: DistContext) -
     trained = count_trained_bytes(module)  # as gradients, and as their averages
     states = trained + plan.recipe.moment_bytes(module) + (0 if settings.ema is None else trained)
     try:
-        clip, _ = _describe(student, plan.inputs.teacher, tokens=1)
+        clip, _ = _describe(settings, student, plan.inputs.teacher, tokens=1)
     except ClipcidError:  # towers whose formulas are not known
         return states
     needs = training_memory(settings, clip, states, mixed=student.precision.dtype != torch.float32)
     return round(needs.needed(plan.batch_size // context.size))
 
 
-def _describe(student: Student, teacher: Teacher, tokens: int) -> tuple[Clip, Sequence[Clip]]:
-    """Return the sizes of the student, and of a model that runs alongside it.
+def _describe(
+    settings: DistillSettings, student: Student, teacher: Teacher, tokens: int
+) -> tuple[Clip, Sequence[Clip]]:
+    """Return the sizes of the towers that encode of the student, and of a model that runs alongside it.
 
     Args:
         tokens: Of a caption; a tower that encodes padding, too, takes the whole context.
     """
     config = student.model.info.config
     clip = describe_clip(config, tokens if student.pruned.prunes_texts else student.model.info.context_length)
+    if settings.keeps_text_tower:
+        clip = clip.image_alone(clip.embed_dim)
     if not isinstance(teacher, OnlineTeacher):
         return clip, []
     return clip, [describe_clip(find_config(teacher.name) or {})]

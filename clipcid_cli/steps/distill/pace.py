@@ -102,7 +102,9 @@ def full_speed(plan: DistillPlan, student: Student, context: DistContext) -> flo
     if device is None:
         return None
     settings = plan.settings
-    texts = 0.0 if settings.keeps_text_tower else 1 + plan.extra_texts / plan.batch_size
+    texts = 1 + plan.extra_texts / plan.batch_size
+    if settings.keeps_text_tower:  # which encodes nothing
+        clip = clip.image_alone(clip.embed_dim)
     image = clip.image.operations * (1 if settings.freeze_image else _WITH_BACKWARD)
     text = clip.text.operations * (_WITH_BACKWARD if settings.trains_text else 1)
     rate = device.exact if student.precision.dtype == torch.float32 else device.product

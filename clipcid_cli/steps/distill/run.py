@@ -146,8 +146,9 @@ def write(
         "losses": trainer.losses,
         "metrics": trainer.metrics,
     }
-    if trainer.evaluation.held_out is not None:
-        result["chance"] = trainer.evaluation.held_out.chance
+    measured = trainer.evaluation.held_out or trainer.evaluation.held_out_images
+    if measured is not None:
+        result["chance"] = measured.chance
     judgement = inputs.teacher.judgement
     if judgement.repair is not None and judgement.repair.repaired:
         result["repair"] = msgspec.to_builtins(judgement.repair)

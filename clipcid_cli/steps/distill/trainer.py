@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import closing
 
 from clipcid_cli.errors import ClipcidError
@@ -29,9 +30,12 @@ from clipcid_cli.steps.distill.student import Student, batch_norms
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
 from clipcid_cli.training.train_state import TrainState
 
-# Every so many steps the processes tell each other whether a signal asks one of them to end. What they exchange stays on the
-# hosts: GPUs do not wait, and where one process hangs the others notice it here.
+# Every so many steps the processes tell each other whether a signal asks one of them to end, and whether to save. What they
+# exchange stays on the hosts: GPUs do not wait, and where one process hangs the others notice it here.
 _STEPS_BETWEEN_WORDS = 8
+
+# After this time there is a checkpoint, however many steps were made: a kill costs no more.
+_SECONDS_BETWEEN_CHECKPOINTS = 480.0
 
 
 class Trainer:
@@ -89,6 +93,7 @@ class Trainer:
         self.make_step = TrainStep(settings, student, self.objective, self.state, context)
         self.losses: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
+        self._saved_at = math.inf
 
     def train(self) -> None:
         """Make the steps that are left: steps, and what is logged, measured and saved between them."""
@@ -101,6 +106,7 @@ class Trainer:
             self.losses, self.metrics = plan.folder.last_values()
             return
         close_copies()
+        self._saved_at = time.monotonic()
         steps = range(first, plan.steps)
         with (
             closing(self.batches.load(steps, plan.workers)) as batches,
@@ -122,8 +128,8 @@ class Trainer:
                     sent = None
                 intervals = (plan.log_every, plan.eval_every, plan.checkpoint_every)
                 logs, evaluates, saves = (step % every == 0 or step == plan.steps for every in intervals)
-                ends = self._is_asked_to_end(step)
-                saves = saves or ends
+                ends, is_due = self._exchange_words(step)
+                saves = saves or ends or is_due
                 if logs or evaluates or saves:
                     sent = self.make_step.send()
                 if sent is not None and (evaluates or saves or self.context.device.type == "cpu"):
@@ -218,11 +224,13 @@ class Trainer:
             f"{remedies} a new run; under another --name this run's checkpoints stay.",
         )
 
-    def _is_asked_to_end(self, step: int) -> bool:
-        """Tell whether a signal asks any process to end, the same on all."""
+    def _exchange_words(self, step: int) -> tuple[bool, bool]:
+        """Tell whether a signal asks any process to end, and whether the last checkpoint is old; the same on all."""
         if self.context.size > 1 and step % _STEPS_BETWEEN_WORDS:
-            return False
-        return any(self.context.gather(interruption.is_asked()))
+            return False, False
+        is_old = time.monotonic() > self._saved_at + _SECONDS_BETWEEN_CHECKPOINTS
+        words = self.context.gather((interruption.is_asked(), is_old))
+        return any(is_asked for is_asked, _ in words), words[0][1]
 
     def _evaluate(self) -> None:
         if not self.evaluation.has_data:
@@ -237,3 +245,4 @@ class Trainer:
         bad = self.unreadable_images()
         Skips.of(bad).check(len(self.batches), self.plan.settings.max_bad_fraction, "the training data")
         self.checkpoints.save(self.state, bad)
+        self._saved_at = time.monotonic()

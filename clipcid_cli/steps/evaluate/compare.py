@@ -20,6 +20,7 @@ from clipcid_cli.algorithms.metrics.retrieval import Ranks, compare_recalls
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import match_pattern
 from clipcid_cli.formats.results.metrics import (
+    ASSOCIATION,
     CLASSIFICATION,
     MULTI_LABEL,
     RETRIEVAL,
@@ -129,6 +130,8 @@ def _missing_error(path: Path, work: WorkDirectory) -> ClipcidError:
 
 def _validate_same_data(first: Predictions, second: Predictions) -> None:
     fix = "Compare results of the same data set: run eval-zeroshot --predictions for both models on it."
+    if ASSOCIATION in (first.kind, second.kind):
+        raise ClipcidError("--compare compares no associations.", "Compare the metrics files themselves.")
     if first.kind != second.kind:
         raise ClipcidError(f"One result is of {first.kind}, the other of {second.kind}.", fix)
     if not np.array_equal(first.keys, second.keys):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipcid_cli.algorithms.metrics.associations import choose_associated, jaccard_metrics
 from clipcid_cli.algorithms.metrics.chance import guess_captions, guess_classes, guess_order, largest_class
 from clipcid_cli.algorithms.metrics.classification import (
     ACCURACY_TOP_K,
@@ -23,10 +24,14 @@ from clipcid_cli.algorithms.metrics.classification import (
     rank_classes,
     top_classes,
 )
+from clipcid_cli.algorithms.metrics.groups import OwnMetric, own_metrics
 from clipcid_cli.algorithms.metrics.intervals import Array, CellMetrics
 from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, recall_metrics, retrieval_ranks
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.samples import read_metadata
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.results.evaluations import ClassScore, Example
+from clipcid_cli.formats.results.metrics import ASSOCIATION
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.model import TaskRows
 
@@ -56,6 +61,8 @@ def measure(rows: TaskRows, device: torch.device) -> TaskResult:
     """Measure what a model made of a data set; similarities of images and captions are computed on the device."""
     if rows.weights is None:
         return _measure_retrieval(rows, device)
+    if rows.task.kind == ASSOCIATION:
+        return _measure_associations(rows, rows.weights)
     if rows.task.multi_label:
         return _measure_multi_label(rows, rows.weights)
     return _measure_classification(rows, rows.weights)
@@ -97,8 +104,11 @@ def _measure_classification(rows: TaskRows, weights: torch.Tensor) -> TaskResult
         return {"label": labels, "predicted": predicted, "top": numbers_of_top, "scores": scores_of_top}
 
     per_class = _score_classes(task.class_names, labels, predicted)
+    draws = accuracy_metrics(labels, ranks, num_classes)
+    if task.own is not None:
+        draws = own_metrics(task.own, labels, predicted, ranks, _read_groups(rows, task.own), num_classes)
     return TaskResult(
-        draws=accuracy_metrics(labels, ranks, num_classes),
+        draws=draws,
         columns=columns,
         texts=num_classes * len(task.templates),
         chance=guess_classes(num_classes),
@@ -107,6 +117,14 @@ def _measure_classification(rows: TaskRows, weights: torch.Tensor) -> TaskResult
         per_class=per_class,
         examples=_choose_examples(rows, labels, predicted, per_class),
     )
+
+
+def _read_groups(rows: TaskRows, own: OwnMetric) -> Array | None:
+    """Read the group of each image, int64 [N]; None where the metric is of no groups."""
+    place = own.group
+    if place is None:
+        return None
+    return np.array([read_metadata(sample, place) for sample in rows.encoded.samples], np.int64)
 
 
 def _score_classes(names: tuple[str, ...], labels: Array, predicted: Array) -> list[ClassScore]:
@@ -175,6 +193,36 @@ def _measure_multi_label(rows: TaskRows, weights: torch.Tensor) -> TaskResult:
             ClassScore(name, images, None if math.isnan(area) else area)
             for name, images, area in zip(task.class_names, positive.sum(dim=0).tolist(), areas, strict=True)
         ],
+    )
+
+
+def _measure_associations(rows: TaskRows, weights: torch.Tensor) -> TaskResult:
+    """Measure how well the images of each cue that belong to it are told from its other candidates.
+
+    Cues with a candidate that cannot be used are left out: to choose among fewer is another question.
+    """
+    samples = rows.encoded.samples
+    cues = rows.labels.numpy()
+    scores = (rows.encoded.rows[Kind.IMAGES] * weights[rows.labels]).sum(dim=1).numpy()
+    is_associated = np.array([bool(sample.labels) for sample in samples])
+    is_chosen = choose_associated(scores, cues, is_associated)
+    is_whole = (np.bincount(cues, minlength=len(weights)) == rows.task.candidates)[cues]
+    if not is_whole.any():
+        raise ClipcidError(
+            f"{rows.task.dataset.spec}: no cue has all of its candidate images.", "Download the data set again."
+        )
+    if not is_whole.all():
+        lost = len(np.unique(cues[~is_whole]))
+        reporting.warn(f"{rows.task.name}: cues left out, since an image of theirs cannot be used: {lost:,}.")
+
+    def columns() -> dict[str, Any]:
+        return {"cue": cues, "associated": is_associated, "chosen": is_chosen, "score": scores}
+
+    return TaskResult(
+        draws=jaccard_metrics(cues[is_whole], is_associated[is_whole], is_chosen[is_whole]),
+        columns=columns,
+        texts=len(weights),
+        chance={},
     )
 
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from clipcid_cli.algorithms.metrics.classification import MULTI_LABEL_METRICS, SINGLE_LABEL_METRICS
+from clipcid_cli.algorithms.metrics.groups import OWN_METRICS
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.benchmark import (
     BUILTIN_CLASS_NAMES,
@@ -56,9 +57,16 @@ def plan_tasks(settings: EvalZeroshotSettings, models: Sequence[ModelName] = ())
 
 def _plan_task(data: str, settings: EvalZeroshotSettings) -> ZeroshotTask:
     known, place = find_copy(data, settings.data_root) or (None, data)
-    folder = find_benchmark_folder(str(place), settings.split)
-    if known is not None:
-        folder = dataclasses.replace(folder, name=known.name)
+    return plan_folder(str(place), settings, known, None if known is None else known.name)
+
+
+def plan_folder(
+    data: str, settings: EvalZeroshotSettings, known: KnownDataset | None = None, name: str | None = None
+) -> ZeroshotTask:
+    """Open a data set, which may be a copy of a known one or have a name of its own, and choose what is measured on it."""
+    folder = find_benchmark_folder(data, settings.split)
+    if name is not None:
+        folder = dataclasses.replace(folder, name=name)
     if len(folder.plain_splits) > 1:
         splits = ", ".join(folder.plain_splits)
         reporting.note(f"{data} has the splits {splits}: {settings.split} is measured. --split chooses another.")
@@ -79,6 +87,8 @@ def _plan_task(data: str, settings: EvalZeroshotSettings) -> ZeroshotTask:
         "templates": LinesRecord(templates_from, len(templates), hash_lines(templates)),
     }
     given = {"class_names": settings.classnames, "templates": settings.templates}
+    own = None if known is None or kind != CLASSIFICATION else OWN_METRICS.get(known.name)
+    single = SINGLE_LABEL_METRICS if own is None else (*SINGLE_LABEL_METRICS, own.name)
     return ZeroshotTask(
         folder.name,
         kind,
@@ -86,7 +96,8 @@ def _plan_task(data: str, settings: EvalZeroshotSettings) -> ZeroshotTask:
         class_names,
         templates,
         label_of=label_of,
-        customary=customary_metric(folder.name, MULTI_LABEL_METRICS if kind == MULTI_LABEL else SINGLE_LABEL_METRICS),
+        customary=customary_metric(folder.name, MULTI_LABEL_METRICS if kind == MULTI_LABEL else single),
+        own=own,
         prompt_lines=lines,
         variant=tuple(
             f"{kind.replace('_', '')}-{flag if flag in _BUILTIN else lines[kind].hash}"

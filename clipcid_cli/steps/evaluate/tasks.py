@@ -1,4 +1,4 @@
-"""A data set, and what is measured on it: classification among its classes, or retrieval of its captions."""
+"""A data set, and what is measured on it: classification among its classes, retrieval of its captions, or associations."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from clipcid_cli.algorithms.metrics.groups import OwnMetric
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import ACCURACY, fill_template
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.samples import Sample, read_classes
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
-from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL, LinesRecord
+from clipcid_cli.formats.results.metrics import ASSOCIATION, CLASSIFICATION, MULTI_LABEL, RETRIEVAL, LinesRecord
 from clipcid_cli.formats.skips import Skips
 
 # As CLIP_benchmark calls them: images with several classes are a classification, too.
@@ -22,6 +23,7 @@ TASKS = {
     CLASSIFICATION: "zeroshot_classification",
     MULTI_LABEL: "zeroshot_classification",
     RETRIEVAL: "zeroshot_retrieval",
+    ASSOCIATION: "zeroshot_association",
 }
 
 
@@ -30,7 +32,9 @@ class ZeroshotTask:
     """One data set and what is measured on it."""
 
     name: str
-    kind: str  # ``classification``, ``multilabel`` where an image may have any number of classes, or ``retrieval``
+    # ``classification``, ``multilabel`` where an image may have any number of classes, ``retrieval``, or ``association``,
+    # whose classes are the cues that images are candidates of.
+    kind: str
     dataset: Dataset
     class_names: tuple[str, ...] = ()  # in order of the labels; none for retrieval, as templates
     templates: tuple[str, ...] = ()
@@ -40,6 +44,8 @@ class ZeroshotTask:
     # Label of each class folder, where folders and class names are in different orders; else None.
     label_of: tuple[int, ...] | None = None
     customary: str = ACCURACY
+    own: OwnMetric | None = None  # a metric of this data set alone
+    candidates: tuple[int, ...] = ()  # of an association: how many images are candidates of each cue
     # Which ``class_names`` and ``templates`` a score is of; None without prompts.
     prompt_lines: dict[str, LinesRecord] | None = None
     # Ends the names of the files, where flags replace the data set's own prompts, or captions: ``templates-openai``.
@@ -122,6 +128,8 @@ class ZeroshotTask:
             "keys": self.dataset.keys,
             "columns": dataclasses.asdict(self.dataset.columns),
         }
+        if self.own is not None:
+            described["own"] = self.own.name
         if self.kind == RETRIEVAL and self.dataset.caption_lines:
             described["caption_lines"] = True
         if self.kind == RETRIEVAL and self.dataset.caption_keys:

@@ -29,8 +29,9 @@ from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.evaluate.comparison import ComparisonResult
+    from clipcid_cli.steps.evaluate.suite_result import SuiteResult
 
-Answer: TypeAlias = "ZeroshotResult | ZeroshotResults | Preview | Previews | ComparisonResult"
+Answer: TypeAlias = "ZeroshotResult | ZeroshotResults | Preview | Previews | ComparisonResult | SuiteResult"
 
 
 def run(settings: EvalZeroshotSettings) -> Answer:
@@ -39,6 +40,10 @@ def run(settings: EvalZeroshotSettings) -> Answer:
         from clipcid_cli.steps.evaluate.compare import compare_results  # it measures nothing
 
         return compare_results(settings)
+    if settings.suite is not None:
+        from clipcid_cli.steps.evaluate.suite import run_suite
+
+        return run_suite(settings)
     with open_dist_context(settings.device) as context:
         plan = context.on_rank0(lambda: make_plan(settings))
         if settings.dry_run:
@@ -128,11 +133,16 @@ def make_plan(settings: EvalZeroshotSettings) -> ZeroshotPlan:
     for spec in settings.models:
         models += _match_models(spec) or [spec]
     settings = dataclasses.replace(settings, data=tuple(data), models=(*named[1:], *models))
-    names = [choose_model(spec, settings.work) for spec in settings.models]
-    if named or not names:
-        first = named[0] if named else None
-        names = [choose_model(first, settings.work, positional_of="eval-zeroshot"), *names]
+    names = choose_models(named[:1], settings)
     return ZeroshotPlan(tell_apart(names), plan_tasks(settings, names), settings)
+
+
+def choose_models(first: list[str], settings: EvalZeroshotSettings) -> list[ModelName]:
+    """Find the model named first, where there is one, and those of ``--model``; the newest student where none is named."""
+    names = [choose_model(spec, settings.work) for spec in settings.models]
+    if first or not names:
+        names = [choose_model(first[0] if first else None, settings.work, positional_of="eval-zeroshot"), *names]
+    return names
 
 
 def _match_models(name: str) -> list[str]:

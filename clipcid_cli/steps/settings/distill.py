@@ -286,7 +286,8 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
     )
     checkpoint_every: int | None = _output(
         None,
-        "Steps between checkpoints; by default a tenth of the run, at most 1,000.",
+        "Steps between checkpoints, at most; by default a tenth of the run, at most 1,000. After 8 minutes there is one in "
+        "any case.",
         within=AT_LEAST_1,
         operational=True,
     )

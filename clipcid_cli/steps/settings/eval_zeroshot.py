@@ -16,6 +16,8 @@ from clipcid_cli.steps.settings.shared import (
     setting_of,
 )
 
+SUITES = ("datacomp",)
+
 # Settings that a comparison follows.
 _COMPARING = frozenset({"model", "data", "bootstrap", "margin", "seed"})
 
@@ -52,6 +54,12 @@ class EvalZeroshotSettings(EvaluationSettings):
         "80 or 7 templates. By default, the data set's zeroshot_classification_templates.txt, else `a photo of a {c}.`",
         metavar="FILE",
     )
+    suite: str | None = _what(
+        None,
+        "Measure all data sets of a suite of which the folder named last, else --data-root, holds copies, and their mean. "
+        "`datacomp`: the 38 of DataComp's evaluation.",
+        choices=SUITES,
+    )
     split: str = _what("test", "Split of a CLIP_benchmark folder to use.")
     bootstrap: int = _result(1000, "Bootstrap samples for the 95% intervals; 0 disables them.", within=Range(0))
     predictions: bool = _result(
@@ -77,12 +85,24 @@ class EvalZeroshotSettings(EvaluationSettings):
     def __post_init__(self) -> None:
         """Check that a comparison has two sides and no more to do."""
         super().__post_init__()
+        if self.suite is not None:
+            self._validate_suite(self.suite)
         if self.compare:
             self._validate_comparison()
         elif self.margin is not None:
             raise UsageError(
                 "--margin has no effect without --compare.",
                 "Compare two results: clipcid eval-zeroshot --compare A.json B.json --margin 1",
+            )
+
+    def _validate_suite(self, suite: str) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        changing = ("compare", "task", "classnames", "templates", "split")
+        given = [name for name in changing if getattr(self, name) != defaults[name]]
+        if given:
+            raise UsageError(
+                f"--{given[0]} cannot be combined with --suite: a score of {suite} is of its own splits and prompts.",
+                f"Omit --{given[0]}, or name the data sets one by one.",
             )
 
     def _validate_comparison(self) -> None:

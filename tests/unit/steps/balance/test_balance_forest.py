@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+import signal
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pandas as pd
 import pytest
 from balance_data import balance, begun, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
-from conftest import run_in_two
+from conftest import run_in_two, start_clipcid
 
 from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.errors import ClipcidError
@@ -146,17 +149,19 @@ def test_changed_and_removed_files_are_named_and_nothing_of_theirs_is_used(tmp_p
 
 
 class Disk:
-    """Saves what a search has found, and stops the search after a number of saves, as a kill would."""
+    """Saves what a search has found, and what is merged of that, and stops after a number of saves, as a kill would."""
 
     def __init__(self) -> None:
-        self.saves = 0
-        self.stop_after = 10**6
+        self.saves = self.merges = 0
+        self.stop_after = self.stop_merging_after = 10**6
         self._save = formats_arrays.save_arrays
 
     def save(self, path: Path, arrays: dict[str, Any]) -> None:
-        if self.saves == self.stop_after:
+        is_merged = len(arrays["chunks"]) > 1
+        if (self.saves, self.merges)[is_merged] == (self.stop_after, self.stop_merging_after)[is_merged]:
             raise KeyboardInterrupt
-        self.saves += 1
+        self.merges += is_merged
+        self.saves += not is_merged
         self._save(path, arrays)
 
 
@@ -193,6 +198,42 @@ def test_it_ends_with_the_same_forest_however_often_it_is_stopped(disk: Disk, di
     assert f"Resuming the search: 29 of {NUM_JOBS} parts are done." in told
     assert found == whole
     assert disk.saves == num_saves, "nothing is searched twice"
+
+
+def test_what_is_merged_is_not_merged_again(disk: Disk, distinct: Path, tmp_path: Path) -> None:
+    whole, _ = search(distinct, tmp_path / "whole")
+    num_saves, num_merges, disk.saves, disk.merges = disk.saves, disk.merges, 0, 0
+    for disk.stop_merging_after in (10, 35):
+        with pytest.raises(KeyboardInterrupt):
+            search(distinct, tmp_path / "stopped")
+        # Each merge saved stands for one file more than the one before.
+        assert len(list((tmp_path / "stopped").rglob(".search/*/*.npz"))) == NUM_JOBS - disk.stop_merging_after
+    disk.stop_merging_after = 10**6
+    found, _ = search(distinct, tmp_path / "stopped")
+    assert found == whole
+    assert (disk.saves, disk.merges) == (num_saves, num_merges)
+
+
+def stop_merging(number: int) -> None:
+    """Let a command line save each pair of its small panels, and each merge; a signal comes when one is saved."""
+    planning._MIN_PANEL = planning._MAX_PANEL = 40
+    searching.SavePace.is_due = lambda pace: True  # type: ignore[method-assign]
+    forks.after_naming("[0-9]-20.npz", functools.partial(signal.raise_signal, number))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_two_processes_that_are_stopped_as_they_merge_go_on_there(number: int, distinct: Path, tmp_path: Path) -> None:
+    whole, _ = search(distinct, tmp_path / "whole")
+    command = ("balance", "--embeddings", distinct, "--threshold", 0.9, "--work", tmp_path / "stopped")
+    hook = functools.partial(stop_merging, number)
+    stopped = start_clipcid(*command, cwd=tmp_path, processes=2, hook=hook)
+    assert stopped.wait() == (-number if number == signal.SIGKILL else 128 + number), stopped.read()
+    assert len(list((tmp_path / "stopped").rglob(".search/*/*.npz"))) <= NUM_JOBS - 19
+    again = start_clipcid(*command, cwd=tmp_path, processes=2, hook=functools.partial(stop_merging, 0))
+    assert again.wait() == 0, again.read()
+    assert "All comparisons were made before." in again.read()[1]
+    assert (tmp_path / "stopped" / "balance" / "forest.parquet").read_bytes() == whole
 
 
 def test_parts_that_are_lost_damaged_or_edited_are_searched_again(disk: Disk, distinct: Path, tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from PIL import Image
 from sidecars import leave_work
 
 from clipcid_cli.algorithms.sets.representatives import random_scores
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.clusters import ClusterSidecar
 from clipcid_cli.formats.sidecar import read_sidecar, write_sidecar
 from clipcid_cli.steps.cluster import run as run_cluster
 from clipcid_cli.steps.embed.run import run as run_embed
+from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -153,6 +154,22 @@ def test_of_what_other_filters_leave_the_images_near_a_target_are_balanced(
     # Sets are made of what is left alone: as of these rows by themselves.
     balance(tmp_path / "alone", write_embeddings(tmp_path / "left", rows[is_near]), threshold=0.4)
     assert keep["kept"][is_near].tolist() == read_keep(tmp_path / "alone")["kept"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"near": ("x",), "near_keep": 0.1, "near_distance": 1.0},
+            "--near-distance and --near-keep were given together",
+        ),
+        ({"near": ("x",)}, "--near needs a distance or a share"),
+        ({"near_keep": 0.3}, "--near-keep was given without --near"),
+    ],
+)
+def test_targets_need_one_amount(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        BalanceSettings(keep=0.5, **given)
 
 
 def test_a_share_is_found_where_the_sample_promised_too_little(tmp_path: Path) -> None:
@@ -352,6 +369,9 @@ def test_references_are_embedded_alike(tmp_path: Path, tiny_model: Path, is_unto
     said = r"other were preprocessed differently \(.*, without --fast-decode\) than those of"
     with pytest.raises(ClipcidError, match=said):
         balance(work, folder, against=(str(tmp_path / "other"),), **call)
+    with pytest.raises(ClipcidError, match=said) as refused:
+        balance(work, folder, near=(str(tmp_path / "other"),), near_keep=0.5, threshold=0.001)
+    assert "(--near DATA)" in refused.value.fix
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from balance_data import balance, check_keep_list, make_rows, read_keep, write_embeddings
+
+from clipcid_cli.algorithms.sets import star
+from clipcid_cli.algorithms.sets.star import star_cover
+from clipcid_cli.steps.balance import stars
 
 NUM_ROWS = 300
 
@@ -51,6 +56,33 @@ def test_ties_at_the_cutoff_all_merge_and_it_is_said(tmp_path: Path) -> None:
     assert result["kept"] < round(0.9 * 48)
     assert f"Pairs tie at the cut-off {result['threshold']:.6g}, and all of them merge" in said
     check_keep_list(read_keep(tmp_path), rows)
+
+
+def test_a_bisection_for_stars_that_is_stopped_goes_on(
+    embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = list[None]()
+    stops = set[int]()
+
+    def cover(*given: Any) -> Any:
+        if len(made) in stops:
+            raise KeyboardInterrupt
+        made.append(None)
+        return star_cover(*given)
+
+    monkeypatch.setattr(star, "star_cover", cover)
+    monkeypatch.setattr(stars.SavePace, "is_due", lambda pace: True)
+    balance(tmp_path / "whole", embeddings, keep=0.5, linkage="star")
+    whole = len(made)
+    made.clear()
+    for count in (2, 5):
+        stops.add(count)
+        with pytest.raises(KeyboardInterrupt):
+            balance(tmp_path / "stopped", embeddings, keep=0.5, linkage="star")
+        stops.clear()
+    balance(tmp_path / "stopped", embeddings, keep=0.5, linkage="star")
+    assert read_bytes(tmp_path / "stopped") == read_bytes(tmp_path / "whole")
+    assert whole <= len(made) <= whole + 2  # each start makes the cover that the last one ended with
 
 
 def test_stars_that_miss_the_target_without_ties_are_not_said_to_tie(tmp_path: Path) -> None:

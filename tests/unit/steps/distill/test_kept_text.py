@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
+from clipcid_cli.steps.distill.held_out_images import HeldOutImages
 
+CPU = torch.device("cpu")
 WEIGHTS = "open_clip_model.safetensors"
 KEPT: dict[str, Any] = {"text_tower": "teacher", "preset": None, "val_fraction": 0.0}
 
@@ -75,6 +78,17 @@ def test_stored_rows_of_texts_find_images_of_the_student(place: Path, tiny_model
     rows, batch = join(place / "pairs", place / "rows of pairs").show(student)
     ranks, _ = retrieval_ranks(student.encode_images(batch.pixels, FP32), texts[rows], torch.arange(16))
     assert (ranks == 0).float().mean() > 0.6
+
+
+def test_held_out_images_are_measured_by_the_teachers_rows_of_them(place: Path, tiny_model: Path) -> None:
+    """The teacher finds all of its own; one that takes every image for the next one finds none."""
+    run = join(place / "images", place / "rows of images", **KEPT | {"val_fraction": 0.5})
+    images = HeldOutImages.read(run.inputs, load_model(parse_model(str(tiny_model))))
+    assert images is not None
+    assert images.measure(CPU) == {f"teacher_retrieval_recall@{k}": 1.0 for k in (1, 5, 10)}
+    assert images.chance["teacher_retrieval_recall@1"] == 1 / run.inputs.held_out.total
+    others = dataclasses.replace(images, teacher_ND=images.teacher_ND.roll(1, 0))
+    assert others.measure(CPU)["teacher_retrieval_recall@1"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""What `eval-zeroshot --suite` prints: a line for each data set, the means of the suite, and what is missing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from clipcid_cli.commands.summary import format_percent, print_facts, print_table, shorten_metric, wrap
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.evaluate.suite_result import SuiteResult
+
+
+def show_suite(answer: SuiteResult, console: Console) -> None:
+    """Print the scores that the suite counts; a mean of some data sets is never called the suite's average."""
+    models = [one.model for one in answer.models]
+    columns = ["data", "metric", *(["score"] if len(models) == 1 else models)]
+    rows = [
+        [title, shorten_metric(metric), *(format_percent(one.scores[title]) for one in answer.models)]
+        for title, metric in answer.counted.items()
+    ]
+    of = f" of {models[0]}" if len(models) == 1 else ""
+    print_table(console, f"Suite {answer.suite}{of}", columns, rows, left=2)
+    console.print()
+    means = {name: [one.groups[name] for one in answer.models] for name in answer.models[0].groups}
+    if answer.missing:
+        count = f"mean of these {answer.measured}"
+        means[count] = [one.mean_of_measured for one in answer.models]
+    else:
+        means[f"average of all {answer.datasets}"] = [one.average for one in answer.models]
+    shown = [[name, *map(format_percent, values)] for name, values in means.items()]
+    print_table(console, "Means", ["", *(["score"] if len(models) == 1 else models)], shown)
+    if answer.missing:
+        note = (
+            f"{answer.measured} of {answer.datasets}; missing: {', '.join(answer.missing)}. Without them there is no "
+            f"average, and the mean of these {answer.measured} cannot be compared with one."
+        )
+        console.print(Text(wrap(note, console.width), style="yellow"), soft_wrap=True)
+    console.print()
+    print_facts(console, "", {}, answer.files)
