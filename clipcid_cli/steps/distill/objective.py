@@ -83,7 +83,8 @@ class Objective:
         together = gather_rows(torch.cat([rows_between(rows, 0, count) for rows in own.values()], dim=1))
         widths = [rows.shape[1] for rows in own.values()]
         rows: dict[str, Any] = dict(zip(own, torch.split(together, widths, dim=1), strict=True))
-        rows = {"text_Bd": rows["image_Bd"][:0]} | rows  # none where no text tower runs
+        if features.text is None:
+            rows["text_Bd"] = rows["image_Bd"][:0]
         taught = LossBatch(
             **{"image_BD": rows["image_Bd"], "text_BD": rows["text_Bd"]} | rows,
             trains_text=features.text is not None,
