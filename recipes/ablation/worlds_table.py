@@ -23,6 +23,8 @@ CONTENDERS = {
     "default": "earlier default",
     "fd-instance": "the same, `fd` near chance too",
 }
+# Share of wrong captions.
+_EXCHANGED = 0.5
 # In a world with a smaller span there is nothing to share.
 _SMALLEST_SPAN = 0.01
 # Where the default would be the same run as another: no repair is taken, or the teacher is near chance.
@@ -107,6 +109,9 @@ def ablation_worlds() -> Iterator[World]:
     tuned = {name: plan.tuned(name, drawings.entries).name for name in ("clip", "clip-kd", "cid")}
     tuned |= {"default": f"{ours}/no extras", "default without trust": plan.default_alone(drawings.entries).name}
     yield from_results("drawings (ablation)", drawings, "drawings R@1", tuned)
+    mixed_up = {name: plan.noisy(name, _EXCHANGED, drawings.entries).name for name in ("clip", "clip-kd", "cid")}
+    mixed_up["default without trust"] = plan.noisy_default(_EXCHANGED, drawings.entries).name
+    yield from_results("drawings, half of the captions exchanged (ablation)", drawings, "drawings R@1", mixed_up)
     best = {
         name: plan.best(plan.photograph_students(name, drawings.entries), photographs.entries).name
         for name in plan.SCALED
