@@ -21,7 +21,7 @@ from clipcid_cli.steps.evaluate.result import Previews, ZeroshotResult
 from clipcid_cli.steps.evaluate.suite_result import SuiteResult, SuiteScores
 from clipcid_cli.steps.evaluate.task_plan import plan_folder
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
-from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan, choose_models, evaluate
+from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan, choose_models, evaluate, preview_pairs
 from clipcid_cli.steps.models import tell_apart
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
@@ -45,7 +45,7 @@ def run_suite(settings: EvalZeroshotSettings) -> SuiteResult | Previews:
             reporting.note(f"Missing: {missing or 'none'}.")
             for task in plan.pairs.tasks:
                 validate_samples(task.dataset, context, settings, dry_run=True)
-            return Previews(plan.pairs.preview())
+            return Previews(preview_pairs(plan.pairs, context))
         answer = evaluate(plan.pairs, context)
     datasets = [dataset for dataset, _ in plan.found.copies]
     by_model = [answer.results[at : at + len(datasets)] for at in range(0, len(answer.results), len(datasets))]

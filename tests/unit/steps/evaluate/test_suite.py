@@ -27,11 +27,14 @@ TEACHER = Path(__file__).parents[4] / "recipes" / "quickstart" / "teacher"
 SCORES = json.loads(Path(__file__).with_name("datacomp_scores.json").read_text())
 
 
-def suite(model: Path, root: Path, work: Path, **settings: Any) -> SuiteResult:
-    chosen = EvalZeroshotSettings(
+def choose(model: Path, root: Path, work: Path, **settings: Any) -> EvalZeroshotSettings:
+    return EvalZeroshotSettings(
         model=str(model), data=(str(root),), suite="datacomp", work=work, device="cpu", bootstrap=0, **settings
     )
-    result = run_suite(chosen)
+
+
+def suite(model: Path, root: Path, work: Path, **settings: Any) -> SuiteResult:
+    result = run_suite(choose(model, root, work, **settings))
     assert isinstance(result, SuiteResult)
     return result
 
@@ -80,6 +83,10 @@ def test_where_some_are_missing_there_is_no_average(tmp_path: Path, tiny_model: 
         show_suite(suite(tiny_model, root, tmp_path / "work"), Console(file=text, width=80))
         shown = text.getvalue()
     assert sum("already holds" in line for line in told) == 4
+    with heard() as told:
+        run_suite(choose(tiny_model, root, tmp_path / "work", dry_run=True))
+    assert sum("already holds" in line for line in told) == 4
+    assert not any("Would measure" in line for line in told)
     assert "mean of these 4" in shown
     assert "4 of 38; missing: Caltech-101, CIFAR-10," in shown
     assert "average of all" not in shown
