@@ -31,7 +31,8 @@ _CAPTIONS_LOOKED_AT = 256
 def fitting_batch(settings: DistillSettings, student: Student, inputs: Inputs, memory: float) -> int:
     """Return how many samples a GPU with so much memory trains on at once where ``--batch-size`` does not say."""
     try:
-        clip, teachers = _describe(settings, student, inputs.teacher, _measure_captions(student, inputs))
+        tokens = _measure_captions(student, inputs) if settings.trains_text else TOKENS_OF_CAPTION
+        clip, teachers = _describe(settings, student, inputs.teacher, tokens)
     except ClipcidError:  # towers whose formulas are not known
         return BATCH_OF_DEVICE
     clusters = 0 if inputs.clusters is None else len(inputs.clusters.files.centroids)
