@@ -23,31 +23,31 @@ def choose_task(named: str, variables: Mapping[str, str] = os.environ) -> tuple[
     Args:
         named: ``I/N``; ``auto`` for both from the scheduler; ``auto/N`` for the number of the task from there, as it is.
     """
-    index, _, count = named.partition("/")
-    if index != _AUTO:
-        return int(index), int(count)
+    given, _, count = named.partition("/")
+    if given != _AUTO:
+        return int(given), int(count)
     scheduler = next((names for names in _SCHEDULERS if names[0] in variables), None)
     if scheduler is None:
         looked_for = ", ".join(names[0] for names in _SCHEDULERS)
         raise ClipcidError(f"--part {named}: none of {looked_for} is set.", "Give the part itself: --part 0/8")
     own, total, first = scheduler
-    number = _read(own, variables)
+    index = _read(own, variables)
     if count:
         tasks = int(count)
     elif total in variables:
         tasks = _read(total, variables)
-        number -= _read(first, variables) if first in variables else 0
+        index -= _read(first, variables) if first in variables else 0
     else:
         raise ClipcidError(
             f"--part auto: {own} is set, and no variable says how many tasks there are.",
             "Say how many: --part auto/8",
         )
-    if not 0 <= number < tasks:
+    if not 0 <= index < tasks:
         raise ClipcidError(
             f"--part {named}: {own}={variables[own]} is not one of {tasks} tasks in a row.",
             f"Say how many parts there are in all, which are numbered from 0: --part auto/{tasks}",
         )
-    return number, tasks
+    return index, tasks
 
 
 def _read(name: str, variables: Mapping[str, str]) -> int:

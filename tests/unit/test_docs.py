@@ -115,7 +115,8 @@ def test_the_documented_columns_are_those_that_are_written() -> None:
     assert columns_under("Sets") == forest._SETS.names
     assert columns_under("Clusters") == clusters._SCHEMA.names
     assert columns_under("Metrics") == list(metrics.Metrics.__struct_fields__)
-    predictions = {"classification": "classification", "several classes": "multilabel", "retrieval": "retrieval"}
+    predictions = {"classification": "classification", "several classes": "multilabel"}
+    predictions |= {"retrieval": "retrieval", "associations": "association"}
     for row, kind in predictions.items():
         (line,) = re.findall(rf"^\| {row} \| (`key`.*) \|$", FILES_PAGE, flags=re.MULTILINE)
         columns = ["key", *metrics._COLUMNS[kind]]
@@ -129,6 +130,12 @@ def test_every_folder_of_the_work_directory_is_documented() -> None:
     tree = FILES_PAGE.partition("clipcid-work/\n")[2].partition("\n\n")[0]
     for place in places:
         assert re.search(rf"^ +{re.escape(place.relative_to('work').parts[0])}[/ ]", tree, flags=re.MULTILINE), place
+
+
+def test_the_list_of_changes_says_nothing_twice() -> None:
+    lines = [line.strip() for line in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()]
+    long = [line for line in lines if len(line) > 30]  # others may be headings and ends of sentences
+    assert [line for line in long if long.count(line) > 1] == []
 
 
 def test_pictures_are_small_and_fetch_nothing() -> None:

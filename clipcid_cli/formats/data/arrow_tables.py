@@ -24,7 +24,7 @@ from clipcid_cli.formats.skips import Skips
 
 _CAPTIONED = ("image", "caption")
 _CUED = ("cue", "candidates", "candidate_images", "associations")
-# A record batch: its table's fields by their numbers in Arrow's Message.fbs.
+# A record batch: its table's fields by their indexes in Arrow's Message.fbs.
 _HEADER, _COMPRESSION = 2, 3
 _MOST_OF_ROW = 2**30  # bytes
 
@@ -40,7 +40,7 @@ def open_captioned(place: Path, root: Path, max_sample_bytes: int) -> Dataset:
 
 
 def open_cued(place: Path, root: Path, max_sample_bytes: int) -> tuple[Dataset, list[Cue]]:
-    """Open tables of cues with candidate images, a sample each, whose label is the number of the cue; return the cues."""
+    """Open tables of cues with candidate images, a sample each, whose label is the index of the cue; return the cues."""
     dataset = _open(place, root, _CUED, max_sample_bytes)
     cues = list[Cue]()
     shards = list[ArrowShard]()
@@ -104,8 +104,8 @@ class ArrowShard(Shard):
             return
         names, images = record["candidates"] or [], record["candidate_images"] or []
         associated = set(record["associations"] or [])
-        for number, (name, value) in enumerate(zip(names, images, strict=False)):
-            key = f"{row}/{number}"
+        for index, (name, value) in enumerate(zip(names, images, strict=False)):
+            key = f"{row}/{index}"
             image = self._place(value)
             if image is None:
                 skips.add("no_image", f"{self.name}/{key}")
@@ -197,12 +197,12 @@ def _is_compressed(message: bytes) -> bool:
     return _find_field(message, place + batch, _COMPRESSION) != 0
 
 
-def _find_field(message: bytes, table: int, number: int) -> int:
+def _find_field(message: bytes, table: int, index: int) -> int:
     """Return where a field of a flatbuffer's table is; 0 where the table has none."""
     (back,) = struct.unpack_from("<i", message, table)
     fields = table - back
     (size,) = struct.unpack_from("<H", message, fields)
-    at = 4 + 2 * number
+    at = 4 + 2 * index
     if at >= size:
         return 0
     (offset,) = struct.unpack_from("<H", message, fields + at)

@@ -42,8 +42,8 @@ class SuiteDataset:
         return f"{self.folder}-test" if self.folder in _OF_LIBRARY else None
 
 
-class Found(NamedTuple):
-    """Where the data sets of a suite are, and which are missing."""
+class SuiteFolder(NamedTuple):
+    """What a folder holds of a suite: where its data sets are, and which are missing."""
 
     copies: list[tuple[SuiteDataset, Path]]
     missing: list[SuiteDataset]
@@ -125,7 +125,7 @@ DATACOMP_GROUPS = {
 }
 
 
-def find_suite(root: Path) -> Found:
+def find_suite(root: Path) -> SuiteFolder:
     """Find the copies of DataComp's data sets below a folder."""
     copies, missing = list[tuple[SuiteDataset, Path]](), list[SuiteDataset]()
     for dataset in DATACOMP:
@@ -138,4 +138,4 @@ def find_suite(root: Path) -> Found:
             missing.append(dataset)
         else:
             copies.append((dataset, place))
-    return Found(copies, missing)
+    return SuiteFolder(copies, missing)

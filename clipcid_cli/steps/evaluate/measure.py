@@ -38,6 +38,8 @@ from clipcid_cli.steps.evaluate.model import TaskRows
 _CORRECT_EXAMPLES = 6
 _WRONG_EXAMPLES_PER_CLASS = 4
 _WORST_CLASSES = 8
+# Of metadata that may be a stranger's: each group takes a column as long as the images.
+_MOST_GROUPS = 1000
 # Images whose cosines with all classes are held at once.
 _SCORED_AT_ONCE = 256
 
@@ -124,7 +126,14 @@ def _read_groups(rows: TaskRows, own: OwnMetric) -> Array | None:
     place = own.group
     if place is None:
         return None
-    return np.array([read_metadata(sample, place) for sample in rows.encoded.samples], np.int64)
+    groups = np.array([read_metadata(sample, place) for sample in rows.encoded.samples], np.int64)
+    count = len(np.unique(groups))
+    if count > _MOST_GROUPS:
+        raise ClipcidError(
+            f"{rows.task.name}: the images are of {count:,} groups by their .npy; at most {_MOST_GROUPS:,} are compared.",
+            "Get the copy of the data set that DataComp evaluates.",
+        )
+    return groups
 
 
 def _score_classes(names: tuple[str, ...], labels: Array, predicted: Array) -> list[ClassScore]:

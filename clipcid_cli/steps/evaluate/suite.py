@@ -12,7 +12,14 @@ from clipcid_cli.algorithms.metrics.associations import ASSOCIATION_METRICS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.arrow_tables import find_tables, open_captioned, open_cued
 from clipcid_cli.formats.data.benchmark import KNOWN_DATASETS, RECALL, hash_lines
-from clipcid_cli.formats.data.suites import DATACOMP, DATACOMP_GROUPS, MEAN_RECALL, Found, SuiteDataset, find_suite
+from clipcid_cli.formats.data.suites import (
+    DATACOMP,
+    DATACOMP_GROUPS,
+    MEAN_RECALL,
+    SuiteDataset,
+    SuiteFolder,
+    find_suite,
+)
 from clipcid_cli.formats.results.metrics import ASSOCIATION, RETRIEVAL, LinesRecord
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.names import CONFIG_NAME
@@ -21,7 +28,7 @@ from clipcid_cli.steps.evaluate.result import Previews, ZeroshotResult
 from clipcid_cli.steps.evaluate.suite_result import SuiteResult, SuiteScores
 from clipcid_cli.steps.evaluate.task_plan import plan_folder
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
-from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan, choose_models, evaluate
+from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan, choose_models, evaluate, preview_pairs
 from clipcid_cli.steps.models import tell_apart
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
@@ -32,7 +39,7 @@ class SuitePlan:
     """Which copies of which data sets are measured."""
 
     root: Path
-    found: Found
+    folder: SuiteFolder
     pairs: ZeroshotPlan
 
 
@@ -41,20 +48,20 @@ def run_suite(settings: EvalZeroshotSettings) -> SuiteResult | Previews:
     with open_dist_context(settings.device) as context:
         plan = context.on_rank0(lambda: _plan_suite(settings))
         if settings.dry_run:
-            missing = ", ".join(dataset.title for dataset in plan.found.missing)
+            missing = ", ".join(dataset.title for dataset in plan.folder.missing)
             reporting.note(f"Missing: {missing or 'none'}.")
             for task in plan.pairs.tasks:
                 validate_samples(task.dataset, context, settings, dry_run=True)
-            return Previews(plan.pairs.preview())
+            return Previews(preview_pairs(plan.pairs, context))
         answer = evaluate(plan.pairs, context)
-    datasets = [dataset for dataset, _ in plan.found.copies]
+    datasets = [dataset for dataset, _ in plan.folder.copies]
     by_model = [answer.results[at : at + len(datasets)] for at in range(0, len(answer.results), len(datasets))]
     return SuiteResult(
         suite=str(settings.suite),
         root=str(plan.root),
         datasets=len(DATACOMP),
         measured=len(datasets),
-        missing=[dataset.title for dataset in plan.found.missing],
+        missing=[dataset.title for dataset in plan.folder.missing],
         counted={dataset.title: dataset.metric for dataset in datasets},
         models=[_score(datasets, results) for results in by_model],
         results=answer.results,
@@ -64,18 +71,18 @@ def run_suite(settings: EvalZeroshotSettings) -> SuiteResult | Previews:
 
 def _plan_suite(settings: EvalZeroshotSettings) -> SuitePlan:
     named, root = _split_names(settings)
-    found = find_suite(root)
-    if not found.copies:
+    folder = find_suite(root)
+    if not folder.copies:
         raise ClipcidError(
             f"{root} holds none of the {len(DATACOMP)} data sets of {settings.suite}.",
             f"Name the folder of copies last: clipcid eval-zeroshot MODEL --suite {settings.suite} ROOT; in it are folders "
             f"such as {DATACOMP[0].folder}/.",
         )
-    reporting.note(f"Data: {len(found.copies)} of the {len(DATACOMP)} data sets of {settings.suite}, in {root}.")
+    reporting.note(f"Data: {len(folder.copies)} of the {len(DATACOMP)} data sets of {settings.suite}, in {root}.")
     settings = dataclasses.replace(settings, data=(), models=(*named[1:], *settings.models))
     names = choose_models(named[:1], settings)
-    tasks = [_plan_dataset(dataset, place, root, settings) for dataset, place in found.copies]
-    return SuitePlan(root, found, ZeroshotPlan(tell_apart(names), tasks, settings))
+    tasks = [_plan_dataset(dataset, place, root, settings) for dataset, place in folder.copies]
+    return SuitePlan(root, folder, ZeroshotPlan(tell_apart(names), tasks, settings))
 
 
 def _split_names(settings: EvalZeroshotSettings) -> tuple[list[str], Path]:

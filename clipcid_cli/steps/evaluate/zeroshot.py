@@ -49,7 +49,7 @@ def run(settings: EvalZeroshotSettings) -> Answer:
         if settings.dry_run:
             for task in plan.tasks:
                 validate_samples(task.dataset, context, settings, dry_run=True)
-            previews = _preview(plan, context)
+            previews = preview_pairs(plan, context)
             return previews[0] if len(previews) == 1 else Previews(previews)
         answer = evaluate(plan, context)
     if len(answer.results) > 1:
@@ -58,7 +58,7 @@ def run(settings: EvalZeroshotSettings) -> Answer:
     return msgspec.structs.replace(only, files=only.files | answer.files)
 
 
-def _preview(plan: ZeroshotPlan, context: DistContext) -> list[Preview]:
+def preview_pairs(plan: ZeroshotPlan, context: DistContext) -> list[Preview]:
     """Say of each pair that it is measured already, or would be."""
     previews = list[Preview]()
     for name, task in plan.pairs:

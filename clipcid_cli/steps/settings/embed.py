@@ -151,7 +151,8 @@ class EmbedSettings(AugmentationSettings, TrainingDataSettings, GpuPlanSettings)
                 )
             if self.dry_run:
                 raise UsageError(
-                    "--dry-run estimates what all data takes, not a part of it.", "Omit --part; a part takes its share."
+                    "--dry-run estimates what all data takes, not a part of it.",
+                    "Omit --part, and an --out that is a URL; a part takes its share.",
                 )
             if self.join is not None:
                 raise UsageError("--part embeds, --join joins what was embedded.", "Omit one of the two.")

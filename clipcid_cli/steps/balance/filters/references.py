@@ -286,10 +286,10 @@ def compare(
         for reach in cutoffs:
             if not len(left):
                 break
-            found, name = _compare(run, reference, left, others, read, reach, label)
-            steps.append(found)
+            nearest, name = _compare(run, reference, left, others, read, reach, label)
+            steps.append(nearest)
             searches.add(name)
-            left = np.setdiff1d(left, found.a, assume_unique=True)
+            left = np.setdiff1d(left, nearest.a, assume_unique=True)
         pairs.append(Edges.concatenate(steps))
     return Comparison(run, references, pairs, frozenset(searches))
 

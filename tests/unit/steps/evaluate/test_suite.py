@@ -17,6 +17,7 @@ from suite_data import FLICKR, write_classified, write_suite, write_table, write
 
 from clipcid_cli.commands.suite import show_suite
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.steps.evaluate import measure
 from clipcid_cli.steps.evaluate.suite import run_suite
 from clipcid_cli.steps.evaluate.suite_result import SuiteResult
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
@@ -27,11 +28,14 @@ TEACHER = Path(__file__).parents[4] / "recipes" / "quickstart" / "teacher"
 SCORES = json.loads(Path(__file__).with_name("datacomp_scores.json").read_text())
 
 
-def suite(model: Path, root: Path, work: Path, **settings: Any) -> SuiteResult:
-    chosen = EvalZeroshotSettings(
+def choose(model: Path, root: Path, work: Path, **settings: Any) -> EvalZeroshotSettings:
+    return EvalZeroshotSettings(
         model=str(model), data=(str(root),), suite="datacomp", work=work, device="cpu", bootstrap=0, **settings
     )
-    result = run_suite(chosen)
+
+
+def suite(model: Path, root: Path, work: Path, **settings: Any) -> SuiteResult:
+    result = run_suite(choose(model, root, work, **settings))
     assert isinstance(result, SuiteResult)
     return result
 
@@ -80,12 +84,16 @@ def test_where_some_are_missing_there_is_no_average(tmp_path: Path, tiny_model: 
         show_suite(suite(tiny_model, root, tmp_path / "work"), Console(file=text, width=80))
         shown = text.getvalue()
     assert sum("already holds" in line for line in told) == 4
+    with heard() as told:
+        run_suite(choose(tiny_model, root, tmp_path / "work", dry_run=True))
+    assert sum("already holds" in line for line in told) == 4
+    assert not any("Would measure" in line for line in told)
     assert "mean of these 4" in shown
     assert "4 of 38; missing: Caltech-101, CIFAR-10," in shown
     assert "average of all" not in shown
 
 
-def test_what_a_copy_lacks_is_named(tmp_path: Path, tiny_model: Path) -> None:
+def test_what_a_copy_lacks_is_named(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClipcidError, match="holds none of the 38 data sets of datacomp"):
         suite(tiny_model, tmp_path, tmp_path / "work")
     write_classified(tmp_path / "a", "geode", 6, seed=1)
@@ -96,6 +104,10 @@ def test_what_a_copy_lacks_is_named(tmp_path: Path, tiny_model: Path) -> None:
         ClipcidError, match=r"The \.npy of sample s0000000, of which number 0 is its group, cannot be read"
     ):
         suite(tiny_model, tmp_path / "b", tmp_path / "work")
+    monkeypatch.setattr(measure, "_MOST_GROUPS", 1)
+    with pytest.raises(ClipcidError, match=r"camelyon17: the images are of \d groups by their \.npy; at most 1 are"):
+        suite(tiny_model, tmp_path / "a", tmp_path / "work")
+    monkeypatch.undo()
     assert suite(tiny_model, tmp_path / "a", tmp_path / "work").measured == 1
 
 
