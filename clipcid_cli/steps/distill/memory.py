@@ -103,6 +103,8 @@ def _bytes_of_steps(plan: DistillPlan, student: Student, context: DistContext) -
     module = student.model.module
     trained = count_trained_bytes(module)  # as gradients, and as their averages
     states = trained + plan.recipe.moment_bytes(module) + (0 if settings.ema is None else trained)
+    if settings.torchcompile:  # compiled towers compute again what they do not keep: how much that is nobody says
+        return states
     try:
         clip, _ = _describe(settings, student, plan.inputs.teacher, tokens=1)
     except ClipcidError:  # towers whose formulas are not known
@@ -129,9 +131,9 @@ def _describe(
 
 
 def _measure_captions(student: Student, inputs: Inputs) -> int:
-    """Return the mean number of tokens of the first captions of the data."""
+    """Return the mean number of tokens of the first captions of the data; a usual one where no text tower runs."""
     rows = np.arange(min(_CAPTIONS_LOOKED_AT, inputs.training.total))
-    if not len(rows):
+    if not len(rows) or inputs.settings.keeps_text_tower:
         return TOKENS_OF_CAPTION
     captions = [ref.read().captions[0] for ref in inputs.refs(inputs.training, rows)]
     tokens = student.model.tokenizer(captions)

@@ -10,6 +10,7 @@ from balance_data import heard
 from conftest import make_caption, make_image, write_tar
 from teaching_data import FP32, embed_data, join
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.held_out import HeldOut
@@ -71,3 +72,11 @@ def test_translations_are_shown_with_the_rows_of_what_they_translate(
     held_out = HeldOut.read(measured.inputs, student)
     assert held_out is not None
     assert all(sample.captions == (translate(int(sample.key[1:])),) for sample in held_out.samples)
+
+
+def test_a_key_that_no_sample_has_is_named_as_it_was_given(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_members(tmp_path / "data", "fr.txt")
+    embed_data(data, tiny_model, tmp_path / "rows")
+    with pytest.raises(ClipcidError, match=r"none of 8 samples has a caption de\.txt") as refused:
+        join(data, tmp_path / "rows", student_caption_key=("de.txt",))
+    assert "Check --student-caption-key" in refused.value.fix
