@@ -59,6 +59,19 @@ def quiet_libraries() -> Iterator[None]:
         logging.disable(before)
 
 
+@contextmanager
+def quiet_native_code() -> Iterator[None]:
+    """Drop what this process, its libraries in C++ included, writes to stderr; for moments only."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def set_openmp_spins(spins: str) -> None:
     """Say how long OpenMP's idle threads spin before they sleep, unless the user has; to be called before torch loads.
 

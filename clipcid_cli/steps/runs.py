@@ -48,14 +48,18 @@ if TYPE_CHECKING:
 _Kind = TypeVar("_Kind", bound=Sidecar)
 
 # What is drawn of the held-out part; of each data set of --eval-data the first of these that there is.
-_HELD_OUT = {"image_retrieval_recall@1": "image R@1", "text_retrieval_recall@1": "text R@1"}
+_HELD_OUT = {
+    "image_retrieval_recall@1": "image R@1",
+    "text_retrieval_recall@1": "text R@1",
+    "teacher_retrieval_recall@1": "teacher R@1",
+}
 _NAMED = ("acc1", "image_retrieval_recall@1", "mean_average_precision")
 _MOST_FIGURES = 6
 _STYLES = ("-", "--", ":")
 _MOST_DRAWN = len(PALETTE) * len(_STYLES)
 _MOST_POINTS = 500
 # Metrics in which the runs are listed, on the page and on a screen.
-_LISTED = ("image_retrieval_recall@1", "image_retrieval_recall@5", "text_retrieval_recall@1", "text_retrieval_recall@5")
+_LISTED = tuple(f"{side}_retrieval_recall@{k}" for side in ("image", "text", "teacher") for k in (1, 5))
 
 
 class Made(msgspec.Struct):

@@ -83,7 +83,7 @@ def planned_states(settings: DistillSettings, clip: Clip, memory: float, centroi
     states = float(clip.state_bytes)
     if settings.freeze_image:
         states -= _BYTES_OF_TRAINING * clip.image.parameters
-    if settings.freeze_text:
+    if not settings.trains_text:
         states -= _BYTES_OF_TRAINING * clip.text.parameters
     if settings.ema is not None:
         states += _BYTES_OF_AVERAGE * clip.parameters

@@ -39,7 +39,8 @@ def clipcid(*arguments: object) -> dict[str, Any]:
     Raises:
         RuntimeError: with its messages, when it fails.
     """
-    command = ["nice", "-n", "10", "clipcid", *map(str, arguments), "--workers", "0", "--json"]
+    workers = [] if arguments[0] == "cluster" else ["--workers", "0"]
+    command = ["nice", "-n", "10", "clipcid", *map(str, arguments), *workers, "--json"]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stderr}")

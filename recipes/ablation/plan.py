@@ -226,6 +226,12 @@ def nearer_to_captions(base: Setting) -> list[Setting]:
     ]
 
 
+def default_alone(log: Log) -> Setting:
+    """Return the default preset, `fd-instance` with `clip` at weight 1, on the pairs alone."""
+    with_clip = nearer_to_captions(tuned("fd-instance", log))[0]
+    return _changed(with_clip, "no extras", extras=())
+
+
 def further_changes(log: Log) -> list[Setting]:
     """Return `fd-instance` at its best trial with further things changed."""
     base = tuned("fd-instance", log)
@@ -329,6 +335,11 @@ def noisy(name: str, share: float, log: Log) -> Setting:
     return _changed(tuned(name, log), f"{share:.0%} exchanged", extras=(), noise=share, repair="auto")
 
 
+def noisy_default(share: float, log: Log) -> Setting:
+    """Return the default preset on the pairs alone, with some captions exchanged."""
+    return _changed(default_alone(log), f"{share:.0%} exchanged", noise=share, repair="auto")
+
+
 def large_batches(name: str, log: Log) -> list[Setting]:
     """Return a recipe at its best weights in batches of 256, for as many samples, at each rate and twice the highest."""
     base = dataclasses.replace(tuned(name, log), batch_size=LARGE_BATCH, steps=STEPS * BATCH_SIZE // LARGE_BATCH)
@@ -383,7 +394,7 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds((tuned(name, log) for name in CONTENDERS), SEEDS)
     yield _seeds((tuned(name, log) for name in MAIN), FIRST_SEEDS)
     yield _seeds(left_out(log), FIRST_SEEDS)
-    yield _seeds(nearer_to_captions(tuned("fd-instance", log)), FIRST_SEEDS)
+    yield _seeds([*nearer_to_captions(tuned("fd-instance", log)), default_alone(log)], FIRST_SEEDS)
     yield _seeds((setting for name in SCALED for setting in large_batches(name, log)), SEEDS[:1])
     yield _seeds((longer(name, log) for name in SCALED), SEEDS[:1])
     yield from _tried(NEW, log)
@@ -401,6 +412,7 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds(nearest_alone(log), FIRST_SEEDS)
     yield _seeds(worth_storing(log), FIRST_SEEDS)
     yield _seeds((noisy(name, share, log) for share in NOISE for name in SCALED), SEEDS[:1])
+    yield _seeds((noisy_default(share, log) for share in NOISE), SEEDS[:1])
 
 
 def photographs(log: Log, drawings: Log) -> Iterator[list[Run]]:

@@ -65,8 +65,8 @@ CONTENDERS = (
     Contender("clip", ("--preset", "clip")),
     Contender("clip-kd", ("--preset", "clip-kd", "--repair", "none")),
     # A typed preset would keep `fd` where the teacher is near chance.
-    Contender("default", ()),
-    Contender("fd-instance, clip=1", ("--preset", "fd-instance", "--loss", "clip=1", "--repair", "none")),
+    Contender("default without trust", ()),
+    Contender("fd-instance, clip=1", ("--preset", "fd-instance", "--repair", "none")),
     Contender("cid", ("--preset", "cid", "--repair", "none")),
 )
 # An idea that is tried after these.

@@ -40,6 +40,7 @@ import clipcid_cli
 # What transformers reads, and what transformers.js asks for besides.
 HUGGING_FACE = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 HUGGING_FACE += ("special_tokens_map.json", "vocab.json", "merges.txt", "model.safetensors")
+HIDDEN = ["onnx", "onnxscript", "onnxruntime", "transformers", "executorch", "torchao"]
 NAMES = ("green line", "red square", "blue circle")
 
 
@@ -367,15 +368,18 @@ def test_missing_packages_name_the_extra(tiny_model: Path, tiny_shards: Path, tm
     student = write_family(tmp_path / "fresh", FAMILIES["MetaCLIP 2"])  # text tower and tokenizer are of transformers
     commands = (
         ["export", tiny_model, "--format", "onnx"],
+        ["export", tiny_model, "--format", "executorch"],
         ["distill", tiny_shards, "--student", student, "--teacher", "none", "--preset", "clip", "--steps", 1],
     )
     # The packages are hidden from a real process, as on a machine where the extra was not installed.
     script = (
-        "import sys; sys.modules.update(dict.fromkeys(['onnx', 'onnxscript', 'onnxruntime', 'transformers']))\n"
+        f"import sys; sys.modules.update(dict.fromkeys({HIDDEN!r}))\n"
         "from clipcid_cli.cli import run\n"
-        f"assert [run(command) for command in {[list(map(str, command)) for command in commands]!r}] == [1, 1]"
+        f"assert [run(command) for command in {[list(map(str, command)) for command in commands]!r}] == [1, 1, 1]"
     )
     run = run_command([sys.executable, "-c", script], tmp_path, True, 300, None)
     assert run.stderr.count("pip install '.[export]'") == 2
+    assert "--format executorch needs executorch, torchao, transformers, which are not installed." in run.stderr
+    assert "pip install '.[executorch]'" in run.stderr
     assert "Traceback" not in run.stderr
     assert not (tmp_path / "clipcid-work" / "export").exists()

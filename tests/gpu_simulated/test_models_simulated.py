@@ -161,7 +161,7 @@ text = {"context_length": 32, "vocab_size": 1000, "width": 96, "heads": 3, "laye
 config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}
 module = open_clip.CLIP(**config).to("cuda")
 weights = {shape for parameter in module.parameters() for shape in (parameter.shape, parameter.shape[::-1])}
-tokens = torch.tensor([[5] * 19 + [999] + [0] * 12] * 4)
+tokens = torch.tensor([[5] * 15 + [999] + [0] * 16] * 5)
 kept = {}
 
 def keep(tensor):
@@ -172,9 +172,31 @@ def keep(tensor):
 
 hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
 with hooks, torch.autocast("cuda", dtype=torch.bfloat16):
-    features = PrunedForward(module)(torch.zeros(4, 3, 64, 64, device="cuda"), tokens)
+    features = PrunedForward(module)(torch.zeros(5, 3, 64, 64, device="cuda"), tokens)
 taken = sum(storage.nbytes() for storage in kept.values())
-assert 1.0 < taken / (4 * describe_clip(config, 20).kept_bytes()) < 1.2
+assert 1.0 < taken / (5 * describe_clip(config, 16).kept_bytes()) < 1.2
+"""
+
+# On the device texts come in few sizes, and are what they are in their own.
+SIZES = """
+import open_clip, torch
+from clipcid_cli.runtime.models.pruned_forward import PrunedForward
+
+vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+text = {"context_length": 77, "vocab_size": 1000, "width": 32, "heads": 2, "layers": 2}
+module = open_clip.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text).to("cuda")
+sizes = []
+module.transformer.resblocks[0].mlp.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+random = torch.Generator().manual_seed(0)
+with torch.no_grad():
+    for _ in range(8):
+        tokens = torch.randint(1, 900, (512, 77), generator=random)
+        ends = torch.randint(7, 16, (512, 1), generator=random)
+        tokens = tokens.where(torch.arange(77) < ends, 0).scatter(1, ends, 999)
+        few, own = (PrunedForward(module, in_few_sizes=kind).encode_texts(tokens) for kind in (None, False))
+        assert float((few - own).abs().max()) < 1e-6
+assert len(set(sizes[1::2])) >= 6
+assert len(set(sizes[::2])) <= 4, sizes
 """
 
 # Numbers of steps between which a budget is counted, and further operators of a step in each form: the average is one over
@@ -224,6 +246,7 @@ def alone(distill_prepared: Path, tiny_shards: Path, tiny_model: Path, tmp_path_
     embedding = ["embed", str(tiny_shards), "--model", str(tiny_model), "--device", "cuda", "--out", "refused"]
     few = [[*embedding, "--views", "1"], [*small[:-1], "refused", "--batch-size", "8"]]
     commands["kept"] = ("-c", KEPT)
+    commands["sizes"] = ("-c", SIZES)
     commands["grows"] = ("-c", "import os\nassert os.environ['PYTORCH_ALLOC_CONF'] == 'expandable_segments:True'")
     commands["refused"] = ("-c", MEMORY.format(total=20_000_000, free=100_000, commands=few))
     commands["small"] = ("-c", MEMORY.format(total=20_000_000, free=20_000_000, commands=[small]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +123,10 @@ class ArrowShard(Shard):
         if not isinstance(path, str):
             return None
         # The table may be a stranger's, and must not have other files of this disk read.
-        resolved = os.path.realpath(path)
+        try:
+            resolved = os.path.realpath(path)
+        except ValueError:  # a name that is none
+            return None
         if os.path.commonpath([resolved, self.root]) != self.root:
             return None
         return ByteRange(resolved, max_bytes=self.max_sample_bytes)
@@ -137,6 +140,9 @@ def _read_records(path: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any
             schema = pa.ipc.read_schema(messages.read_next_message())
             if missing := [name for name in columns if name not in schema.names]:
                 raise ValueError(f"it has no column {missing[0]!r}")
+            for name in columns:
+                if not _TYPES[name](schema.field(name).type):
+                    raise ValueError(f"its column {name!r} is of {schema.field(name).type}")
             for message in messages:
                 # Compressed, a table could expand beyond all memory; as it is, it is as large as the file.
                 if _is_compressed(message.metadata.to_pybytes()):
@@ -154,6 +160,33 @@ def _read_records(path: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any
             f"{path} cannot be read as a table of the library datasets: {describe(error)}.",
             "Download the data set again.",
         ) from error
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind) or {field.name for field in kind} != {"bytes", "path"}:
+        return False
+    content = kind.field("bytes").type
+    return bool(pa.types.is_binary(content) or pa.types.is_large_binary(content)) and _is_text(kind.field("path").type)
+
+
+def _is_list(kind: pa.DataType, of: Callable[[pa.DataType], bool]) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list and of(kind.value_type)
+
+
+# Each value of these takes bytes of the file: millions of nulls, say, take none, and would fill the memory.
+_TYPES: dict[str, Callable[[pa.DataType], bool]] = {
+    "image": _is_image,
+    "caption": lambda kind: _is_text(kind) or _is_list(kind, _is_text),
+    "cue": _is_text,
+    "candidates": lambda kind: _is_list(kind, _is_text),
+    "candidate_images": lambda kind: _is_list(kind, _is_image),
+    "associations": lambda kind: _is_list(kind, _is_text),
+}
 
 
 def _is_compressed(message: bytes) -> bool:

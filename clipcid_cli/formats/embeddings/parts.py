@@ -12,7 +12,9 @@ Whoever finishes the folder, a join or a run without parts, finds the shards fin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -29,6 +31,7 @@ from clipcid_cli.formats.journal import Journal, record_journal
 from clipcid_cli.formats.sidecar import Run
 
 PARTS = ".parts"
+_LOCK = re.compile(r"(\d{1,9})-of-(\d{1,9})\.lock")
 _MISSING_LOOKED_AT = 2**20  # shards, to name the parts that they are of
 
 
@@ -49,6 +52,11 @@ class Part:
     def shards(self, total: int) -> range:
         return range(total)[self.index :: self.count]
 
+    def overlaps(self, other: Part) -> bool:
+        """Tell whether some shard, of however many, is in both parts."""
+        step = math.gcd(self.count, other.count)
+        return self.index % step == other.index % step
+
 
 class PartRecord(msgspec.Struct, kw_only=True):
     """What is recorded of a part when it begins and when it ends."""
@@ -68,31 +76,44 @@ def part_journal(work: Path) -> Journal[PartRecord]:
 
 @contextmanager
 def hold_part(work: Path, part: Part) -> Iterator[None]:
-    """Hold a part of a work folder; one that another process holds is refused."""
+    """Hold a part of a work folder, whose output is locked; one with shards of a part that runs is refused."""
     path = work / PARTS / f"{part.label}.lock"
+    for other in _running_parts(work):
+        if part.overlaps(other):
+            raise _running_error(work, other)
     with ExitStack() as stack:
         try:
             path.parent.mkdir(exist_ok=True)
             stack.enter_context(lock(path, wait=False))
-        except BlockingIOError as error:
-            raise _running_error(work, str(part)) from error
         except OSError as error:
             raise write_error(path, error) from error
         yield
         path.unlink(missing_ok=True)
 
 
-def refuse_running(work: Path) -> None:
-    """Refuse to finish a work folder while a part is written to it."""
+def refuse_running(works: Iterable[Path]) -> None:
+    """Refuse to finish or to remove work folders while a part is written to one."""
+    for work in works:
+        for part in _running_parts(work):
+            raise _running_error(work, part)
+
+
+def _running_parts(work: Path) -> Iterator[Part]:
+    """Yield the parts that processes hold, and remove the locks that killed ones have left."""
     for path in (work / PARTS).glob("*.lock"):
+        match = _LOCK.fullmatch(path.name)
+        if match is None:
+            continue
         try:
             with lock(path, wait=False):
                 path.unlink(missing_ok=True)
-        except BlockingIOError as error:
-            raise _running_error(work, path.stem.replace("-of-", "/")) from error
+        except BlockingIOError:
+            yield Part(int(match[1]), int(match[2]))
+        except OSError as error:  # also of a name that another file has
+            raise write_error(path, error) from error
 
 
-def _running_error(work: Path, part: str) -> ClipcidError:
+def _running_error(work: Path, part: Part) -> ClipcidError:
     return ClipcidError(
         f"Part {part} of {work.parent} is being embedded by another process.", "Wait for it, or stop it."
     )

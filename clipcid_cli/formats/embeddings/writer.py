@@ -154,8 +154,14 @@ class EmbeddingWriter:
     def accepts(self, index: int, record: ShardRecord) -> bool:
         """Tell whether a record is one of this shard, as these settings make it."""
         is_listed = (record.listed is not None) == bool(record.skipped)
-        has_rows = {Kind.IMAGES, METADATA} <= record.files.keys()
-        return is_listed and has_rows and record.identity == self._identities[index] and record.keys == self._keys
+        is_ours = record.identity == self._identities[index] and record.keys == self._keys
+        return is_listed and is_ours and self.holds(index, record)
+
+    def holds(self, index: int, record: ShardRecord) -> bool:
+        """Tell whether a record has rows and names files of its shard alone, as one that was edited need not."""
+        paths = {part: file.path for part, file in record.files.items()}
+        own = {part: self._name(part, index) for part in (*Kind, METADATA) if part in paths}
+        return {Kind.IMAGES, METADATA} <= paths.keys() and paths == own
 
     def record_shard(self, index: int, record: ShardRecord) -> None:
         """Record that a shard is finished whose files are in their places."""
@@ -255,7 +261,8 @@ def read_unfinished(folder: Path, step: str) -> list[FileRecord]:
 
 def read_finished(work: Path) -> dict[int, ShardRecord]:
     """Return the records of the finished shards in a work folder, by the shards' numbers."""
-    return {int(name): record for name, record in record_journal(work / _RECORDS, ShardRecord).parts()}
+    records = record_journal(work / _RECORDS, ShardRecord).parts()
+    return {int(name): record for name, record in records if name.isdecimal()}
 
 
 def _printable(name: str) -> str:

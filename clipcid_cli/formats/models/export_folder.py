@@ -26,6 +26,9 @@ ST_SETTINGS = "sentence_bert_config.json"
 IMAGE_ENCODER = "image_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
 CLASSIFIER = "classifier.onnx"
+IMAGE_PROGRAM = "image_encoder.pte"
+TEXT_PROGRAM = "text_encoder.pte"
+ENCODERS = "encoders.json"
 WEB = "web"
 PARITY = "parity.json"
 CARD = "README.md"
@@ -46,7 +49,8 @@ _TOKENIZER_FILES = (
 
 def quantized_name(name: str, kind: str) -> str:
     """Return the name of a quantized variant, as transformers.js names them: ``image_encoder_int8.onnx``."""
-    return name if kind == "fp32" else name.replace(".onnx", f"_{kind}.onnx")
+    stem, _, form = name.rpartition(".")
+    return name if kind == "fp32" else f"{stem}_{kind}.{form}"
 
 
 # Where transformers.js looks for the encoders, by their names here.
@@ -83,6 +87,7 @@ CONTENT = {
     "preprocessor_config.json": "preprocessing, as transformers reads it",
     ST_MODULES: "what sentence-transformers makes of the folder",
     ST_SETTINGS: "how sentence-transformers pads texts",
+    ENCODERS: "how the inputs of the ExecuTorch programs are made",
     TOKENIZER: "texts to tokens, padded and cut to the model's length",
     f"{WEB}/{INDEX}": "a page that classifies pictures in a browser, for any static server; it needs only this folder",
     f"{WEB}/{SEARCH}": "a page that searches images by text in a browser",
@@ -95,6 +100,8 @@ CONTENT = {
     for name, what in (
         (IMAGE_ENCODER, "prepared pixels to unit rows"),
         (TEXT_ENCODER, "tokens to unit rows"),
+        (IMAGE_PROGRAM, "prepared pixels of one image to a unit row, by ExecuTorch"),
+        (TEXT_PROGRAM, "tokens of one text to a unit row, by ExecuTorch"),
         (CLASSIFIER, "bytes of images of any size to one score per class; class names are in its metadata"),
     )
     for kind, words in (("fp32", ""), ("fp16", "; 16-bit weights"), ("int8", "; 8-bit weights"))

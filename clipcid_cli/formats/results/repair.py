@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import msgspec
@@ -53,12 +52,6 @@ class RepairFigures(msgspec.Struct, omit_defaults=True):
     pairs: int  # pairs that it was fitted to and judged by
     captions: int  # different captions of those
     pairing: PairingFigures | None = None  # of the repaired teacher
-
-    @property
-    def trust(self) -> float:
-        """In (0, 1]: what the repair left of 1 + rank, in the geometric mean; 1 where there was nothing to repair."""
-        before, after = self.log_rank
-        return math.exp(after - before) if self.repaired else 1.0
 
 
 class RepairSidecar(Sidecar, kw_only=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clipcid_cli.runtime.libraries import quiet_libraries
+from clipcid_cli.runtime.libraries import quiet_libraries, quiet_native_code
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.towers import Towers
 
@@ -42,6 +44,25 @@ class OnnxSession:
         return {
             name: torch.cat([*map(torch.from_numpy, rows)]) for name, rows in zip(self._outputs, outputs, strict=True)
         }
+
+
+class ExecutorchProgram:
+    """An ExecuTorch program with one input, a batch of one, and one output, in ExecuTorch's own runtime."""
+
+    def __init__(self, path: Path) -> None:
+        from executorch.runtime import Runtime
+
+        with quiet_native_code():  # it says which files about the processor it did not find
+            self._program = Runtime.get().load_program(path)
+            self._method = self._program.load_method("forward")
+        self._lock = threading.Lock()
+        self.engine = f"ExecuTorch {importlib.metadata.version('executorch')}, XNNPACK"
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Run the rows of a batch one by one; several threads take turns."""
+        with self._lock:
+            # The next row is written where the last one was.
+            return torch.cat([self._method.execute([row])[0].clone() for row in torch.split(batch, 1)])
 
 
 def read_tokens(path: Path, texts: list[str]) -> Tensor:

@@ -8,11 +8,15 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import huggingface_hub.constants as hub
 
 from clipcid_cli.errors import ClipcidError, in_one_line
 from clipcid_cli.runtime.libraries import quiet_libraries
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, HfApi
 
 _TOKEN_FIX = "Run hf auth login, or set HF_TOKEN, with a token that may write: https://huggingface.co/settings/tokens."
 
@@ -77,13 +81,26 @@ def upload(repository: str, folder: Path, names: Sequence[str], message: str) ->
         api.create_repo(repository, private=True, exist_ok=True)
         files = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
         commit = api.create_commit(repository, files, commit_message=message)
-        there = api.list_repo_files(repository, revision=commit.oid)
+    there = _list_committed(api, repository, commit)
     if missing := sorted({*names} - {*there}):  # the hub leaves out what a .gitignore of the repository names
         raise ClipcidError(
             f"--push {repository}: the hub left out {', '.join(missing)}, which the .gitignore there may name.",
             f"Remove these from its .gitignore and run the command again; the commit is {commit.commit_url}.",
         )
     return str(commit.commit_url)
+
+
+def _list_committed(api: HfApi, repository: str, commit: CommitInfo) -> list[str]:
+    """List what is in a repository after a commit."""
+    try:
+        with quiet_libraries():
+            return api.list_repo_files(repository, revision=commit.oid)
+    except Exception as error:  # as in `_uploading`
+        raise ClipcidError(
+            f"--push {repository}: the files are committed, and {hub.ENDPOINT} did not list what has arrived: "
+            f"{in_one_line(error, 300)}",
+            f"See whether all have: {commit.commit_url}",
+        ) from error
 
 
 @contextlib.contextmanager

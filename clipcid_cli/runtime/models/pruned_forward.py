@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clipcid_cli.runtime.models.packed_sizes import lengthen, round_up_texts
 from clipcid_cli.runtime.pipeline import to_device
 
 # Texts of at most so many tokens attend together, and the longer ones: most captions have fewer than 32 tokens, but hardly a
@@ -32,12 +33,14 @@ _GROUP_LENGTHS = (16, 32)
 class PrunedForward:
     """Encodes with an open_clip model, where its structure is known by the pruned passes: [B, D], not normalised."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, in_few_sizes: bool | None = None) -> None:
+        """Look at what kind of towers a model has; `in_few_sizes` packs texts as a GPU takes them, by default on one."""
         self._module: Any = module
         self._visual: Any = module.visual
         self._text: Any = getattr(module, "text", module)
         self.prunes_images = _is_known_image_tower(self._visual)
         self.prunes_texts = _is_known_text_tower(self._text)
+        self._in_few_sizes = in_few_sizes
 
     def __call__(self, pixels: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.encode_images(pixels), None if tokens is None else self.encode_texts(tokens)
@@ -53,7 +56,9 @@ class PrunedForward:
         device = self._module.logit_scale.device
         if not self.prunes_texts:
             return cast(Tensor, self._module.encode_text(tokens.to(device)))
-        return self._text_rows(_pack(tokens, self._text, device), pooled=True)
+        # On a CPU each token more takes time, and memory comes in any size.
+        in_few_sizes = device.type == "cuda" if self._in_few_sizes is None else self._in_few_sizes
+        return self._text_rows(_pack(tokens, self._text, device, in_few_sizes=in_few_sizes), pooled=True)
 
     @property
     def num_patches(self) -> int | None:
@@ -111,7 +116,7 @@ class _Padding:
     """Where packed rows lie when each of some texts has as many places as the longest."""
 
     places_T: Tensor  # of each row in [texts · longest]
-    texts: int
+    texts: int  # that there is room for
     longest: int
 
     def spread(self, rows_TW: Tensor) -> Tensor:
@@ -148,40 +153,51 @@ class _Packing:
         return rows_TW.index_select(0, self.ends_B)
 
 
-def _pack(tokens: Tensor, text: Any, device: torch.device) -> _Packing:
+def _pack(tokens: Tensor, text: Any, device: torch.device, *, in_few_sizes: bool = False) -> _Packing:
+    """Pack a batch of texts; `in_few_sizes` with some of the padding after them, so that batches have the same shapes."""
     tokens = tokens.cpu()
     pool, end = _pooling(text)
     lengths_B = (tokens if pool == "argmax" else tokens.eq(cast(int, end)).int()).argmax(dim=1) + 1
     groups_B = torch.bucketize(lengths_B, torch.tensor(_GROUP_LENGTHS))
     order_B = groups_B.argsort(stable=True)
-    ordered_B = lengths_B[order_B]
+    texts, context = tokens.shape
+    parts = list[
+        tuple[Tensor, int, int]
+    ]()  # of each group: packed lengths, places of a text, texts that there is room for
+    sizes = groups_B.bincount().tolist()
+    for lengths_b, most in zip(torch.split(lengths_B[order_B], sizes), (*_GROUP_LENGTHS, context), strict=False):
+        if not len(lengths_b):
+            continue
+        if in_few_sizes:
+            most = min(most, context)
+            parts.append((lengthen(lengths_b, most, texts), most, round_up_texts(len(lengths_b), texts)))
+        else:
+            parts.append((lengths_b, int(lengths_b.max()), len(lengths_b)))
+    longest = parts[-1][1]
+    packed_B = torch.cat([lengths_b for lengths_b, _, _ in parts])
     ends_B = torch.empty_like(lengths_B)
-    ends_B[order_B] = ordered_B.cumsum(0) - 1
-    valid_BL = _are_valid(lengths_B)
-    row_T, positions_T = valid_BL[order_B].nonzero(as_tuple=True)
+    ends_B[order_B] = packed_B.cumsum(0) - packed_B + lengths_B[order_B] - 1
+    row_T, positions_T = _are_valid(packed_B, longest).nonzero(as_tuple=True)
     texts_T = order_B[row_T]
-    texts, longest = valid_BL.shape
     padding = _Padding(to_device(texts_T * longest + positions_T, device), texts, longest)
-    sizes = [size for size in groups_B.bincount().tolist() if size]
-    groups = [_pad(lengths_b, device) for lengths_b in torch.split(ordered_B, sizes)] if len(sizes) > 1 else [padding]
     return _Packing(
         tokens_T=to_device(tokens[texts_T, positions_T], device),
         positions_T=to_device(positions_T, device),
         ends_B=to_device(ends_B, device),
-        valid_BL=to_device(valid_BL, device),
+        valid_BL=to_device(_are_valid(lengths_B, longest), device),
         padding=padding,
-        groups=groups,
+        groups=[_pad(*part, device) for part in parts] if len(parts) > 1 else [padding],
     )
 
 
-def _pad(lengths_B: Tensor, device: torch.device) -> _Padding:
-    valid_BL = _are_valid(lengths_B)
-    return _Padding(to_device(valid_BL.flatten().nonzero().squeeze(1), device), *valid_BL.shape)
+def _pad(lengths_B: Tensor, longest: int, texts: int, device: torch.device) -> _Padding:
+    places_T = _are_valid(lengths_B, longest).flatten().nonzero().squeeze(1)
+    return _Padding(to_device(places_T, device), texts, longest)
 
 
-def _are_valid(lengths_B: Tensor) -> Tensor:
-    """Tell which of as many places as the longest text has hold a token of each text, bool [B, longest]."""
-    return torch.arange(int(lengths_B.max())) < lengths_B[:, None]
+def _are_valid(lengths_B: Tensor, longest: int) -> Tensor:
+    """Tell which of the places of each text hold a token, bool [B, longest]."""
+    return torch.arange(longest) < lengths_B[:, None]
 
 
 def _run_layers(transformer: Any, x: Tensor, packing: _Packing | None, *, pooled: bool) -> Tensor:

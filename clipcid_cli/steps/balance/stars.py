@@ -9,7 +9,7 @@ import numpy as np
 
 from clipcid_cli.algorithms.near.cutoff import FARTHEST
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import row_type
+from clipcid_cli.algorithms.near.exact import IntArray, row_type
 from clipcid_cli.algorithms.near.plan import hash_arrays
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components
 from clipcid_cli.algorithms.sets.star import StarCover, find_star_cutoff, label_by_smallest, star_cover, star_curve
@@ -49,12 +49,13 @@ class _Bounds(msgspec.Struct, frozen=True):
 class _Progress:
     """The bounds of a bisection, saved now and then: of many pairs a cover takes half a minute."""
 
-    def __init__(self, run: BalanceRun, threshold: float, num_kept: int) -> None:
+    def __init__(self, run: BalanceRun, copies: IntArray, threshold: float, num_kept: int) -> None:
         """Name what decides the bounds: unfinished work is taken over by runs of other settings and more files."""
         self._context = run.context
         self._journal = record_journal(run.work / ".stars", _Bounds)
         self._pace = SavePace(expected=0.0)
-        decisive = [run.inputs, run.settings.forest_kind, hash_arrays(run.rows.unique), threshold, num_kept]
+        rows = hash_arrays(run.rows.unique, copies)
+        decisive = [run.inputs, run.settings.forest_kind, rows, threshold, num_kept]
         self._name = hash_json(decisive)
 
     def read(self) -> _Bounds | None:
@@ -97,7 +98,7 @@ def divide_by_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept:
     # Always the same steps, so that the cut-off does not depend on how far the forest reaches.
     # Below the threshold single linkage keeps more than asked, and stars never fewer than it.
     below = float(np.nextafter(np.float32(threshold), np.float32(-1.0)))
-    progress = _Progress(run, threshold, num_kept)
+    progress = _Progress(run, copies, threshold, num_kept)
     bounds = progress.read() or _Bounds.beyond(threshold, below)
     while cover is None:
         if bounds.reach > forest.cutoff:

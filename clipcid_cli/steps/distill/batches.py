@@ -176,10 +176,10 @@ class BatchMaker:
             values += 12 * _FLOAT_BYTES
         if self._masking is not None:
             values += self._masking.kept * _INTEGER_BYTES
-        lengths = [processor.tokenizer([""]).shape[1] for processor in self._shown_to]
-        values += sum(lengths) * _INTEGER_BYTES
+        own, *teachers = (_INTEGER_BYTES * processor.tokenizer([""]).shape[1] for processor in self._shown_to)
+        further = 0 if self._settings.keeps_text_tower else own
+        values += further + (sum(teachers) if self._shows_captions else 0)
         towers = sum(kind in self._rows for kind in (Kind.IMAGES, Kind.TEXTS))
-        further = lengths[0] * _INTEGER_BYTES
         if self._rows:
             width = self._rows[Kind.IMAGES].shape[-1] * Kind.IMAGES.dtype.itemsize
             values += towers * width

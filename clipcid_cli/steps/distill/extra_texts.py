@@ -34,9 +34,9 @@ class ExtraTexts:
         return self.variants(sample.captions, sample.key, text.row % self.variants.number)
 
 
-def find_extra_texts(settings: DistillSettings, embeddings: Embeddings, trust: float) -> ExtraTexts | None:
-    """Find the further texts of a run; None where no loss takes any at such trust in the teacher, or there are none."""
-    if not settings.shows_extra_texts(trust):
+def find_extra_texts(settings: DistillSettings, embeddings: Embeddings, *, follows_features: bool) -> ExtraTexts | None:
+    """Find the further texts of a run; None where no loss takes any, or there are none."""
+    if not settings.shows_extra_texts(follows_features=follows_features):
         if settings.shows_extra_texts():
             reporting.note("No extra texts are shown: without fd no loss takes them.")
         return None

@@ -31,7 +31,8 @@ _CAPTIONS_LOOKED_AT = 256
 def fitting_batch(settings: DistillSettings, student: Student, inputs: Inputs, memory: float) -> int:
     """Return how many samples a GPU with so much memory trains on at once where ``--batch-size`` does not say."""
     try:
-        clip, teachers = _describe(settings, student, inputs.teacher, _measure_captions(student, inputs))
+        tokens = _measure_captions(student, inputs) if settings.trains_text else TOKENS_OF_CAPTION
+        clip, teachers = _describe(settings, student, inputs.teacher, tokens)
     except ClipcidError:  # towers whose formulas are not known
         return BATCH_OF_DEVICE
     clusters = 0 if inputs.clusters is None else len(inputs.clusters.files.centroids)
@@ -135,9 +136,9 @@ def _describe(
 
 
 def _measure_captions(student: Student, inputs: Inputs) -> int:
-    """Return the mean number of tokens of the first captions of the data; a usual one where no text tower runs."""
+    """Return the mean number of tokens of the first captions of the data."""
     rows = np.arange(min(_CAPTIONS_LOOKED_AT, inputs.training.total))
-    if not len(rows) or inputs.settings.keeps_text_tower:
+    if not len(rows):
         return TOKENS_OF_CAPTION
     captions = [ref.read().captions[0] for ref in inputs.refs(inputs.training, rows)]
     tokens = student.model.tokenizer(captions)

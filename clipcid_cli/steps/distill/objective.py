@@ -55,15 +55,15 @@ class Objective:
         space: SharedSpace,
         context: DistContext,
     ) -> Objective:
-        """Make the losses that the settings ask for, as far as the teacher is trusted."""
-        trust = teacher.judgement.trust
-        chosen = settings.losses(trust)
+        """Make the losses that the settings ask for."""
+        follows_features = teacher.judgement.follows_features
+        chosen = settings.losses(follows_features=follows_features)
         weights = {name: weight.at(space.width) for name, weight in chosen.items()}
-        why = f"trust in the teacher {trust:.2f}, by its repair" if trust else "the teacher is near chance"
-        why = "" if chosen == settings.losses() else f" ({why})"
+        why = "" if chosen == settings.losses() else " (the teacher is near chance)"
         reporting.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + f"{why}.")
         seed = derive_seed("loss parameters", settings.seed)
-        parameters = LossParameters(settings.loss_entries(trust), student_width, space, seed).to(context.device)
+        entries = settings.loss_entries(follows_features=follows_features)
+        parameters = LossParameters(entries, student_width, space, seed).to(context.device)
         local_loss = settings.local_loss and context.size > 1
         own = {name: load_own_loss(file) for name, file in settings.own_losses.items()}
         functions = {name: own[name] if name in own else load_loss(name) for name in weights}
@@ -83,7 +83,8 @@ class Objective:
         together = gather_rows(torch.cat([rows_between(rows, 0, count) for rows in own.values()], dim=1))
         widths = [rows.shape[1] for rows in own.values()]
         rows: dict[str, Any] = dict(zip(own, torch.split(together, widths, dim=1), strict=True))
-        rows = {"text_Bd": rows["image_Bd"][:0]} | rows  # none where no text tower runs
+        if features.text is None:
+            rows["text_Bd"] = rows["image_Bd"][:0]
         taught = LossBatch(
             **{"image_BD": rows["image_Bd"], "text_BD": rows["text_Bd"]} | rows,
             trains_text=features.text is not None,

@@ -82,7 +82,7 @@ class DistillPlan:
             del identity["student_caption_key"]
         info = student.model.info
         clusters = inputs.clusters
-        losses = settings.losses(inputs.teacher.judgement.trust)
+        losses = settings.losses(follows_features=inputs.teacher.judgement.follows_features)
         identity |= {
             "preset": settings.chosen_preset,
             "precision": student.precision.name,
@@ -252,7 +252,7 @@ def _choose_recipe(
     if lr is None:
         width = student.model.info.embed_dim
         trained = student.starts_trained
-        losses = settings.loss_entries(inputs.teacher.judgement.trust)
+        losses = settings.loss_entries(follows_features=inputs.teacher.judgement.follows_features)
         lr, reason = default_rate(losses, settings.optimizer, batch_size, width, trained=trained)
         reporting.note(f"Learning rate: {lr:g} ({reason}).")
     return Recipe(

@@ -58,11 +58,11 @@ class TeacherRows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """How well a teacher pairs images with captions, and how far the losses follow it for that."""
+    """How well a teacher pairs images with captions, and whether the default losses follow its features for that."""
 
     repair: RepairFigures | None = None  # of its image rows; None where nothing was judged
     pairing: PairingFigures | None = None  # None where nothing was judged
-    trust: float = 1.0  # in its pairing, in [0, 1]
+    follows_features: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +286,7 @@ def choose_teacher(
         stored = embeddings
         embeddings, repair = repair_teacher(settings, stored)
         pairing = judge_pairing(stored, repair)
-        judgement = Judgement(repair, pairing, _choose_trust(settings, repair, pairing))
+        judgement = _judge(settings, repair, pairing)
     if online is not None:
         reporting.note(f"Teacher: {online.spec}, run alongside the student on the same views and captions.")
         if embeddings is None and settings.repair != "none":
@@ -296,7 +296,7 @@ def choose_teacher(
         return Teacher()
     validate_matches(settings, dataset, embeddings, counts)
     num_views = _choose_views(settings, embeddings)
-    extra_texts = find_extra_texts(settings, embeddings, judgement.trust)
+    extra_texts = find_extra_texts(settings, embeddings, follows_features=judgement.follows_features)
     first_captions = embeddings.has_texts
     if settings.student_caption_key:
         keys = " or ".join(settings.student_caption_key)
@@ -313,32 +313,28 @@ def choose_teacher(
     )
 
 
-def _choose_trust(settings: DistillSettings, repair: RepairFigures | None, pairing: PairingFigures | None) -> float:
-    """Return how far the losses follow the teacher, by its repair; say how well it knows the data.
+def _judge(settings: DistillSettings, repair: RepairFigures | None, pairing: PairingFigures | None) -> Judgement:
+    """Decide whether the default losses follow the teacher's features, and say how well it knows the data.
 
-    Where it is near chance, the default losses do not follow its features at all; those that were typed do.
+    They do not where it is near chance; losses that were typed do.
     """
-    trust = 1.0 if repair is None else repair.trust
     if pairing is None:
-        return trust
+        return Judgement(repair)
     measured = describe_pairing(pairing)
     if settings.dry_run and repair is None and settings.repair != "none":
         measured += " (before a repair, on which a run decides)"
     if not pairing.near_chance:
         reporting.note(f"{measured}.")
-        return trust
-    taught = [loss.name for loss in settings.loss_entries(0.0) if loss.compares_features]
-    typed = [f"{name}={weight:g}" for name, weight in settings.typed_losses.items() if name in taught]
+        return Judgement(repair, pairing)
+    taught = [loss.name for loss in settings.loss_entries(follows_features=False) if loss.compares_features]
+    typed = [f"--loss {name}={weight:g}" for name, weight in settings.typed_losses.items() if name in taught]
     if settings.preset is not None:
-        reporting.warn(
-            f"{measured}: near chance, but followed, as --preset {settings.preset} says. Try --teacher none."
-        )
-        return trust
+        typed = [f"--preset {settings.preset}"]
     if typed:
-        reporting.warn(f"{measured}: near chance, but followed, as --loss {typed[0]} says. Try --teacher none.")
+        reporting.warn(f"{measured}: near chance, but followed, as {typed[0]} says. Try --teacher none.")
     else:
         reporting.warn(f"{measured}: near chance, so its features are not followed (no fd). Try --teacher none.")
-    return 0.0
+    return Judgement(repair, pairing, follows_features=settings.preset is not None)
 
 
 def _choose_views(settings: DistillSettings, embeddings: Embeddings) -> int:

@@ -20,7 +20,7 @@ from clipcid_cli.formats.embeddings.sent_parts import fetch_shards, read_runs, r
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar, read_embed_sidecar
 from clipcid_cli.formats.embeddings.writer import FINISHED, EmbeddingWriter, read_finished
 from clipcid_cli.formats.join import find_repeat
-from clipcid_cli.formats.output import Output, OutputSpec, open_output, unfinished
+from clipcid_cli.formats.output import Output, OutputSpec, find_works, open_output, unfinished
 from clipcid_cli.formats.parquet import read_first_column
 from clipcid_cli.formats.sidecar import Run
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -57,7 +57,7 @@ def _join_folder(settings: EmbedSettings, folder: Path) -> EmbedResult:
     with open_output(_specify(settings, folder, run)) as output:
         if output.finished is not None:
             return describe(folder, output.finished)
-        refuse_running(output.root)
+        refuse_running(find_works(folder, EMBED))
         parts = [part for _, part in part_journal(output.work).parts()]
         records = read_finished(output.work)
         validate_complete(str(folder), parts, records, run)
@@ -124,7 +124,7 @@ def _finish(
     """Write the manifest and the sidecar of shards that are all here."""
     writer = _open_writer(output, parts, records)
     for shard_index, record in enumerate(records):
-        if writer.read_record(shard_index) is None:
+        if not writer.holds(shard_index, record) or writer.read_record(shard_index) is None:
             raise ClipcidError(
                 f"Shard {record.input.shard} in {output.folder} is not what its record says: its files or its settings "
                 "are others.",
@@ -132,7 +132,7 @@ def _finish(
             )
     finished = writer.finish()
     _validate_keys(output.work, finished)
-    timings = [msgspec.convert(process, Timings) for part in parts for process in part.timings] or [Timings()]
+    timings = _read_timings(parts)
     sidecar = commit(
         output,
         parts[0].facts,
@@ -142,6 +142,13 @@ def _finish(
         max_bad_fraction=settings.max_bad_fraction,
     )
     return describe(output.folder, sidecar)
+
+
+def _read_timings(parts: list[PartRecord]) -> list[Timings]:
+    try:
+        return [msgspec.convert(process, Timings) for part in parts for process in part.timings] or [Timings()]
+    except msgspec.ValidationError as error:  # of a record that was edited
+        raise ClipcidError(f"The record of a part has no times of processes: {error}.", _AGAIN) from error
 
 
 def _validate_keys(work: Path, records: list[ShardRecord]) -> None:

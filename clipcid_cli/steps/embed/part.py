@@ -10,14 +10,21 @@ from typing import Any
 
 from clipcid_cli.formats.data.object_store import ObjectStore
 from clipcid_cli.formats.embeddings.manifest import merge_skips
-from clipcid_cli.formats.embeddings.parts import PARTS, Part, PartRecord, hold_part, part_journal
+from clipcid_cli.formats.embeddings.parts import (
+    PARTS,
+    Part,
+    PartRecord,
+    hold_part,
+    part_journal,
+    refuse_running,
+)
 from clipcid_cli.formats.embeddings.sent_parts import SendingWriter, validate_same
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
-from clipcid_cli.formats.output import RUN_FILE, Output, OutputSpec, open_output
+from clipcid_cli.formats.output import RUN_FILE, Output, OutputSpec, find_works, open_output
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps.embed.encoder import EmbedEncoder
-from clipcid_cli.steps.embed.plan import EmbedPlan
+from clipcid_cli.steps.embed.plan import EMBED, EmbedPlan
 from clipcid_cli.steps.embed.result import EmbedPart, EmbedResult
 from clipcid_cli.steps.embed.run import describe, embed_missing
 from clipcid_cli.steps.embed.write import Timings, measure, state_facts
@@ -64,6 +71,8 @@ def _begin(
         validate_same(place, spec.root.name, spec.run)
     with open_output(spec, waits=True) as output:  # for a moment: all parts do so when they begin
         if output.finished is None:
+            # Starting removes unfinished work of other settings that has no shard yet.
+            refuse_running(work for work in find_works(output.folder, EMBED) if work != output.root)
             output.start()
             stack.enter_context(hold_part(output.root, part))
     if place is not None:

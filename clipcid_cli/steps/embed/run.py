@@ -14,7 +14,7 @@ from clipcid_cli.formats.embeddings.manifest import MANIFEST, read_manifest
 from clipcid_cli.formats.embeddings.parts import refuse_running
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
-from clipcid_cli.formats.output import Output, OutputSpec, find_output, remove_leftovers
+from clipcid_cli.formats.output import Output, OutputSpec, find_output, find_works, remove_leftovers
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import skipped_file
 from clipcid_cli.formats.skips import Skips
@@ -90,7 +90,7 @@ def _remove_leftovers(plan: EmbedPlan) -> None:
 
 def _start(output: Output[EmbedSidecar], writer: EmbeddingWriter) -> None:
     """Make the work folder, and take over what an earlier output has of the same shards."""
-    refuse_running(output.root)
+    refuse_running(find_works(output.folder, EMBED))
     output.start()
     if (output.folder / MANIFEST).exists():
         with suppress(ClipcidError):  # it is damaged: all shards are embedded again

@@ -83,7 +83,7 @@ def measure(timings: Sequence[Timings]) -> dict[str, Any]:
     phases = ("read", "encode", "write")
     return {
         "seconds": {phase: fmean(getattr(process, phase) for process in timings) for phase in phases},
-        "images_per_second": round(embedded / elapsed, 1) if embedded else None,
+        "images_per_second": round(embedded / elapsed, 1) if embedded and elapsed else None,
     }
 
 

@@ -23,7 +23,7 @@ from clipcid_cli.steps.export.inputs import Classes
 from clipcid_cli.steps.settings.export import ExportSettings
 
 _UNKNOWN = "unknown"
-_LIBRARIES = {"open-clip": "open_clip", "hf": "transformers", "onnx": "onnx", "web": "onnx"}
+_LIBRARIES = {"open-clip": "open_clip", "hf": "transformers", "onnx": "onnx", "executorch": "executorch", "web": "onnx"}
 
 
 def render_card(

@@ -9,6 +9,7 @@ from clipcid_cli.formats.models.open_clip_folder import pixel_problems
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.tower_modules import has_patches, image_tower_kind
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.export.executorch_files import write_executorch_files
 from clipcid_cli.steps.export.folders import write_hf, write_open_clip
 from clipcid_cli.steps.export.onnx_files import transformers_js_problems, write_onnx_files
 from clipcid_cli.steps.export.web import write_web
@@ -47,11 +48,18 @@ def validate_forms(model: ClipModel, settings: ExportSettings) -> None:
 
 
 # Each writes the files of a format, loads them, and compares what they compute with the original: entries of parity.json.
-WRITERS = {"open-clip": write_open_clip, "hf": write_hf, "onnx": write_onnx_files, "web": write_web}
-# What they need of the extra `export`.
+WRITERS = {
+    "open-clip": write_open_clip,
+    "hf": write_hf,
+    "onnx": write_onnx_files,
+    "executorch": write_executorch_files,
+    "web": write_web,
+}
+# What they need of an extra: of `executorch` that one, the others of `export`.
 PACKAGES = {
     "open-clip": (),
     "hf": ("transformers",),
     "onnx": ("onnx", "onnxscript", "onnxruntime", "transformers"),
+    "executorch": ("executorch", "torchao", "transformers"),
     "web": (),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -92,7 +93,9 @@ def _form(name: str, kind: str) -> str:
 def _write_encoders(checker: Checker, folder: Path) -> None:
     model, opset = checker.model, checker.settings.onnx_opset
     assert opset is not None
-    metadata = describe_encoders(model) | {"opset": str(opset)}
+    described = describe_encoders(model) | {"opset": opset}
+    # Metadata of an ONNX file are texts.
+    metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in described.items()}
     tower: torch.nn.Module = ImageTower(model.module)
     outputs = [IMAGE_EMBEDS]
     if checker.settings.dense:

@@ -32,7 +32,8 @@ def plan_export(settings: ExportSettings) -> tuple[ModelName, Path]:
         if missing:
             raise ClipcidError(
                 f"--format {form} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
-                "Install them, in the checkout of clipcid: pip install '.[export]'",
+                "Install them, in the checkout of clipcid: "
+                f"pip install '.[{'executorch' if form == 'executorch' else 'export'}]'",
             )
     if source.path is not None and folder.resolve() == source.path.resolve():
         raise ClipcidError(

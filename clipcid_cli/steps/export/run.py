@@ -39,7 +39,10 @@ from clipcid_cli.steps.settings.shared import output_settings
 
 
 class ExportResult(msgspec.Struct):
-    """What `export` answers: paths by their names without suffix, entries of `parity.json`, seconds by phase."""
+    """What `export` answers: paths by their names without suffix, entries of `parity.json`, seconds by phase.
+
+    Only `.pte` stays, since ONNX files may have the same names.
+    """
 
     model: str
     files: dict[str, str] = {}
@@ -84,7 +87,10 @@ def _run(settings: ExportSettings) -> ExportResult:
 
 
 def _describe(sidecar: ExportSidecar, source: ModelName, folder: Path) -> ExportResult:
-    files = {str(Path(name).with_suffix("")): str(folder / name) for name in sidecar.written}
+    files = {
+        name if name.endswith(".pte") else str(Path(name).with_suffix("")): str(folder / name)
+        for name in sidecar.written
+    }
     return ExportResult(source.spec, files, sidecar.parity, sidecar.seconds)
 
 

@@ -446,9 +446,9 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         """Whether stored views are shown, where there are any."""
         return self.views != "none"
 
-    def shows_extra_texts(self, trust: float = 1.0) -> bool:
+    def shows_extra_texts(self, *, follows_features: bool = True) -> bool:
         """Whether further texts are shown, where there are any."""
-        taken = any(loss.compares_features for loss in self.loss_entries(trust))
+        taken = any(loss.compares_features for loss in self.loss_entries(follows_features=follows_features))
         are_read = self.trains_text and not (self.online_teacher or self.student_caption_key)
         return taken and self.extra_texts != 0 and are_read
 
@@ -510,13 +510,14 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         divisor = processes * self.accum_freq
         return max(divisor, min(batch_size, samples) // divisor * divisor)
 
-    def losses(self, trust: float = 1.0) -> dict[str, Weight]:
-        """Return the losses of the run with their weights at such trust in the teacher, in registry order."""
-        return select_losses(self.chosen_preset, self.typed_losses, trust)
+    def losses(self, *, follows_features: bool = True) -> dict[str, Weight]:
+        """Return the losses of the run with their weights, in registry order; see `select_losses`."""
+        return select_losses(self.chosen_preset, self.typed_losses, follows_features=follows_features)
 
-    def loss_entries(self, trust: float = 1.0) -> list[LossEntry]:
-        """Return the registry entries of the run's losses at such trust in the teacher."""
-        return [self._own_entry(name) if name in self.own_losses else LOSSES[name] for name in self.losses(trust)]
+    def loss_entries(self, *, follows_features: bool = True) -> list[LossEntry]:
+        """Return the registry entries of the run's losses."""
+        names = self.losses(follows_features=follows_features)
+        return [self._own_entry(name) if name in self.own_losses else LOSSES[name] for name in names]
 
     @cached_property
     def typed_losses(self) -> dict[str, float]:

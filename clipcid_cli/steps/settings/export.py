@@ -11,7 +11,7 @@ from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.shared import FRACTION, Range, TrustSettings, argument, group
 
 # In the order in which they are written: onnx completes the tokenizer's file of hf, and web shows the files of onnx.
-FORMATS = ("open-clip", "hf", "onnx", "web")
+FORMATS = ("open-clip", "hf", "onnx", "executorch", "web")
 QUANTIZED = ("fp16", "int8")
 # The newest set that PyTorch 2.13 exports without converting; ONNX Runtime runs it from 1.17 on.
 DEFAULT_OPSET = 20
@@ -40,7 +40,7 @@ class ExportSettings(TrustSettings):
         "Format to write; may be repeated. `open-clip`: a folder for open_clip (local-dir:DIR). `hf`: a folder for "
         "transformers (AutoModel, AutoProcessor). `onnx`: image and text encoder, also for transformers.js, and with "
         "--classnames a classifier. `web`: the same, and web/, a static folder with a page that classifies pictures in the "
-        "browser, and with --search-images one that searches images by text.",
+        "browser, and with --search-images one that searches images by text. `executorch`: both encoders for phones.",
         choices=FORMATS,
     )
     out: Path | None = _output(
@@ -49,8 +49,8 @@ class ExportSettings(TrustSettings):
     opset: int | None = _output(None, f"ONNX opset version; by default {DEFAULT_OPSET}.", within=Range(18, 23))
     quantize: tuple[str, ...] = _output(
         (),
-        "Also write each ONNX file in this format, such as image_encoder_int8.onnx; may be repeated. `fp16` halves the "
-        "size; `int8` quarters it and needs labeled or captioned images to measure the loss of accuracy.",
+        "Also write each ONNX or ExecuTorch file in this format, such as image_encoder_int8.onnx; may be repeated. `fp16` "
+        "halves the size; `int8` quarters it and needs labeled or captioned images to measure the loss of accuracy.",
         choices=QUANTIZED,
     )
     static: bool = _output(
@@ -142,13 +142,15 @@ class ExportSettings(TrustSettings):
         for flag, values in (("--format", self.format), ("--quantize", self.quantize)):
             if len(set(values)) < len(values):
                 raise UsageError(f"{flag} was given twice: {', '.join(values)}.", "Give each format once.")
-        if "onnx" in self.forms and self.precision not in ("auto", "fp32"):
+        in_fp32 = next((form for form in ("onnx", "executorch") if form in self.forms), None)
+        if in_fp32 is not None and self.precision not in ("auto", "fp32"):
             raise UsageError(
-                f"--precision {self.precision} cannot be combined with --format onnx, which is written in fp32.",
+                f"--precision {self.precision} cannot be combined with --format {in_fp32}, which is written in fp32.",
                 "Use --quantize fp16, or export the two formats in two runs with different --out.",
             )
+        if self.quantize and not {"onnx", "executorch"} & {*self.forms}:
+            raise UsageError("--quantize applies only to ONNX and ExecuTorch files.", "Add --format onnx.")
         about_onnx = {
-            "--quantize": bool(self.quantize),
             "--dense": self.dense,
             "--opset": self.opset is not None,
             "--static": self.static,

@@ -31,7 +31,7 @@ from clipcid_cli.algorithms.losses import batch as batch_module
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
 from clipcid_cli.algorithms.losses.cluster import draw_candidates
 from clipcid_cli.algorithms.losses.rates import RATES, default_rate
-from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, load_loss, select_losses
+from clipcid_cli.algorithms.losses.registry import DEFAULT_PRESET, LOSSES, PRESETS, load_loss, select_losses
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace, principal_axes, second_moment
 from clipcid_cli.steps.settings.distill import OPTIMIZERS
 
@@ -259,12 +259,11 @@ def test_overrides_change_a_preset() -> None:
     assert chosen["fd"].at(500) == 4.0
 
 
-def test_the_default_follows_features_as_far_as_the_teacher_is_trusted() -> None:
-    assert select_losses("fd-instance", {}, trust=1.0) == PRESETS["fd-instance"]
-    chosen = select_losses("fd-instance", {}, trust=0.1)
-    assert [weight.at(500) for weight in chosen.values()] == pytest.approx([0.91, 1 - 1 / 15, 0.4])
-    assert select_losses("fd-instance", {"fd": 3.0}, trust=0.1)["fd"].at(500) == 3.0
-    assert select_losses("clip-kd", {}, trust=0.1) == PRESETS["clip-kd"]
+def test_only_the_default_can_do_without_features() -> None:
+    assert select_losses(DEFAULT_PRESET, {}) == PRESETS[DEFAULT_PRESET]
+    assert list(select_losses(DEFAULT_PRESET, {}, follows_features=False)) == ["clip", "instance"]
+    assert select_losses(DEFAULT_PRESET, {"fd": 3.0}, follows_features=False)["fd"].at(500) == 3.0
+    assert select_losses("clip-kd", {}, follows_features=False) == PRESETS["clip-kd"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_CONFIG, changed
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.runtime.models.packed_sizes import lengthen, round_up_texts
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.models.tower_modules import DenseImageTower
 from clipcid_cli.runtime.precision import fast_attention
@@ -30,14 +32,14 @@ def load(tmp_path: Path, **changes: Any) -> ClipModel:
 
 
 def features(
-    model: ClipModel, pruned: bool, tokens: Tensor, dtype: torch.dtype = torch.float32
+    model: ClipModel, pruned: bool, tokens: Tensor, dtype: torch.dtype = torch.float32, *, in_few_sizes: bool = False
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], PrunedForward]:
     """Encode six images and the texts, and take gradients of a function of every feature."""
     module: Any = model.module
     module.to(dtype).zero_grad(set_to_none=True)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(6, 3, 32, 32, generator=generator).to(dtype)
-    towers = PrunedForward(module)
+    towers = PrunedForward(module, in_few_sizes=in_few_sizes)
     if pruned:
         image, text = towers.encode_images(pixels), towers.encode_texts(tokens)
     else:
@@ -66,10 +68,12 @@ def test_equal_to_open_clip(tmp_path: Path, changes: dict[str, Any]) -> None:
         compare_with_open_clip(model, model.tokenizer(captions))
 
 
-def compare_with_open_clip(model: ClipModel, tokens: Tensor) -> None:
+def compare_with_open_clip(model: ClipModel, tokens: Tensor, *, in_few_sizes: bool = False) -> None:
     # In float64, where what a wrong pass would change cannot hide behind rounding.
     image, text, gradients, _ = features(model, False, tokens, torch.float64)
-    pruned_image, pruned_text, pruned_gradients, towers = features(model, True, tokens, torch.float64)
+    pruned_image, pruned_text, pruned_gradients, towers = features(
+        model, True, tokens, torch.float64, in_few_sizes=in_few_sizes
+    )
     assert (towers.prunes_images, towers.prunes_texts) == (True, True)
     torch.testing.assert_close(pruned_image, image, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(pruned_text, text, rtol=1e-9, atol=1e-9)
@@ -89,6 +93,44 @@ def test_a_long_text_does_not_make_short_ones_attend_further(tmp_path: Path) -> 
         return counted.get_total_flops()
 
     assert operations([0, 1, 2, 3, 4, 5]) == operations([0, 2, 4]) + operations([3]) + operations([1, 5])
+
+
+def test_batches_in_few_sizes_give_the_same_features_and_gradients(tmp_path: Path) -> None:
+    model = load(tmp_path, text_cfg__context_length=77)
+    random = np.random.default_rng(0)
+    tower: Any = model.module
+    places = list[Tensor]()
+    tower.transformer.resblocks[0].mlp.register_forward_pre_hook(lambda _, inputs: places.append(inputs[0]))
+    sizes = dict[bool, set[int]]()
+    for in_few_sizes in (False, True):
+        places.clear()
+        for _ in range(12):
+            counts = random.lognormal(2.5, 0.6, 64).astype(int)
+            texts = model.tokenizer(["word " * count for count in counts.clip(1, 75)])
+            with torch.no_grad():
+                PrunedForward(tower, in_few_sizes=in_few_sizes).encode_texts(texts)
+        sizes[in_few_sizes] = {len(rows) for rows in places}
+    assert len(sizes[False]) == 12
+    assert all(count % 16 == 0 for count in sizes[True])
+    few = [["word " * count for count in counts] for counts in ((3, 9, 1, 20, 40, 75, 75, 2), (1, 1, 1), (80, 80))]
+    for captions in few:
+        compare_with_open_clip(model, model.tokenizer(captions), in_few_sizes=True)
+
+
+def test_hundreds_of_batches_have_a_handful_of_sizes() -> None:
+    random = np.random.default_rng(0)
+    sizes, tokens, packed = set[int](), 0, 0
+    for _ in range(200):
+        lengths = torch.from_numpy(random.lognormal(np.log(15), 0.55, 512).astype(int).clip(3, 16))
+        longer = lengthen(lengths, 16, 512)
+        assert bool(((lengths <= longer) & (longer <= 16)).all())
+        tokens, packed = tokens + int(lengths.sum()), packed + int(longer.sum())
+        sizes.add(int(longer.sum()))
+    assert len(sizes) <= 6
+    assert packed < 1.02 * tokens
+    assert [round_up_texts(count, 512) for count in (1, 32, 33)] == [32, 32, 64]
+    full = torch.full((5,), 16)
+    assert torch.equal(lengthen(full, 16, 512), full), "nothing can be added"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from clipcid_cli.runtime.precision import Precision
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", "a test")
+SLOW = pytest.mark.slow
 TEXTS = ["a red drawing", "two pale squares"]
 
 
@@ -46,7 +47,7 @@ def write_image_tower(folder: Path, family: str) -> Path:
     return folder / "student.json"
 
 
-@pytest.mark.parametrize("family", ["ViT", "SigLIP", "XLM-R"])
+@pytest.mark.parametrize("family", [pytest.param("ViT", marks=SLOW), "SigLIP", pytest.param("XLM-R", marks=SLOW)])
 def test_open_clip_loads_both_towers(family: str, tmp_path: Path) -> None:
     """CLIP's text tower, a custom one with a tokenizer of its own, and one of transformers."""
     source = write_family(tmp_path / "family", FAMILIES[family])

@@ -94,6 +94,41 @@ def test_a_bisection_for_stars_that_is_stopped_goes_on(
     assert read_bytes(tmp_path / "stopped") == read_bytes(tmp_path / "other")
 
 
+def test_a_bisection_does_not_go_on_for_rows_with_other_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list[None]()
+    stop = -1
+
+    def cover(*given: Any) -> Any:
+        if len(made) == stop:
+            raise KeyboardInterrupt
+        made.append(None)
+        return star_cover(*given)
+
+    def balance_captioned(work: str, **window: float) -> None:
+        made.clear()
+        balance(tmp_path / work, folder, keep=0.5, linkage="star", **window)
+
+    monkeypatch.setattr(star, "star_cover", cover)
+    monkeypatch.setattr(stars.SavePace, "is_due", lambda pace: True)
+    rows = np.eye(24) + np.random.default_rng(0).uniform(0, 0.5, (24, 24))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True))[[*range(24), 0, 1]].astype(np.float16)
+    # One filter drops the copy of the first image, the other that of the second.
+    similarity = np.array([0.6] * 24 + [0.3, 0.9])[:, None]
+    across = np.roll(rows, 1, axis=1) - (np.roll(rows, 1, axis=1) * rows).sum(axis=1, keepdims=True) * rows
+    across /= np.linalg.norm(across, axis=1, keepdims=True)
+    texts = (similarity * rows + np.sqrt(1 - similarity**2) * across).astype(np.float16)
+    folder = write_embeddings(tmp_path / "copies", rows, texts=texts, captions=["a cat"] * 26)
+    balance_captioned("other", max_caption_similarity=0.8)
+    whole = len(made)
+    stop = whole - 1
+    with pytest.raises(KeyboardInterrupt):
+        balance_captioned("stopped", min_caption_similarity=0.5)
+    stop = -1
+    balance_captioned("stopped", max_caption_similarity=0.8)
+    assert len(made) == whole
+    assert read_bytes(tmp_path / "stopped") == read_bytes(tmp_path / "other")
+
+
 def test_sets_that_took_long_are_not_measured_again(
     embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

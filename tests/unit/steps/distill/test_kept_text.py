@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,17 @@ from safetensors.torch import load_file
 from teaching_data import FP32, embed_data, join
 
 from clipcid_cli.algorithms.metrics.retrieval import retrieval_ranks
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.steps.distill.held_out_images import HeldOutImages
+from clipcid_cli.steps.distill.kept_text import find_teacher
 from clipcid_cli.steps.distill.memory import fitting_batch
 from clipcid_cli.steps.distill.student import load_student
+from clipcid_cli.steps.settings.distill import DistillSettings
 
 CPU = torch.device("cpu")
 WEIGHTS = "open_clip_model.safetensors"
@@ -72,7 +76,7 @@ def test_images_alone_train_an_image_tower(
 
 def test_stored_rows_of_texts_find_images_of_the_student(place: Path, tiny_model: Path, tmp_path: Path) -> None:
     """They are what the student makes of the texts, and its images are near those of their captions."""
-    kept(place, tmp_path, "pairs", loss=("instance=1", "fd=0"), steps=60, lr=0.01, batch_size=16)
+    kept(place, tmp_path, "pairs", loss=("instance=1", "fd=0"), steps=40, lr=0.01, batch_size=16)
     stored = open_embeddings(place / "rows of pairs")
     texts = torch.from_numpy(np.array(stored.rows(Kind.TEXTS).read(0, 16))).float()
     student = load_model(parse_model(str(tmp_path / "distill" / "run" / "student")))
@@ -104,6 +108,32 @@ def test_held_out_images_are_measured_by_the_teachers_rows_of_them(place: Path, 
     assert images.chance["teacher_retrieval_recall@1"] == 1 / run.inputs.held_out.total
     others = dataclasses.replace(images, teacher_ND=images.teacher_ND.roll(1, 0))
     assert others.measure(CPU)["teacher_retrieval_recall@1"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ({"teacher": ("none",), "preset": "clip"}, "keeps the text tower of one teacher, and --teacher none has none"),
+        ({"teacher": ("one", "two")}, "there are 2 teachers"),
+        ({"freeze_image": True}, "not with --freeze-image"),
+        ({"init_towers": "text", "init_from": "model"}, "not with --init-towers text"),
+        ({"cluster_towers": "both", "preset": "cid"}, "not with --cluster-towers both"),
+        ({"teacher_space": "project"}, "not with --teacher-space project"),
+        ({"preset": "clip-td"}, "The loss td trains the text tower on its tokens"),
+        ({"extra_texts": 4}, "not with --text-tower teacher"),
+        ({"student_caption_key": ("fr.txt",)}, "not with --text-tower teacher"),
+    ],
+)
+def test_what_does_not_go_with_a_kept_text_tower_is_wrong_usage(given: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(wrong)):
+        DistillSettings(student="student.json", text_tower="teacher", **given)
+
+
+def test_rows_of_nobody_have_no_text_tower(place: Path, tmp_path: Path) -> None:
+    unnamed = shutil.copytree(place / "rows of images", tmp_path / "rows", ignore=shutil.ignore_patterns("*.json"))
+    settings = DistillSettings(student="student.json", text_tower="teacher", embeddings=(unnamed,))
+    with pytest.raises(ClipcidError, match="does not record which model made it"):
+        find_teacher(settings)
 
 
 @pytest.mark.parametrize(

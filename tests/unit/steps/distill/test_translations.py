@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from balance_data import heard
 from conftest import make_caption, make_image, write_tar
 from teaching_data import FP32, embed_data, join
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.held_out import HeldOut
 from clipcid_cli.steps.distill.samples import list_skipped
+from clipcid_cli.steps.settings.distill import DistillSettings
 
 COUNT, WITHOUT = 8, 3
 
@@ -47,7 +49,7 @@ def write_list(folder: Path) -> Path:
     return folder / "list.csv"
 
 
-@pytest.mark.parametrize("key", ["fr.txt", "json:fr", "fr"])
+@pytest.mark.parametrize("key", ["fr.txt", pytest.param("json:fr", marks=pytest.mark.slow), "fr"])
 def test_translations_are_shown_with_the_rows_of_what_they_translate(
     key: str, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -101,3 +103,16 @@ def test_of_several_translations_the_first_is_shown_though_the_teacher_has_embed
     rows, batch = run.show(student)
     numbers = [int(ref.key.removeprefix("s")) for ref in run.inputs.refs(run.inputs.training, rows)]
     assert batch.tokens.tolist() == student.tokenizer(list(map(translate, numbers))).tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ({"teacher": ("none",)}, "no loss of the run needs a teacher"),
+        ({"online_teacher": True}, "not with --online-teacher"),
+        ({"extra_texts": 4}, "not with --extra-texts 4"),
+    ],
+)
+def test_what_does_not_go_with_translations_is_wrong_usage(given: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(UsageError, match=wrong):
+        DistillSettings(student="student.json", student_caption_key=("fr.txt",), **given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,23 +90,23 @@ def test_parts_in_a_folder_are_joined_to_what_one_process_writes(
         embed_part("0/3", batch_size=4)
     (work,) = find_works(out, "embed")
     with hold_part(work, Part(0, 3)):  # while a part runs, nobody finishes, nor does the same
-        for again in (lambda: join(out), lambda: embed_part(None), lambda: embed_part("0/3")):
+        # Part 1/2 has shards of it, and work of other settings would be removed while it runs.
+        others = (
+            lambda: embed_part("0/3"),
+            lambda: embed_part("1/2"),
+            lambda: embed_part("0/2", overwrite=True, batch_size=4),
+        )
+        for again in (lambda: join(out), lambda: embed_part(None), *others):
             with pytest.raises(ClipcidError, match=r"Part 0/3 of .* is being embedded"):
                 again()
     embed_part("0/2")  # in how many parts does not matter
+    begun = shutil.copytree(out, tmp_path / "begun")
     join(out)
     assert outcome(out) == outcome(one)
-
-
-def test_a_run_without_parts_finishes_what_parts_have_begun(
-    one: Path, data: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    embed_data(data, tiny_model, tmp_path / "out", part="0/2", max_bad_fraction=0.5)
-    written = (tmp_path / "out").rglob("img_emb_0002.npy")
-    before = [path.stat().st_ino for path in written]
-    embed_data(data, tiny_model, tmp_path / "out", max_bad_fraction=0.5)
-    assert before == [(tmp_path / "out/img_emb/img_emb_0002.npy").stat().st_ino]
-    assert outcome(tmp_path / "out") == outcome(one)
+    embed_data(data, tiny_model, begun, max_bad_fraction=0.5)  # the next step, say, does without the join
+    assert outcome(begun) == outcome(one)
+    written = [(folder / "img_emb/img_emb_0002.npy").stat().st_mtime_ns for folder in (out, begun)]
+    assert written[0] == written[1]  # by the part
 
 
 def test_parts_in_an_object_store_are_joined_here(
@@ -149,6 +150,10 @@ def promise(record: Any) -> None:
     record["files"]["img_emb"]["size"] = 2**60
 
 
+def promise_less_than_none(record: Any) -> None:
+    record["files"]["img_emb"]["size"] = -2
+
+
 def claim_other(record: Any) -> None:
     record["identity"] = "0" * 32
 
@@ -167,6 +172,8 @@ def claim_other(record: Any) -> None:
         (".shards/0001.json", lead_out, "is not the record of shard 00001"),
         (".shards/0001.json", add_part, "is not the record of shard 00001"),
         (".shards/0001.json", claim_other, "is not the record of shard 00001"),
+        (".shards/0001.json", promise_less_than_none, "is not the record of shard 00001"),
+        (".parts/0-of-2.json", lambda record: record.update(timings=[{"embedded": 1.5}]), "has no times of processes"),
         (".shards/0001.json", promise, "1,152,921,504,606,8.* are free"),
         (".shards/0001.json", lambda record: record["input"].update(size=1), "are not those of the data"),
         (".parts/0-of-2.json", lambda record: record.update(shards=4), "are of 3 and of 4 shards"),
@@ -188,6 +195,20 @@ def test_a_store_of_strangers_is_refused(
         join("memory://strange", work=tmp_path / "deep/below/work")
     assert not [path for path in tmp_path.rglob("*") if path.name in ("out", "out.npy", "x", "embed.json")]
     fsspec.filesystem("memory").rm("/strange", recursive=True)
+
+
+def test_a_record_that_names_a_file_elsewhere_is_refused(data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    embed_data(data, tiny_model, out, part="0/1", max_bad_fraction=0.5)
+    (work,) = find_works(out, "embed")
+    path = work / ".shards/0001.json"
+    record = json.loads(path.read_text())
+    metadata = record["files"]["metadata"]
+    (work / metadata["path"]).rename(tmp_path / "elsewhere.parquet")
+    metadata["path"] = "../../elsewhere.parquet"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ClipcidError, match=r"Shard 00001 in .* is not what its record says"):
+        join(out)
 
 
 def test_a_key_of_two_parts_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ FORMS = {
     "open-clip": ("open_clip_config.json", "open_clip_model.safetensors"),
     "hf": ("config.json", "model.safetensors", "tokenizer.json"),
     "onnx": _ONNX_FILES,
+    "executorch": ("image_encoder.pte", "text_encoder.pte", "encoders.json", "tokenizer.json"),
     "web": (*_ONNX_FILES, "web/index.html"),
 }
 
@@ -337,6 +338,7 @@ def test_a_card_shows_programs_for_what_is_in_the_folder(
         "open-clip": "import open_clip",
         "hf": "import AutoModel",
         "onnx": "onnxruntime",
+        "executorch": "executorch.runtime",
         "web": "python -m http.server",
     }
     needed = {*forms, "onnx"} if "web" in forms else {*forms}

@@ -69,6 +69,11 @@ def test_what_the_hub_refuses_is_told_and_changes_nothing(
     hub.refused, hub.ignored = "nothing", {"parity.json"}
     with pytest.raises(ClipcidError, match=r"the hub left out parity\.json, which the \.gitignore there may name"):
         push(folder, sidecar, "acme/tiny")
+    hub.refused, hub.ignored = "GET .*/tree/", set()
+    with pytest.raises(ClipcidError, match=r"the files are committed, and .* did not list what has arrived") as caught:
+        push(folder, sidecar, "acme/tiny")
+    assert "/acme/tiny/commit/" in caught.value.fix
+    hub.refused = "nothing"
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(ClipcidError, match="does not know the token of this machine") as caught:
         validate_push("acme/tiny")
