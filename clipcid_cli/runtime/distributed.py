@@ -276,8 +276,9 @@ def _name_failures(store: Any, rank: int, heartbeat: Heartbeat) -> Iterator[None
         fix = "Its own error says why; without one it hangs or was killed, perhaps for memory."
         with suppress(RuntimeError, OSError, ValueError):
             # Where one has waited in vain, all others but the one that hangs lose it, and come.
-            absent = heartbeat.absent(_LAST_MEETING if "imed out" in text else 0.0)
-            if absent and "imed out" in text:
+            timed_out = "imed out" in text
+            absent = heartbeat.absent(_LAST_MEETING if timed_out else 0.0)
+            if absent and timed_out:
                 message = f"{name_processes(absent)} of the run did not answer: {text}."
             if store.check([key]):
                 other, named = json.loads(store.get(key))

@@ -33,7 +33,7 @@ from torch import Tensor
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.distributed import memory_in_use
 from clipcid_cli.runtime.heartbeat import note_work
-from clipcid_cli.runtime.host import count_cores, memory_limit
+from clipcid_cli.runtime.host import count_cores, count_processes, memory_limit
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -119,7 +119,7 @@ def host_memory_of(
         training: What each process will take besides.
         checkpoint: What one process of the host takes while a checkpoint is written.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = count_processes()
     waiting = _AHEAD * workers + num_parts
     if num_items is not None:
         waiting = min(waiting, num_items)
@@ -131,7 +131,7 @@ def host_memory_of(
 
 def validate_host_memory(needed: HostMemory, workers: int, *, trains: bool = False) -> HostMemory:
     """Return what a run with so many workers a process takes of this host; an error where it has less."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = count_processes()
     what = "workers of this host and their batches"
     smaller = "Use fewer --workers or a smaller --batch-size"
     if trains:

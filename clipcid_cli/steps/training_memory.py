@@ -30,15 +30,15 @@ class TrainingMemory(NamedTuple):
     """Bytes on a device."""
 
     fixed: float  # whatever the batch: weights, gradients, the optimiser's state, a teacher, centroids
-    each: float  # for each sample of the device
+    per_sample: float
 
     def needed(self, samples: int) -> float:
         """Return the bytes that training on so many samples at once takes."""
-        return self.fixed + samples * self.each
+        return self.fixed + samples * self.per_sample
 
     def largest(self, memory: float) -> int:
         """Return how many samples fit into so many bytes; 0 where not even the weights do."""
-        return max(0, math.floor((memory - self.fixed) / self.each))
+        return max(0, math.floor((memory - self.fixed) / self.per_sample))
 
 
 def training_memory(

@@ -65,6 +65,8 @@ def test_needs_no_teacher_for_preset_clip(clipcid: Clipcid, tmp_path: Path, tiny
     arguments = ("distill", tiny_shards, *SHORT, "--teacher", "none", "--preset", "clip", "--steps", 3)
     result = clipcid(*arguments, "--wd", 0.5, "--lr", 0.1, "--warmup", 0, "--json").json
     assert set(result["losses"]) == {"clip"}
+    recorded = json.loads(Path(tmp_path / result["files"]["sidecar"]).read_text())["settings"]
+    assert not {"text_tower", "student_caption_key"} & recorded.keys(), "runs from before there were these go on"
     assert not (tmp_path / "clipcid-work" / "embeddings").exists()
     # Tokens that no caption uses are decayed as AdamW decays a row without gradient, by Π(1 − lr·wd).
     first = load_model(parse_model(str(tmp_path / "student.json")), fresh_seed=0).module.state_dict()

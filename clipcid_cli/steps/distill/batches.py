@@ -117,7 +117,7 @@ class BatchMaker:
         self._masking = masking
         chosen = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
         self._augmentation = teacher.augmentation(chosen)
-        self._first_captions = teacher.first_captions
+        self._first_captions = teacher.first_captions or bool(settings.student_caption_key)
         self._shows_captions = settings.shows_captions
         self._extra_texts = teacher.extra_texts
         self._rows = teacher.rows_shown()

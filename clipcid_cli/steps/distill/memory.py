@@ -36,10 +36,14 @@ def fitting_batch(settings: DistillSettings, student: Student, inputs: Inputs, m
     except ClipcidError:  # towers whose formulas are not known
         return BATCH_OF_DEVICE
     clusters = 0 if inputs.clusters is None else len(inputs.clusters.files.centroids)
+    states = planned_states(settings, clip, memory, clusters)
+    if settings.keeps_text_tower:  # whose weights lie there, too
+        module = student.model.module
+        states += sum(parameter.nbytes for parameter in module.parameters() if not parameter.requires_grad)
     needs = training_memory(
         settings,
         clip,
-        planned_states(settings, clip, memory, clusters),
+        states,
         mixed=student.precision.dtype != torch.float32,
         extra_texts=0.0 if inputs.teacher.extra_texts is None else 1.0,
         teachers=teachers,
@@ -104,6 +108,8 @@ def _bytes_of_steps(plan: DistillPlan, student: Student, context: DistContext) -
     module = student.model.module
     trained = count_trained_bytes(module)  # as gradients, and as their averages
     states = trained + plan.recipe.moment_bytes(module) + (0 if settings.ema is None else trained)
+    if settings.torchcompile:  # compiled towers compute again what they do not keep: how much that is nobody says
+        return states
     try:
         clip, _ = _describe(settings, student, plan.inputs.teacher, tokens=1)
     except ClipcidError:  # towers whose formulas are not known

@@ -75,6 +75,11 @@ class DistillPlan:
         # Data and teacher are inputs, identified by their content, however they were named.
         for name in ("data", "teacher", "epochs", "init_from"):
             del identity[name]
+        # What is not used is not recorded: a run that was begun before there were these settings goes on.
+        if not settings.keeps_text_tower:
+            del identity["text_tower"]
+        if not settings.student_caption_key:
+            del identity["student_caption_key"]
         info = student.model.info
         clusters = inputs.clusters
         losses = settings.losses(follows_features=inputs.teacher.judgement.follows_features)
@@ -146,7 +151,7 @@ def make_plan(
     parts = [student.model.info.slug, settings.chosen_preset, f"s{settings.seed}"]
     name = settings.name or "-".join(parts + ["all"] * (inputs.keep_list is None))
     folder = RunFolder(WorkDirectory(settings.work).distill(name))
-    memory = min([each for each in memories if each is not None], default=None)
+    memory = min([total for total in memories if total is not None], default=None)
     batch_size = settings.batch_size
     if batch_size is None and memory is not None:
         batch_size = _recorded_batch_size(settings, folder)

@@ -39,9 +39,7 @@ class DistillCost(msgspec.Struct):
     memory_bytes: int  # of one process, on its device
     host_memory_bytes: int  # of all processes of a host, with what waits in /dev/shm
     shared_memory_bytes: int
-    checkpoint_copy_bytes: (
-        int  # of the first process's host memory: what a checkpoint is written from, while it is written
-    )
+    checkpoint_copy_bytes: int  # of host memory, while the first process writes a checkpoint
     seconds_per_step: float
     data_seconds_per_step: float  # of one core
     samples_per_second: float

@@ -80,10 +80,10 @@ def count_usable(
     read = sum(listed.read for listed in index.records)
     if not total:
         where = f" {' or '.join(dataset.caption_keys)}" if dataset.caption_keys else ""
-        raise ClipcidError(
-            f"{dataset.spec}: none of {read:,} samples has a caption{where}.",
-            "Training needs captions: a .txt file next to each image, or what --caption-key names.",
-        )
+        fix = "Training needs captions: a .txt file next to each image, or what --caption-key names."
+        if may_lack_captions:
+            fix = "Check --student-caption-key: it names what holds the captions that the student reads."
+        raise ClipcidError(f"{dataset.spec}: none of {read:,} samples has a caption{where}.", fix)
     skips.check(read, max_bad_fraction, dataset.spec)
     if may_lack_captions:
         skips.merge(without_caption)

@@ -300,9 +300,8 @@ def choose_teacher(
     first_captions = embeddings.has_texts
     if settings.student_caption_key:
         keys = " or ".join(settings.student_caption_key)
-        reporting.note(
-            f"The student reads captions {keys}, the first of each sample, by the teacher's rows of its own."
-        )
+        taught = ", by the teacher's rows of its own" if embeddings.has_texts else ""
+        reporting.note(f"The student reads captions {keys}, the first of each sample{taught}.")
     elif settings.shows_captions:
         first_captions = _choose_captions(embeddings, counts, varies=extra_texts is not None)
     return StoredTeacher(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from balance_data import heard
 from distill_data import train
-from teaching_data import embed_data, write_captions, write_student
+from teaching_data import ALONE, embed_data, write_captions, write_student
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime import pipeline
 from clipcid_cli.runtime.pipeline import host_memory_of
-from clipcid_cli.steps.distill import cost, run
+from clipcid_cli.steps.distill import cost, memory, run
+from clipcid_cli.steps.distill.memory import validate_memory
+from clipcid_cli.steps.distill.plan import make_plan
 from clipcid_cli.steps.distill.result import DistillCost
+from clipcid_cli.steps.distill.student import load_student
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 # Takes some time for each sample, and notes how many there are.
@@ -70,6 +74,30 @@ def test_what_a_host_has_too_little_memory_for_is_refused_before_it_is_begun(
         train(tmp_path / "work", tiny_shards, **settings)
     assert "a larger --accum-freq" in refused.value.fix
     assert not (tmp_path / "work" / "distill").exists()
+
+
+def test_of_compiled_towers_only_what_stays_between_steps_is_counted(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they keep for the backward pass is not known: a batch that fits would be refused."""
+    taken = list[int]()
+    monkeypatch.setattr(memory, "host_memory", lambda plan, student, context, coming: taken.append(coming))
+    settings = DistillSettings(
+        work=tmp_path / "work",
+        data=str(tiny_shards),
+        student=write_student(tmp_path),
+        teacher=("none",),
+        preset="clip",
+        epochs=1,
+    )
+    student = load_student(settings, ALONE.device)
+    plan = make_plan(settings, student, (), None, tmp_path, ALONE, [None])
+    for compiles in (False, True):
+        chosen = dataclasses.replace(settings, torchcompile=compiles)
+        for samples in (8, 16):
+            validate_memory(dataclasses.replace(plan, settings=chosen, batch_size=samples), student, ALONE)
+    few, many, few_compiled, many_compiled = taken
+    assert many > few > few_compiled == many_compiled > 0
 
 
 def test_a_checkpoint_in_work_and_steps_to_come_are_counted() -> None:

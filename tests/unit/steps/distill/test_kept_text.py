@@ -26,6 +26,8 @@ from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.steps.distill.held_out_images import HeldOutImages
 from clipcid_cli.steps.distill.kept_text import find_teacher
+from clipcid_cli.steps.distill.memory import fitting_batch
+from clipcid_cli.steps.distill.student import load_student
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 CPU = torch.device("cpu")
@@ -65,6 +67,8 @@ def test_images_alone_train_an_image_tower(
     for name in [name for name in teacher if not name.startswith("visual.")]:
         assert all(torch.equal(student[name], teacher[name]) for student in students), name
     assert not torch.equal(students[0]["visual.proj"], students[1]["visual.proj"])
+    sidecar = json.loads((tmp_path / "distill" / "run" / "distill.json").read_text())
+    assert sidecar["settings"]["text_tower"] == "teacher"
     checkpoint = torch.load(tmp_path / "distill" / "run" / "checkpoints" / "step_00000004.pt", weights_only=True)
     trained = sum(group["params"] != [] and len(group["params"]) for group in checkpoint["optimizer"]["param_groups"])
     assert trained == sum(name.startswith("visual.") for name in students[0])
@@ -82,6 +86,17 @@ def test_stored_rows_of_texts_find_images_of_the_student(place: Path, tiny_model
     rows, batch = join(place / "pairs", place / "rows of pairs").show(student)
     ranks, _ = retrieval_ranks(student.encode_images(batch.pixels, FP32), texts[rows], torch.arange(16))
     assert (ranks == 0).float().mean() > 0.6
+
+
+@pytest.mark.parametrize("data", ["images", "pairs"])
+def test_what_fits_on_a_gpu_is_computed_without_captions(data: str, place: Path, tiny_model: Path) -> None:
+    given = KEPT | {"student": str(place / "student.json"), "teacher": (str(tiny_model),)}
+    run = join(place / data, place / f"rows of {data}", **given)
+    student = load_student(run.settings, CPU)
+    kept = sum(value.nbytes for value in student.model.module.parameters() if not value.requires_grad)
+    memories = (kept, 4e9, 8e9)
+    none, small, large = (fitting_batch(run.inputs.settings, student, run.inputs, memory) for memory in memories)
+    assert large > small > none == 0, "the text tower is there beside what is trained"
 
 
 def test_held_out_images_are_measured_by_the_teachers_rows_of_them(place: Path, tiny_model: Path) -> None:

@@ -11,7 +11,7 @@ from balance_data import heard
 from conftest import make_caption, make_image, write_tar
 from teaching_data import FP32, embed_data, join
 
-from clipcid_cli.errors import UsageError
+from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.held_out import HeldOut
@@ -74,6 +74,35 @@ def test_translations_are_shown_with_the_rows_of_what_they_translate(
     held_out = HeldOut.read(measured.inputs, student)
     assert held_out is not None
     assert all(sample.captions == (translate(int(sample.key[1:])),) for sample in held_out.samples)
+
+
+def test_a_key_that_no_sample_has_is_named_as_it_was_given(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_members(tmp_path / "data", "fr.txt")
+    embed_data(data, tiny_model, tmp_path / "rows")
+    with pytest.raises(ClipcidError, match=r"none of 8 samples has a caption de\.txt") as refused:
+        join(data, tmp_path / "rows", student_caption_key=("de.txt",))
+    assert "Check --student-caption-key" in refused.value.fix
+
+
+def test_of_several_translations_the_first_is_shown_though_the_teacher_has_embedded_no_captions(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    members = list[tuple[str, bytes]]()
+    for number in range(COUNT):
+        translations = [translate(number), "un autre"]
+        members += [
+            (f"s{number}.png", make_image(number)),
+            (f"s{number}.json", json.dumps({"fr": translations}).encode()),
+        ]
+    data = write_tar(tmp_path / "data" / "0.tar", members).parent
+    embed_data(data, tiny_model, tmp_path / "rows", text=False)
+    student = load_model(parse_model(str(tiny_model)))
+    with heard() as told:
+        run = join(data, tmp_path / "rows", preset="cid", loss=("cluster=0",), student_caption_key=("json:fr",))
+    assert "The student reads captions json:fr, the first of each sample." in told
+    rows, batch = run.show(student)
+    numbers = [int(ref.key.removeprefix("s")) for ref in run.inputs.refs(run.inputs.training, rows)]
+    assert batch.tokens.tolist() == student.tokenizer(list(map(translate, numbers))).tolist()
 
 
 @pytest.mark.parametrize(
