@@ -281,6 +281,8 @@ def test_paths_of_a_windows_machine_are_told_as_such(context: DistContext, tmp_p
     (tmp_path / "list.csv").write_text(f"filepath,title,key\n{rows}")
     with pytest.raises(ClipcidError, match="none can be used") as told:
         check(open_dataset(tmp_path / "list.csv"), context)
+    tried = ", ".join(f"{number} ({tmp_path}/C:/Users/me/photos/{number}.png)" for number in range(3))
+    assert told.value.message.endswith(f"3 × file not found: {tried}")  # the keys alone say nothing of the cause
     assert told.value.fix.startswith("C:/Users/me/photos/0.png is a path of a Windows machine, which cannot exist here")
     assert "--list-root DIR" in told.value.fix
 

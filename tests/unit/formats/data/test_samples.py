@@ -256,7 +256,7 @@ def test_links_to_nothing_are_files_that_are_not_found(tmp_path: Path) -> None:
     samples = open_dataset(tmp_path).shards[0].samples()
     assert [sample.key for sample in samples] == ["0", "1", "2", "3"]
     reasons = [read_image(sample.image) for sample in samples[1:]]
-    assert reasons == [SkippedImage("not_found"), *[SkippedImage("unreadable_image")] * 2]
+    assert reasons == [SkippedImage(f"not_found: {tmp_path}/1.png"), *[SkippedImage("unreadable_image")] * 2]
     assert samples[0].captions == ()
 
 
