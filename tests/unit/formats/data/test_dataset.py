@@ -385,6 +385,11 @@ SAMPLES = shard_members(0, 5)
         (lambda folder: f"{folder}/{{a,b{{2..4..2}}}}{'{c,d}' * 20}.tar", "names 3,145,728 shards", ""),
         (lambda folder: f"{folder}/{'{' * 500}a,b{'}' * 500}.tar", "shards, more than 1,000,000", ""),
         (lambda folder: write(folder / "notes.tar", b"no tar, " * 200), "notes.tar is not a tar file", ""),
+        (
+            lambda folder: write(folder / "list.jsonl", b'{"image": "1.png"}\n'),
+            "list.jsonl holds no data that can be read: it is not a tar file",
+            "a csv, tsv or parquet list",
+        ),
         (tar_of(*SAMPLES, cut=1900), r"is truncated: 00000\d\.\w+ should end at byte [\d,]+, the file has 1,900", ""),
         (tar_of(*SAMPLES, compressed=True), r"is compressed \(gzip\)", ""),
         (
