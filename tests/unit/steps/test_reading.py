@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from balance_data import heard
+from balance_data import heard, make_rows, write_embeddings
 from conftest import make_image, shard_members, write_tar
 from shard_server import serve
 
@@ -28,12 +28,16 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.views import Renderer
-from clipcid_cli.steps.data_index import ensure_index
+from clipcid_cli.steps.balance.filters.references import validate_references
+from clipcid_cli.steps.data_index import ensure_index, open_named
 from clipcid_cli.steps.distill.samples import list_skipped
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
+from clipcid_cli.steps.evaluate.probe_plan import make_plan
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.preflight import choose_order, choose_workers, validate_samples
+from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 KEYS = [f"{row:04d}" for row in range(100)]
@@ -274,6 +278,19 @@ def test_samples_of_which_none_can_be_used_end_a_run(context: DistContext, tmp_p
     for number in range(20):
         (tmp_path / f"{number}.png").write_bytes(make_image(number) if number == 3 else b"no image")
     assert "14 cannot be decoded" in check(dataset, context, dry_run=dry_run)[0]
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_embeddings(tmp_path / "e", make_rows(4)))
+    near = BalanceSettings(keep=0.5, near=("",), near_keep=0.5)
+    probe = EvalLinearSettings(model="ViT-B-32", data="")
+    for read in (
+        lambda: open_named(ReadingSettings(), ""),
+        lambda: validate_references(near, None),
+        lambda: make_plan(probe),
+    ):
+        with pytest.raises(ClipcidError, match=r"^(--near '': )?The path of the data is empty\.\n"):
+            read()
 
 
 def test_paths_of_a_windows_machine_are_told_as_such(context: DistContext, tmp_path: Path) -> None:
