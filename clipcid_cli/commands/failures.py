@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import sys
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import click
 
 from clipcid_cli.commands.signals import UNREAD, is_unread
 from clipcid_cli.errors import ClipcidError, UsageError, in_one_line
+from clipcid_cli.typed import this_command
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
@@ -69,6 +71,11 @@ def _explain_usage(error: click.UsageError) -> Failure:
     command = error.ctx.command_path if error.ctx is not None else "clipcid"
     message = error.format_message()
     fix = f"See {command} --help."
+    if isinstance(error, click.NoSuchOption):
+        files = (word for word in this_command() if word.startswith(error.option_name) and os.path.lexists(word))
+        file = next(files, None)
+        if file is not None:
+            return Failure(message, f"If the file {file} is meant, write {shlex.quote(f'./{file}')}.", error.exit_code)
     extra = re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", message)
     params = [] if error.ctx is None else error.ctx.command.params
     if extra is not None and any(
@@ -79,6 +86,8 @@ def _explain_usage(error: click.UsageError) -> Failure:
             more = "1 more argument" if len(names) == 1 else f"{len(names):,} more arguments"
             message = f"Got {more} than DATA, such as {names[0]}: did the shell expand a pattern?"
             fix = f"Quote the pattern, as in 'laion/{{00000..00099}}.tar', or name the folder. {fix}"
+        elif "--" in this_command() and any(name.startswith("-") for name in names):
+            fix = f"What stands after -- is read as names, not as flags: write flags before it. {fix}"
     return Failure(message, fix, error.exit_code)
 
 

@@ -62,11 +62,12 @@ class Skips:
     def add(self, reason: str, name: str) -> None:
         """Count one sample; its name is what a user would search for: its key, with the shard where that helps.
 
-        Details may follow a reason, as in ``http_error: HTTP 403``.
+        Details may follow a reason, as in ``http_error: HTTP 403`` or ``not_found: /photos/1.jpg``; a path that ends with
+        the name says nothing more.
         """
         reason, _, details = reason.partition(": ")
         assert reason in REASONS, reason
-        named = f"{name} ({details})" if details else name
+        named = f"{name} ({details})" if details and not f"/{details}".endswith(f"/{name}") else name
         self.merge(Skips({reason: 1}, {reason: [named]}, listed=[(name, "", reason)]))
 
     def counted(self) -> Skips:

@@ -24,6 +24,7 @@ from clipcid_cli.formats.data.index import (
     write_part,
 )
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Columns, ListFormat, Sample
+from clipcid_cli.formats.data.shard_files import FORMS
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.skips import CAPTION_CHANGES, Skips
@@ -37,8 +38,15 @@ _OF_DATA = {*IMAGE_SUFFIXES, "tar"}
 _FEW_SHARDS = 8
 
 
+def refuse_empty(data: str) -> None:
+    """Refuse the name that a shell makes of a variable that is not set: as a path it would be the current folder."""
+    if not data.strip():
+        raise ClipcidError("The path of the data is empty.", f"If a shell variable holds it, set that. {FORMS}")
+
+
 def open_named(settings: ReadingSettings, data: str, index_root: Path | None = None) -> Dataset:
     """Open the data that a command names, as its flags say."""
+    refuse_empty(data)
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
     try:
         return open_dataset(

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from conftest import Clipcid
 from reference import DOCS, GENERATED, insert_reference
 
+from clipcid_cli import typed
 from clipcid_cli.cli import COMMANDS
+from clipcid_cli.commands.failures import explain
 
 HEAVY = ("torch", "open_clip", "numpy", "pandas", "pyarrow", "faiss")
 
@@ -59,6 +62,28 @@ def test_a_variable_of_no_flag_is_a_usage_error(clipcid: Clipcid) -> None:
 def test_a_switch_that_is_neither_on_nor_off_is_a_usage_error(clipcid: Clipcid) -> None:
     run = clipcid("embed", code=2, env={"CLIPCID_QUIET": "perhaps"})
     assert "'perhaps' is neither true nor false (1 and 0, yes and no, on and off)." in run.said
+
+
+@pytest.mark.parametrize(
+    ("line", "fix"),
+    [
+        (["-late name.tar", "--model", "m"], "If the file -late name.tar is meant, write './-late name.tar'."),
+        (["-later.tar"], "See clipcid embed --help."),  # there is no such file
+        (["--", "-late name.tar", "--model", "m"], "What stands after -- is read as names, not as flags"),
+    ],
+)
+def test_a_file_that_is_called_like_a_flag_can_be_named(
+    line: list[str], fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(typed, "_words", ("clipcid", "embed", *line))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-late name.tar").touch()
+    command = click.Command("embed", params=[click.Argument(["data"]), click.Option(["--model"])])
+    with pytest.raises(click.UsageError) as refused:
+        command.make_context("clipcid embed", line)
+    failure = explain(refused.value)
+    assert failure.fix.startswith(fix)
+    assert failure.code == 2
 
 
 def test_an_empty_request_for_completions_is_none(clipcid: Clipcid) -> None:

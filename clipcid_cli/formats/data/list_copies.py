@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
@@ -9,6 +10,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import without_query
 from clipcid_cli.formats.data.lists import ListImages, find_form, read_frames, read_texts
 from clipcid_cli.formats.data.opening import local_file
@@ -35,8 +37,8 @@ class _KeptRows(NamedTuple):
 def copy_list(images: ListImages, target: Path, keys_of: Callable[[int], Set[str]]) -> list[int]:
     """Copy the rows of samples with the given keys to a new list of the same form; return how many of each slice.
 
-    All columns stay. Paths become absolute, so that they lead to the images from the new place. A list whose keys are its
-    paths gets a column of them, so that keys stay the same.
+    All columns stay, and the encoding of a text. Paths become absolute, so that they lead to the images from the new
+    place. A list whose keys are its paths gets a column of them, so that keys stay the same.
 
     Args:
         keys_of: The keys of a slice to keep; called for one slice after the other.
@@ -67,7 +69,8 @@ def copy_list(images: ListImages, target: Path, keys_of: Callable[[int], Set[str
             with reading(file, "a parquet file", "Give a csv, tsv or parquet file with a header."):
                 _copy_table(pq.ParquetFile(file), copy, columns, choose)
             return sizes
-        _, separator = find_form(name, file, list_format)
+        encoding, separator = find_form(name, file, list_format)
+        encoder = codecs.getincrementalencoder(encoding)()  # a mark of UTF-16 is only at the beginning
         separator = "\t" if len(separator) > 1 else separator  # pandas writes no longer one
         for frame in read_frames(source, file, list_format):
             kept = choose(frame)
@@ -75,7 +78,13 @@ def copy_list(images: ListImages, target: Path, keys_of: Callable[[int], Set[str
             if columns.key not in rows:
                 rows[columns.key] = kept.keys
             text = rows.to_csv(sep=separator, index=False, header=len(sizes) == 1, lineterminator="\n")
-            copy.write(text.encode())
+            try:
+                copy.write(encoder.encode(text))
+            except UnicodeEncodeError as error:  # of a folder in the absolute paths
+                raise ClipcidError(
+                    f"The new list of {source} cannot be written as {encoding}, which has no {error.object[error.start]!r}.",
+                    "Save the list as UTF-8, and embed it without --list-encoding.",
+                ) from error
     return sizes
 
 

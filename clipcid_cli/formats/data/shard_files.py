@@ -122,6 +122,8 @@ def refuse_compressed(folder: str, paths: list[str]) -> None:
     names = {path.rpartition("/")[2] for path in paths}
     packed = [name for name in sorted(names, key=natural_key) if name.lower().endswith(_COMPRESSED_TARS)]
     packed = [name for name in packed if f"{name[: name.lower().rindex('.t')]}.tar" not in names]
+    # Tools that unpack a tar may call the folder like it.
+    packed = [name for name in packed if not os.path.isdir(os.path.join(folder, name))]
     if packed:
         raise ClipcidError(
             f"{folder} contains compressed tars, from which samples cannot be read one by one: {len(packed):,}, "

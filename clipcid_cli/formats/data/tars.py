@@ -19,6 +19,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_pipe, is_remote
 from clipcid_cli.formats.data.opening import naming_shard, open_source
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES
+from clipcid_cli.formats.data.shard_files import FORMS
 from clipcid_cli.formats.files import atomic_file, open_regular
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -200,6 +201,8 @@ def validate_tar(path: Path) -> None:
         if any(head):
             tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
+        if path.suffix.lower() != ".tar":  # a list of a form that is not read, or whatever else was named
+            raise ClipcidError(f"{path} holds no data that can be read: it is not a tar file.", FORMS) from error
         raise ClipcidError(f"Shard {path} is not a tar file.", _FIX) from error
     if not size or size % _BLOCK or any(tail):
         for _ in read_members(path):

@@ -56,8 +56,8 @@ def read_image(source: Readable, draft_size: tuple[int, int] | None = None) -> I
         return decode_image(source.read(), draft_size)
     except TooManyBytesError:
         return SkippedImage("too_many_bytes")
-    except FileNotFoundError:
-        return SkippedImage("not_found")
+    except FileNotFoundError as error:
+        return SkippedImage("not_found" if error.filename is None else f"not_found: {error.filename}")
     except OSError as error:  # the file was truncated after it was listed, or a server does not send it
         answer = getattr(error, "answer", None)
         return SkippedImage("unreadable_image" if answer is None else f"http_error: {answer}")

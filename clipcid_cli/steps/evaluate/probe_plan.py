@@ -23,7 +23,7 @@ from clipcid_cli.formats.data.samples import Sample, read_vector_length
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, metrics_stem
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.steps.data_index import open_named
+from clipcid_cli.steps.data_index import open_named, refuse_empty
 from clipcid_cli.steps.evaluate.task_plan import find_copy
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.models import choose_model
@@ -69,6 +69,8 @@ class ProbePlan:
 def make_plan(settings: EvalLinearSettings) -> ProbePlan:
     """Find the model, open all splits and match their classes: class folders by name, numbered classes by number."""
     model = choose_model(settings.model, settings.work, positional_of="eval-linear")
+    if settings.data is not None:
+        refuse_empty(settings.data)
     known = find_copy(settings.data, settings.data_root) if settings.data is not None else None
     folder = os.path.expanduser(str(settings.data)).rstrip("/") if known is None else str(known[1])
     given = {"train": settings.train or f"{folder}/train", "test": settings.test or f"{folder}/test"}

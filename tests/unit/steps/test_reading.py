@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from balance_data import heard
+from balance_data import heard, make_rows, write_embeddings
 from conftest import make_image, shard_members, write_tar
 from shard_server import serve
 
@@ -28,12 +28,16 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.views import Renderer
-from clipcid_cli.steps.data_index import ensure_index
+from clipcid_cli.steps.balance.filters.references import validate_references
+from clipcid_cli.steps.data_index import ensure_index, open_named
 from clipcid_cli.steps.distill.samples import list_skipped
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
+from clipcid_cli.steps.evaluate.probe_plan import make_plan
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.preflight import choose_order, choose_workers, validate_samples
+from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 KEYS = [f"{row:04d}" for row in range(100)]
@@ -276,11 +280,26 @@ def test_samples_of_which_none_can_be_used_end_a_run(context: DistContext, tmp_p
     assert "14 cannot be decoded" in check(dataset, context, dry_run=dry_run)[0]
 
 
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_embeddings(tmp_path / "e", make_rows(4)))
+    near = BalanceSettings(keep=0.5, near=("",), near_keep=0.5)
+    probe = EvalLinearSettings(model="ViT-B-32", data="")
+    for read in (
+        lambda: open_named(ReadingSettings(), ""),
+        lambda: validate_references(near, None),
+        lambda: make_plan(probe),
+    ):
+        with pytest.raises(ClipcidError, match=r"^(--near '': )?The path of the data is empty\.\n"):
+            read()
+
+
 def test_paths_of_a_windows_machine_are_told_as_such(context: DistContext, tmp_path: Path) -> None:
     rows = "".join(f"C:\\Users\\me\\photos\\{number}.png,a,{number}\n" for number in range(3))
     (tmp_path / "list.csv").write_text(f"filepath,title,key\n{rows}")
     with pytest.raises(ClipcidError, match="none can be used") as told:
         check(open_dataset(tmp_path / "list.csv"), context)
+    tried = ", ".join(f"{number} ({tmp_path}/C:/Users/me/photos/{number}.png)" for number in range(3))
+    assert told.value.message.endswith(f"3 × file not found: {tried}")  # the keys alone say nothing of the cause
     assert told.value.fix.startswith("C:/Users/me/photos/0.png is a path of a Windows machine, which cannot exist here")
     assert "--list-root DIR" in told.value.fix
 

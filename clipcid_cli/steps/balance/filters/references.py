@@ -31,7 +31,7 @@ from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.plan import Reference
 from clipcid_cli.steps.balance.result import ReferenceResult
 from clipcid_cli.steps.balance.search import Search, run_chunks
-from clipcid_cli.steps.data_index import holds_embeddings, open_named
+from clipcid_cli.steps.data_index import holds_embeddings, open_named, refuse_empty
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embeddings import open_given
 from clipcid_cli.steps.models import find_mismatch
@@ -54,13 +54,14 @@ def validate_references(settings: BalanceSettings, model: str | None) -> None:
 def _validate_none_missing(settings: BalanceSettings) -> None:
     """Refuse references that are neither embeddings nor data, before anything is embedded."""
     for flag, name in settings.named_references:
-        if not holds_embeddings(Path(name)):
-            try:
+        try:
+            refuse_empty(name)
+            if not holds_embeddings(Path(name)):
                 # References are joined by no key.
                 indexes = WorkDirectory(settings.work).indexes
                 open_named(dataclasses.replace(settings, key_column=KEY_COLUMN), name, indexes)
-            except ClipcidError as error:
-                raise ClipcidError(f"{flag} {name}: {error.message}", error.fix) from error
+        except ClipcidError as error:
+            raise ClipcidError(f"{flag} {name or repr(name)}: {error.message}", error.fix) from error
 
 
 def _validate_models(settings: BalanceSettings, model: str) -> None:

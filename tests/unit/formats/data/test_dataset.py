@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,10 @@ from PIL import Image
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
+from clipcid_cli.formats.data.list_copies import copy_list
+from clipcid_cli.formats.data.lists import ListImages
 from clipcid_cli.formats.data.samples import ListFormat, Sample, natural_key, read_classes
+from clipcid_cli.formats.data.slices import Slice
 from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.formats.skips import Skips
 
@@ -200,6 +204,27 @@ def test_lists_as_other_programs_write_them(
     assert again.fingerprints() == dataset.fingerprints()
     other = dataclasses.replace(form, root=str(tmp_path / "elsewhere"))
     assert open_dataset(tmp_path / "list.csv", list_format=other).fingerprints() != again.fingerprints()
+    # A list of the kept rows is read with the same flags, but for a separator of several letters.
+    copy_list(images_of(dataset), tmp_path / "kept.csv", lambda index: {first.key})
+    kept = open_dataset(tmp_path / "kept.csv", list_format=ListFormat(**told) if len(separator) == 1 else None)
+    assert [(sample.key, sample.captions) for sample in kept.shards[0].samples()] == [(first.key, first.captions)]
+
+
+def images_of(dataset: Dataset) -> ListImages:
+    (shard,) = dataset.shards
+    assert isinstance(shard, Slice)
+    assert isinstance(shard.images, ListImages)
+    return shard.images
+
+
+def test_a_new_list_says_where_its_encoding_lacks_a_letter_of_the_paths(tmp_path: Path) -> None:
+    (tmp_path / "画像").mkdir()
+    (tmp_path / "画像" / "list.csv").write_bytes("filepath,title\n1.png,café\n".encode("latin-1"))
+    dataset = open_dataset(tmp_path / "画像" / "list.csv", list_format=ListFormat(encoding="latin-1"))
+    with pytest.raises(ClipcidError, match="cannot be written as latin-1, which has no '画'") as refused:
+        copy_list(images_of(dataset), tmp_path / "kept.csv", lambda index: {"1.png"})
+    assert "Save the list as UTF-8" in refused.value.fix
+    assert os.listdir(tmp_path) == ["画像"]
 
 
 def test_a_list_that_is_not_read_as_it_is_written_names_the_flag(tmp_path: Path) -> None:
@@ -360,6 +385,11 @@ SAMPLES = shard_members(0, 5)
         (lambda folder: f"{folder}/{{a,b{{2..4..2}}}}{'{c,d}' * 20}.tar", "names 3,145,728 shards", ""),
         (lambda folder: f"{folder}/{'{' * 500}a,b{'}' * 500}.tar", "shards, more than 1,000,000", ""),
         (lambda folder: write(folder / "notes.tar", b"no tar, " * 200), "notes.tar is not a tar file", ""),
+        (
+            lambda folder: write(folder / "list.jsonl", b'{"image": "1.png"}\n'),
+            "list.jsonl holds no data that can be read: it is not a tar file",
+            "a csv, tsv or parquet list",
+        ),
         (tar_of(*SAMPLES, cut=1900), r"is truncated: 00000\d\.\w+ should end at byte [\d,]+, the file has 1,900", ""),
         (tar_of(*SAMPLES, compressed=True), r"is compressed \(gzip\)", ""),
         (

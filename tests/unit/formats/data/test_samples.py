@@ -237,6 +237,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
 def test_compressed_tars_are_not_left_out_in_silence(tmp_path: Path, plain: bool) -> None:
     if plain:
         write_tar(tmp_path / "0.tar", shard_members(0, 2))
+    (tmp_path / "0.tgz").mkdir()  # a folder of that name is none
     packed = write_tar(tmp_path / "1.tar", shard_members(2, 2))
     (tmp_path / "1.tar.gz").write_bytes(gzip.compress(packed.read_bytes()))
     assert [shard.name for shard in open_dataset(tmp_path).shards] == ["0", "1"][1 - plain :]
@@ -255,7 +256,7 @@ def test_links_to_nothing_are_files_that_are_not_found(tmp_path: Path) -> None:
     samples = open_dataset(tmp_path).shards[0].samples()
     assert [sample.key for sample in samples] == ["0", "1", "2", "3"]
     reasons = [read_image(sample.image) for sample in samples[1:]]
-    assert reasons == [SkippedImage("not_found"), *[SkippedImage("unreadable_image")] * 2]
+    assert reasons == [SkippedImage(f"not_found: {tmp_path}/1.png"), *[SkippedImage("unreadable_image")] * 2]
     assert samples[0].captions == ()
 
 

@@ -158,7 +158,7 @@ def test_a_file_is_read_or_skipped_with_a_reason(tmp_path: Path) -> None:
     image = read_image(whole)
     assert isinstance(image, Image.Image)
     assert read_size(whole) == image.size == (48, 48)
-    for source, reason in ((missing, "not_found"), (cut, "unreadable_image")):
+    for source, reason in ((missing, f"not_found: {missing.path}"), (cut, "unreadable_image")):
         assert read_image(source) == SkippedImage(reason)
         assert read_size(source) == SkippedImage("unreadable_image")
     limit = place.stat().st_size - 1
