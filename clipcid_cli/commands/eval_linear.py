@@ -28,7 +28,8 @@ def show(answer: LinearResult | Preview, console: Console) -> None:
     facts = {"model": answer.model, "data": answer.dataset}
     files = {f"{name} file": path for name, path in answer.files.items()}
     if isinstance(answer, Preview):
-        print_facts(console, "Would fit a linear probe", facts, files)
+        title = "Would reuse a linear probe" if answer.reused else "Would fit a linear probe"
+        print_facts(console, title, facts, files)
         return
     for name, value in answer.metrics.items():
         if value is not None:
