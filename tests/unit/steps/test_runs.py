@@ -139,6 +139,16 @@ def test_only_models_that_differ_in_their_seed_are_averaged(work: Path) -> None:
     assert "things, caption-lines" in printed.getvalue()
 
 
+def test_a_run_of_seed_0_is_not_shown_as_one_of_no_seeds(work: Path) -> None:
+    contents, _ = list_contents(work, dry_run=True)
+    printed = io.StringIO()
+    show(contents, Console(file=printed, width=120))
+    lines = [line.split() for line in printed.getvalue().splitlines()]
+    assert ["run", "seed", "steps"] in [cells[:3] for cells in lines]
+    assert ["a-s*", "0,", "1,", "2", "20"] in [cells[:5] for cells in lines]
+    assert [*HOSTILE.split(), "0", "20"] in [cells[:5] for cells in lines]
+
+
 def test_a_probe_has_the_interval_of_its_sidecar(work: Path) -> None:
     write_probe(work, "new", intervals={"lp_acc1": [0.404, 0.528]})
     write_probe(work, "old")
