@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from clipcid_cli.steps.evaluate.result import Preview
 
 _BARS = "▁▂▃▄▅▆▇█"
+_PER_BAR = 2  # values of C, to fit a terminal
 _DIGITS = 2
 
 
@@ -27,7 +28,8 @@ def show(answer: LinearResult | Preview, console: Console) -> None:
     facts = {"model": answer.model, "data": answer.dataset}
     files = {f"{name} file": path for name, path in answer.files.items()}
     if isinstance(answer, Preview):
-        print_facts(console, "Would fit a linear probe", facts, files)
+        title = "Would reuse a linear probe" if answer.reused else "Would fit a linear probe"
+        print_facts(console, title, facts, files)
         return
     for name, value in answer.metrics.items():
         if value is not None:
@@ -42,11 +44,11 @@ def show(answer: LinearResult | Preview, console: Console) -> None:
     facts["measured on"] = f"{count(answer.images, 'image')} of {count(answer.classes, 'class', 'classes')}"
     facts["fitted on"] = count(answer.train_images, "image")
     tried = answer.sweep.c
-    facts["C"] = f"{answer.c:.3g}, best of {len(tried)} by {answer.metric} on held-out images"
+    facts["C"] = f"{answer.c:.3g}, best of {len(tried)} by {answer.metric} on held-out images{_describe_ties(answer)}"
     facts["held out"] = (
         f"{format_percent(answer.validation_score, _DIGITS)}% on {count(answer.validation_images, 'image')}"
     )
-    facts["by C"] = f"{tried[0]:.0e} {_sketch(answer.sweep.score)} {tried[-1]:.0e}"
+    facts["by C"] = f"{tried[0]:.0e} {_sketch(answer.sweep.score)} {tried[-1]:.0e}, best of {_PER_BAR} per bar"
     print_facts(console, "Linear probe", facts, files)
     if answer.shots:
         console.print()
@@ -60,11 +62,18 @@ def _describe_interval(bounds: tuple[float, float] | None) -> str:
     return f" (95% interval {low} … {high})"
 
 
+def _describe_ties(answer: LinearResult) -> str:
+    """Say how many weaker regularisations scored as well as the chosen one."""
+    ties = answer.sweep.score.count(answer.validation_score) - 1
+    return f"; {ties} larger {'one is' if ties == 1 else 'ones are'} as good" if ties > 0 else ""
+
+
 def _sketch(scores: list[float]) -> str:
-    """Draw scores along the grid of C, each as high as its part of the best; every other one, to fit a terminal."""
+    """Draw scores along the grid of C, each as high as its part of the best; of several per bar the best."""
     low, high = min(scores), max(scores)
     width = (high - low) or 1.0
-    return "".join(_BARS[round((len(_BARS) - 1) * ((score - low) / width))] for score in scores[::2])
+    shown = [max(scores[first : first + _PER_BAR]) for first in range(0, len(scores), _PER_BAR)]
+    return "".join(_BARS[round((len(_BARS) - 1) * ((score - low) / width))] for score in shown)
 
 
 def _print_shots(answer: LinearResult, console: Console) -> None:

@@ -53,7 +53,7 @@ def _print_runs(runs: list[RunRow], console: Console) -> None:
     )
     rows += [["chance", "", "", *cells] for cells in chances]
     title = "Runs, held-out retrieval in % (several seeds: mean ± standard deviation)"
-    print_table(console, title, ["run", "seeds", "steps", "held out", *map(shorten_metric, names)], rows)
+    print_table(console, title, ["run", "seed", "steps", "held out", *map(shorten_metric, names)], rows)
 
 
 def _count(images: int | None) -> str:

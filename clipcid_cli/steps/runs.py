@@ -408,6 +408,8 @@ def _describe_evaluation(
         about["images"] = sidecar.counts["images"]
     elif sidecar is not None:
         about |= {name: sidecar.result.get(name) for name in ("majority", "images")}
+        intervals = sidecar.result.get("intervals", {})  # earlier probes have none
+        about["intervals"] = msgspec.convert(intervals, dict[str, tuple[float, float]])
         about |= {"chance": sidecar.result.get("chance", {}), "customary": f"lp_{sidecar.result['metric']}"}
     if len(files) > 1:
         about["intervals"] = {}

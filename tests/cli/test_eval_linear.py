@@ -96,7 +96,10 @@ def test_metrics_are_those_of_scikit_learn(clipcid: Clipcid, tiny_model: Path, c
     assert (result["metric"], result["validation_score"]) == ("acc1", best)
     assert result["c"] == min(c for c, score in scores.items() if score == best)
     assert clipcid("eval-linear", tiny_model, colours, "--json").json == result | {"reused": True}
-    assert f"{name} already holds" in clipcid("eval-linear", tiny_model, colours, "--dry-run").said
+    planned = clipcid("eval-linear", tiny_model, colours, "--dry-run").said
+    assert f"{name} already holds" in planned
+    assert "Would reuse a linear probe" in planned
+    assert "Would fit" not in planned
 
     # Features that no model makes are not believed.
     for path in (work / "features").glob("*.npz"):

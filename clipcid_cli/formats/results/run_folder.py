@@ -34,6 +34,9 @@ from clipcid_cli.formats.parquet import read_columns, write_row_groups
 from clipcid_cli.formats.sidecar import DataSpec, Sidecar
 from clipcid_cli.formats.skipped import SKIPPED
 
+AVERAGED = "ema/"
+"""What the names of metrics of the averaged weights begin with."""
+
 _HELD_OUT = pa.schema({"key": pa.large_string()})
 PHASES = ("data_wait", "copy", "forward_backward", "optimizer", "evaluation", "checkpoint")
 """What a line of ``train.jsonl`` counts seconds of, as ``seconds_<phase>``."""
@@ -72,6 +75,16 @@ class DistillSidecar(Sidecar, kw_only=True):
     def made(self) -> DistillMade:
         """What is read of the settings."""
         return msgspec.convert(self.settings, DistillMade)
+
+    def held_out_metrics(self, *, averaged: bool) -> dict[str, float]:
+        """Return what the held-out part gave in the end, of the student or of its averaged weights."""
+        prefix = AVERAGED if averaged else ""
+        named = {
+            name.removeprefix(prefix): value
+            for name, value in self.result["metrics"].items()
+            if name.startswith(prefix)
+        }
+        return {name: value for name, value in named.items() if "/" not in name}  # others are of --eval-data
 
 
 class RunFolder:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from clipcid_cli.formats.results.run_folder import AVERAGED
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.steps.distill.held_out import HeldOut
@@ -16,9 +17,6 @@ from clipcid_cli.training.train_state import TrainState
 if TYPE_CHECKING:
     from clipcid_cli.steps.distill.held_out_images import HeldOutImages
     from clipcid_cli.steps.distill.named_data import NamedData
-
-# What the names of metrics of the averaged weights begin with.
-EMA = "ema/"
 
 
 class Evaluation:
@@ -53,7 +51,7 @@ class Evaluation:
         if state.step:
             with state.ema.swapped_in():
                 averaged = self._measure()
-        return metrics | {f"{EMA}{name}": value for name, value in averaged.items()}
+        return metrics | {f"{AVERAGED}{name}": value for name, value in averaged.items()}
 
     def _measure(self) -> dict[str, float]:
         context = self._context

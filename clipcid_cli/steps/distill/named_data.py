@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
@@ -117,9 +118,11 @@ def _plan_task(settings: EvalZeroshotSettings) -> ZeroshotTask:
     except ClipcidError as error:
         fix = error.fix
         if "--" in fix or settings.caption_key:  # flags that distill lacks, or that it reads its training data by
+            [data] = settings.data
             fix += (
-                " Of the flags that say how data is read only --caption-key and --caption-lines reach --eval-data: omit it "
-                "here, and run clipcid eval-zeroshot with them after the training."
+                "\nOf the flags of eval-zeroshot only --caption-key and --caption-lines reach --eval-data. Where others are "
+                "needed, omit this data set here, and measure it after the training: "
+                f"clipcid eval-zeroshot MODEL {shlex.quote(data)}"
             )
         raise ClipcidError(f"--eval-data: {error.message}", fix) from error
     return task

@@ -17,9 +17,8 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows, take_captions
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
-from clipcid_cli.formats.results.run_folder import read_lines
+from clipcid_cli.formats.results.run_folder import AVERAGED, read_lines
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
-from clipcid_cli.steps.distill.evaluation import EMA
 from clipcid_cli.steps.distill.held_out import HeldOut
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.teachers import OnlineTeacher
@@ -195,7 +194,7 @@ def _draw(
             axes.plot(values, color=color, alpha=0.25, linewidth=0.8)
             # The mean over about a fiftieth of the run.
             values = values.rolling(max(1, len(values) // 50), min_periods=1, center=True).mean()
-        axes.plot(values, ":" if entry.startswith(EMA) else "-", color=color, label=label)
+        axes.plot(values, ":" if entry.startswith(AVERAGED) else "-", color=color, label=label)
     if percent:
         axes_settings |= {"ylabel": "%", "ylim": (0, None)}
     axes.set(xlabel="step", **axes_settings)
@@ -208,7 +207,7 @@ def draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
     """Draw the recalls on the held-out part, from the evaluations of a run."""
     labels = {
         entry: f"{side} R@{k}{', EMA' * bool(prefix)}"
-        for prefix, k in (("", 1), ("", 5), (EMA, 1))
+        for prefix, k in (("", 1), ("", 5), (AVERAGED, 1))
         for side in _SIDES
         if (entry := f"{prefix}{side}_retrieval_recall@{k}") in results[0]
     }
@@ -219,9 +218,9 @@ def _draw_named(results: Sequence[dict[str, Any]]) -> Markup | None:
     """Draw the metrics of the data sets of --eval-data: acc1 of classes, R@1 of captions; None where there are none."""
     labels: dict[str, str] = {}  # a run that was resumed may have been given other data sets
     for name in dict.fromkeys(name for line in results for name in line):
-        data, slash, metric = name.removeprefix(EMA).rpartition("/")
+        data, slash, metric = name.removeprefix(AVERAGED).rpartition("/")
         if slash and metric in _NAMED:
-            labels[name] = f"{data} {_NAMED[metric]}" + ", EMA" * name.startswith(EMA)
+            labels[name] = f"{data} {_NAMED[metric]}" + ", EMA" * name.startswith(AVERAGED)
     if not labels:
         return None
     return _draw("Measurements on the named data sets", results, labels, percent=True)

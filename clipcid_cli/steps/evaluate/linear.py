@@ -52,7 +52,7 @@ def _preview(plan: ProbePlan, context: DistContext) -> Preview:
         usable = context.on_rank0(lambda: _find_usable(plan, find_output(spec)))
     if usable is None:
         reporting.note(f"Would fit {plan.name.spec} on {plan.splits['train'].dataset.spec} and write {plan.path}.")
-    return Preview(plan.dataset, plan.name.spec, TASK, {"metrics": str(plan.path)})
+    return Preview(plan.dataset, plan.name.spec, TASK, {"metrics": str(plan.path)}, reused=usable is not None)
 
 
 def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:

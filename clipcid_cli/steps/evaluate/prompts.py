@@ -8,6 +8,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import (
     BUILTIN_CLASS_NAMES,
     BUILTIN_TEMPLATES,
+    CLASS_NAMES,
     DEFAULT_TEMPLATES,
     BenchmarkFolder,
     match_class_names,
@@ -47,10 +48,13 @@ def find_class_names(
     path = Path(named).expanduser() if named is not None else folder.class_names
     if path is None:
         if dataset.classes is None:
-            raise ClipcidError(
-                f"{folder.data} has no class names.",
-                "Give a file with one class name per line: --classnames FILE",
-            )
+            fix = "Give a file with one class name per line: --classnames FILE"
+            if Path(folder.data).is_dir():
+                fix = (
+                    f"Write one class name per line to {CLASS_NAMES} in the folder of the data set, or give a file of them: "
+                    "--classnames FILE"
+                )
+            raise ClipcidError(f"{folder.data} has no class names.", fix)
         source = "parquet metadata" if dataset.kind == "parquet" else "folder names"
         reporting.note(f"{folder.name}: the {len(dataset.classes)} class names are taken from the {source}.")
         return tuple(plain_name(name) for name in dataset.classes), source, None

@@ -16,6 +16,7 @@ class Preview(msgspec.Struct):
     model: str
     task: str
     files: dict[str, str]
+    reused: bool = False  # whether the result is there already
 
 
 class Previews(msgspec.Struct):

@@ -116,7 +116,7 @@ class ZeroshotPlan:
         path = self.metrics_path(name, task)
         if not is_measured:
             reporting.note(f"Would measure {task.task} of {name.spec} on {task.dataset.spec} and write {path}.")
-        return Preview(task.name, name.spec, task.task, {"metrics": str(path)})
+        return Preview(task.name, name.spec, task.task, {"metrics": str(path)}, reused=is_measured)
 
 
 def make_plan(settings: EvalZeroshotSettings) -> ZeroshotPlan:

@@ -13,7 +13,7 @@ from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.models.export_folder import CONTENT
 from clipcid_cli.formats.models.export_sidecar import Parity
 from clipcid_cli.formats.report import render_report
-from clipcid_cli.formats.results.metrics import find_variant, read_metrics, validate_unchanged_metrics
+from clipcid_cli.formats.results.metrics import RETRIEVAL, find_variant, read_metrics, validate_unchanged_metrics
 from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
 from clipcid_cli.formats.sidecar import AnySidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -23,6 +23,8 @@ from clipcid_cli.steps.export.inputs import Classes
 from clipcid_cli.steps.settings.export import ExportSettings
 
 _UNKNOWN = "unknown"
+# Data set, task, metric, images, value, hashes of the prompts.
+_Measurement = tuple[str, str, str, str, str, str]
 _LIBRARIES = {"open-clip": "open_clip", "hf": "transformers", "onnx": "onnx", "executorch": "executorch", "web": "onnx"}
 
 
@@ -37,12 +39,14 @@ def render_card(
     """Write the model card in Markdown; the folder of a run's student leads to the sidecars of that run."""
     work = WorkDirectory(settings.work)
     run = None
+    is_average = False
     weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
     if source.path is not None:
         folder = RunFolder(source.path.resolve().parent)
         run = _read(folder.path, "distill", DistillSidecar)
         if run is not None:
-            if source.path.resolve() == folder.student_ema:
+            is_average = source.path.resolve() == folder.student_ema
+            if is_average:
                 weights += f", an exponential moving average of those in training (decay {run.made.ema})"
             made_in = WorkDirectory(folder.path.parents[1])
             if made_in.distill(folder.path.name) == folder.path:
@@ -58,6 +62,13 @@ def render_card(
         "Licence of the weights": settings.license or _UNKNOWN,
         "Licence of the training data": _UNKNOWN,
     }
+    # The same weights may have been measured in two folders, as in the run's and in an export.
+    metrics = list(dict.fromkeys(_find_metrics(work, info.weights_hash, source)))
+    # A run that wrote other weights than those of the folder now measured those.
+    if run is not None and info.weights_hash in [file.hash for file in run.outputs]:
+        held_out = f"{_short(run.data.spec)}-held-out"
+        if held_out not in [data for data, *_ in metrics]:  # as `eval-zeroshot` calls it
+            metrics += _measured_in_training(run, held_out, is_average=is_average)
     card = render_report(
         "model_card.jinja",
         name=export_name(source),
@@ -65,8 +76,7 @@ def render_card(
         license=settings.license or _UNKNOWN,
         library=_LIBRARIES[settings.format[0]],
         facts=facts,
-        # The same weights may have been measured in two folders, as in the run's and in an export.
-        metrics=list(dict.fromkeys(_find_metrics(work, info.weights_hash, source))),
+        metrics=metrics,
         precision=settings.stored_precision,
         parity=parity,
         dense=settings.dense,
@@ -115,10 +125,16 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
     }
 
 
-def _find_metrics(
-    work: WorkDirectory, weights_hash: str, source: ModelName
-) -> Iterator[tuple[str, str, str, int, str, str]]:
-    """Yield what was measured on these very weights: data set, task, metric, images, value, hashes of the prompts.
+def _measured_in_training(run: DistillSidecar, held_out: str, *, is_average: bool) -> Iterator[_Measurement]:
+    """Yield what the run measured in the end on its held-out part."""
+    # Without captions, or unreadable, some are no part of it.
+    images = f"up to {run.counts['held_out']:,}"
+    for name, value in run.held_out_metrics(averaged=is_average).items():
+        yield held_out, RETRIEVAL, name, images, f"{value:.4f}", ""
+
+
+def _find_metrics(work: WorkDirectory, weights_hash: str, source: ModelName) -> Iterator[_Measurement]:
+    """Yield what was measured on these very weights.
 
     The data set is named with the variant, as ``photos (caption-lines)``. Where both are folders, they have the same
     configuration, too.
@@ -140,7 +156,7 @@ def _find_metrics(
         data = f"{content.dataset} ({variant})" if variant else content.dataset
         for name, value in content.metrics.items():
             if isinstance(value, int | float):
-                yield data, content.task, name, sidecar.counts["images"], f"{value:.4f}", prompts
+                yield data, content.task, name, f"{sidecar.counts['images']:,}", f"{value:.4f}", prompts
 
 
 def _read(folder: Path, step: str, kind: type[AnySidecar]) -> AnySidecar | None:

@@ -20,7 +20,7 @@ from clipcid_cli.commands.runs import show
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.files import write_json
-from clipcid_cli.formats.results.evaluations import ZeroshotSidecar
+from clipcid_cli.formats.results.evaluations import LinearSidecar, ZeroshotSidecar
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.results.run_folder import DistillSidecar
 from clipcid_cli.steps.runs import Contents, run
@@ -57,6 +57,15 @@ def write_evaluation(work: Path, run_name: str, acc1: float, variant: str = "") 
     measured = {"images_per_second": 1.0, "customary": "acc1", "intervals": {"acc1": [acc1 - 0.1, acc1 + 0.1]}}
     measured |= {"chance": {"acc1": 0.25}, "majority": 0.4, "per_class": [], "examples": []}
     sidecar = make_sidecar(ZeroshotSidecar, counts={"images": 9, "texts": 4, "skipped": {}}, **measured)
+    write_json(work / "eval" / "sidecars" / name, sidecar)
+
+
+def write_probe(work: Path, model: str, **result: Any) -> None:
+    name = f"things_{model}_linear_probe.json"
+    about = {"dataset": "things", "model": model, "pretrained": "openai", "language": "en"}
+    write_json(work / "eval" / name, about | {"task": "linear_probe", "metrics": {"lp_acc1": 0.468}})
+    result = {"metric": "acc1", "majority": 0.25, "images": 9} | result
+    sidecar = make_sidecar(LinearSidecar, result=result, solution={}, sweep=[])
     write_json(work / "eval" / "sidecars" / name, sidecar)
 
 
@@ -128,6 +137,30 @@ def test_only_models_that_differ_in_their_seed_are_averaged(work: Path) -> None:
     printed = io.StringIO()
     show(list_contents(work)[0], Console(file=printed, width=80))
     assert "things, caption-lines" in printed.getvalue()
+
+
+def test_a_run_of_seed_0_is_not_shown_as_one_of_no_seeds(work: Path) -> None:
+    contents, _ = list_contents(work, dry_run=True)
+    printed = io.StringIO()
+    show(contents, Console(file=printed, width=120))
+    lines = [line.split() for line in printed.getvalue().splitlines()]
+    assert ["run", "seed", "steps"] in [cells[:3] for cells in lines]
+    assert ["a-s*", "0,", "1,", "2", "20"] in [cells[:5] for cells in lines]
+    assert [*HOSTILE.split(), "0", "20"] in [cells[:5] for cells in lines]
+
+
+def test_a_probe_has_the_interval_of_its_sidecar(work: Path) -> None:
+    write_probe(work, "new", intervals={"lp_acc1": [0.404, 0.528]})
+    write_probe(work, "old")
+    write_probe(work, "odd", intervals={"lp_acc1": "wide"})
+    contents, _ = list_contents(work, dry_run=True)
+    probes = {row.models[0]: row.intervals for row in contents.evaluations if row.task == "linear_probe"}
+    assert probes == {"new openai": {"lp_acc1": (0.404, 0.528)}, "old openai": {}}
+    assert [left_out.path for left_out in contents.unreadable] == ["eval/things_odd_linear_probe.json"]
+    printed = io.StringIO()
+    show(contents, Console(file=printed, width=120))
+    lines = [line.split() for line in printed.getvalue().splitlines()]
+    assert ["things", "new", "openai", "probe", "acc1", "46.8", "±6.2", "–", "25.0"] in lines
 
 
 def test_the_page_stands_alone_and_runs_nothing_of_others(work: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import pytest
-from conftest import make_caption, make_image, write_class_folders
+from conftest import make_caption, make_image, shard_members, write_class_folders, write_tar
 from distill_data import train
 from teaching_data import embed_data, write_captions, write_student
 
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.steps.distill.named_data import open_named_data
 from clipcid_cli.steps.evaluate import zeroshot
+from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 
@@ -57,3 +61,21 @@ def test_captions_of_eval_data_are_where_those_of_the_training_data_are(
         path.name.split("_")[0]: json.loads(path.read_text())["counts"]["texts"] for path in sidecars.glob("*.json")
     }
     assert texts == {"other": 12} if form == "lines" else {"classes": texts["classes"], tiny_shards.name: 24}
+
+
+def test_eval_data_without_class_names_is_told_what_reaches_it(tmp_path: Path) -> None:
+    data = tmp_path / "flags of all"
+    write_tar(data / "0.tar", shard_members(0, 4, captions=False, classes=2))
+    settings = DistillSettings(work=tmp_path, student="ViT-B-32", eval_data=(str(data),))
+    with pytest.raises(ClipcidError) as caught:
+        open_named_data(settings)
+    assert caught.value.message == f"--eval-data: {data} has no class names."
+    first, second = caught.value.fix.splitlines()
+    assert first.startswith("Write one class name per line to classnames.txt in the folder of the data set, or ")
+    assert second.startswith("Of the flags of eval-zeroshot only --caption-key and --caption-lines reach --eval-data.")
+    assert second.endswith(f"measure it after the training: clipcid eval-zeroshot MODEL '{data}'")
+    (data / "classnames.txt").write_text("one\ntwo\n")
+    assert open_named_data(settings).tasks[0].class_names == ("one", "two")
+    with pytest.raises(ClipcidError) as caught:
+        open_named_data(dataclasses.replace(settings, eval_data=(str(data / "0.tar"),)))
+    assert caught.value.fix.startswith("Give a file with one class name per line: --classnames FILE\n")

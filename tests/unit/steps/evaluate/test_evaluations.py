@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -306,19 +307,24 @@ def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: 
     write_photos(data / "train", 0, 8)
     write_photos(data / "test", 50)
 
+    settings = EvalLinearSettings(
+        model=str(tiny_model), data=str(data), work=tmp_path / "work", workers=0, shot_repeats=1
+    )
+
     def probe(shots: str | None) -> LinearResult:
-        settings = EvalLinearSettings(
-            model=str(tiny_model), data=str(data), work=tmp_path / "work", workers=0, shots=shots, shot_repeats=1
-        )
-        found = eval_linear.run(settings)
+        found = eval_linear.run(dataclasses.replace(settings, shots=shots))
         assert isinstance(found, LinearResult)
         return found
+
+    def is_there(shots: str | None) -> bool:
+        return eval_linear.run(dataclasses.replace(settings, shots=shots, dry_run=True)).reused
 
     curve = probe("1,2")
     before = read_all(tmp_path / "work" / "eval")
     with pytest.raises(ClipcidError, match="--shots 1000"):
         probe("1000")
     assert read_all(tmp_path / "work" / "eval") == before
+    assert [is_there(shots) for shots in (None, "1,2", "2")] == [True, True, False]
     plain = probe(None)
     assert plain == msgspec.structs.replace(curve, reused=True)
     other = probe("2")

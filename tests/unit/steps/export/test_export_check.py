@@ -26,10 +26,12 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.models.export_sidecar import Parity, PredictionParity
 from clipcid_cli.formats.results.metrics import SIDECARS, EvaluationSidecar, Metrics, write_metrics
+from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.records import ModelRecord
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.load import load_model
-from clipcid_cli.runtime.models.names import ModelName, parse_model
+from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName, parse_model
 from clipcid_cli.steps.export.card import render_card
 from clipcid_cli.steps.export.check import Checker
 from clipcid_cli.steps.export.folders import write_hf
@@ -299,6 +301,36 @@ def test_metrics_are_those_of_the_same_weights(model: ClipModel, tiny_model: Pat
         assert "| sampled |" not in card
     write_evaluation(tmp_path, "changed", "blake2b:aa", 0.9, config="blake2b:cc")
     assert "| changed |" not in render(own, parse_model(str(tiny_model)), work=tmp_path)
+
+
+def test_what_a_run_measured_is_stated_of_the_weights_it_wrote(model: ClipModel, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "distill" / "small")
+    outputs = [
+        {"path": "student", "size": 1, "hash": "blake2b:aa"},
+        {"path": "average", "size": 1, "hash": "blake2b:ee"},
+    ]
+    recall = "image_retrieval_recall@1"
+    result = {"steps": 1, "samples": 1, "metrics": {recall: 0.6, f"ema/{recall}": 0.5, f"flags/{recall}": 0.1}}
+    counts = {"read": 1500, "used": 900, "held_out": 15, "skipped": {}}
+    for folder in run.students(ema=True):
+        folder.mkdir(parents=True)
+        (folder / CONFIG_NAME).write_text("{}")
+    sidecar = make_sidecar(DistillSidecar, outputs=outputs, result=result, counts=counts)
+    sidecar_path(run.path, "distill").write_text(json.dumps(sidecar))
+
+    def metrics_of(folder: Path, weights_hash: str) -> str:
+        info = msgspec.structs.replace(model.info, weights_hash=weights_hash)
+        source = ModelName(str(folder), "folder", path=folder)
+        card = render(info, source, work=tmp_path).replace("\\", "")
+        return card.partition("## Metrics")[2].partition("## Files")[0]
+
+    stated = metrics_of(run.student, "blake2b:aa")
+    assert f"| data-held-out | retrieval | {recall} | up to 15 | 0.6000 |" in stated
+    assert stated.count(recall) == 1
+    assert f"| {recall} | up to 15 | 0.5000 |" in metrics_of(run.student_ema, "blake2b:ee")
+    assert "Unknown." in metrics_of(run.student, "blake2b:bb")
+    write_evaluation(tmp_path, "own", "blake2b:aa", 0.75, dataset="data-held-out")
+    assert recall not in metrics_of(run.student, "blake2b:aa")
 
 
 def test_measurements_of_one_data_set_are_told_apart(model: ClipModel, tiny_model: Path, tmp_path: Path) -> None:
