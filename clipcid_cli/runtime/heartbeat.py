@@ -36,7 +36,7 @@ def note_work() -> None:
 
 
 class Heartbeat:
-    """Tells the other processes of a run that this one works, and knows what each of them told last."""
+    """Tells the other processes of a run that this one works, and knows what each of them said last."""
 
     def __init__(self, store: Any, rank: int, size: int, limit: timedelta) -> None:
         """Begin to tell; `limit` is how long one may show no sign of work while others wait for it."""
@@ -51,7 +51,7 @@ class Heartbeat:
         self._beats = 0
         self._work = (0.0, 0)
         self._heard = time.monotonic()  # when the store last answered
-        self._told = [(0, 0, self._heard)] * size  # meetings and beats of each, and since when it tells these
+        self._states = [(0, 0, self._heard)] * size  # meetings and beats of each, and since when it tells these
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
         self._thread.start()
@@ -73,7 +73,7 @@ class Heartbeat:
             now = time.monotonic()
             if now < earliest:  # those that are missing may have waited themselves until now
                 continue
-            silent = [rank for rank in self._missing() if now > self._told[rank][2] + self._limit]
+            silent = [rank for rank in self._missing() if now > self._states[rank][2] + self._limit]
             if now > self._heard + self._limit:
                 silent = [0]  # whose host has the store
             if silent:
@@ -109,15 +109,15 @@ class Heartbeat:
         self._store.set(self._places[self._rank], f"{self._meetings} {self._beats}")
 
     def _listen(self) -> None:
-        told = [tuple(map(int, state.split())) for state in self._store.multi_get(self._places)]
+        states = [tuple(map(int, state.split())) for state in self._store.multi_get(self._places)]
         self._heard = time.monotonic()
-        for rank, (meetings, beats) in enumerate(told):
-            if (meetings, beats) != self._told[rank][:2]:
-                self._told[rank] = meetings, beats, self._heard
+        for rank, (meetings, beats) in enumerate(states):
+            if (meetings, beats) != self._states[rank][:2]:
+                self._states[rank] = meetings, beats, self._heard
 
     def _missing(self) -> list[int]:
         """Return who has come to fewer meetings."""
-        return [rank for rank, (meetings, _, _) in enumerate(self._told) if meetings < self._meetings]
+        return [rank for rank, (meetings, _, _) in enumerate(self._states) if meetings < self._meetings]
 
     def _silent_error(self, silent: Sequence[int]) -> ClipcidError:
         return ClipcidError(

@@ -36,7 +36,7 @@ _MISSING_LOOKED_AT = 2**20  # shards, to name the parts that they are of
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class DataPart:
     """A part of so many: it has the shards whose number is `index` modulo `count`."""
 
     index: int
@@ -52,7 +52,7 @@ class Part:
     def shards(self, total: int) -> range:
         return range(total)[self.index :: self.count]
 
-    def overlaps(self, other: Part) -> bool:
+    def overlaps(self, other: DataPart) -> bool:
         """Tell whether some shard, of however many, is in both parts."""
         step = math.gcd(self.count, other.count)
         return self.index % step == other.index % step
@@ -75,7 +75,7 @@ def part_journal(work: Path) -> Journal[PartRecord]:
 
 
 @contextmanager
-def hold_part(work: Path, part: Part) -> Iterator[None]:
+def hold_part(work: Path, part: DataPart) -> Iterator[None]:
     """Hold a part of a work folder, whose output is locked; one with shards of a part that runs is refused."""
     path = work / PARTS / f"{part.label}.lock"
     for other in _running_parts(work):
@@ -98,7 +98,7 @@ def refuse_running(works: Iterable[Path]) -> None:
             raise _running_error(work, part)
 
 
-def _running_parts(work: Path) -> Iterator[Part]:
+def _running_parts(work: Path) -> Iterator[DataPart]:
     """Yield the parts that processes hold, and remove the locks that killed ones have left."""
     for path in (work / PARTS).glob("*.lock"):
         match = _LOCK.fullmatch(path.name)
@@ -108,12 +108,12 @@ def _running_parts(work: Path) -> Iterator[Part]:
             with lock(path, wait=False):
                 path.unlink(missing_ok=True)
         except BlockingIOError:
-            yield Part(int(match[1]), int(match[2]))
+            yield DataPart(int(match[1]), int(match[2]))
         except OSError as error:  # also of a name that another file has
             raise write_error(path, error) from error
 
 
-def _running_error(work: Path, part: Part) -> ClipcidError:
+def _running_error(work: Path, part: DataPart) -> ClipcidError:
     return ClipcidError(
         f"Part {part} of {work.parent} is being embedded by another process.", "Wait for it, or stop it."
     )
@@ -134,7 +134,7 @@ def validate_complete(place: str, parts: Sequence[PartRecord], records: dict[int
     missing = list(islice(lacking, _MISSING_LOOKED_AT))
     if missing:
         count = max(part.count for part in parts)
-        of = [str(Part(index, count)) for index in sorted({shard % max(1, count) for shard in missing})]
+        of = [str(DataPart(index, count)) for index in sorted({shard % max(1, count) for shard in missing})]
         named = ", ".join(of[:8]) + (f" and {len(of) - 8} more" if len(of) > 8 else "")
         raise ClipcidError(
             f"{total - len(records):,} of {total:,} shards are missing in {place}, of "

@@ -55,7 +55,7 @@ def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext) 
     )
 
 
-class Pace(NamedTuple):
+class EmbedPace(NamedTuple):
     """Seconds of a sample."""
 
     batches: float  # of the first batches, most of which workers had decoded before they were timed
@@ -70,7 +70,7 @@ class Pace(NamedTuple):
         return self.decoding / workers > self.batches if workers else self.decoding > self.batches / 2
 
 
-def _time_batches(encoder: EmbedEncoder, plan: EmbedPlan) -> Pace:
+def _time_batches(encoder: EmbedEncoder, plan: EmbedPlan) -> EmbedPace:
     """Read, decode and encode a few batches."""
     device = encoder.model.device
     threads = threads_for_batches(device)
@@ -91,4 +91,4 @@ def _time_batches(encoder: EmbedEncoder, plan: EmbedPlan) -> Pace:
         began = ends[threads - 1][0]
         ends = ends[threads:]
     seconds = (ends[-1][0] - began) / max(1, sum(size for _, size in ends))
-    return Pace(seconds, decoding.seconds / max(1, len(first.samples[:_DECODED])))
+    return EmbedPace(seconds, decoding.seconds / max(1, len(first.samples[:_DECODED])))

@@ -12,7 +12,7 @@ from clipcid_cli.formats.data.object_store import ObjectStore
 from clipcid_cli.formats.embeddings.manifest import merge_skips
 from clipcid_cli.formats.embeddings.parts import (
     PARTS,
-    Part,
+    DataPart,
     PartRecord,
     hold_part,
     part_journal,
@@ -37,7 +37,7 @@ def embed_part(
     """Embed the shards of the part that the settings name, for a folder or an object store."""
     settings = plan.settings
     assert plan.task is not None, "asked for a part"
-    part = Part(*plan.task)
+    part = DataPart(*plan.task)
     url = None if settings.out is None else url_of(settings.out)
     place = None if url is None else ObjectStore(url)
     shards = part.shards(len(plan.shards))
@@ -64,7 +64,7 @@ def embed_part(
 
 
 def _begin(
-    spec: OutputSpec[EmbedSidecar], part: Part, place: ObjectStore | None, stack: ExitStack
+    spec: OutputSpec[EmbedSidecar], part: DataPart, place: ObjectStore | None, stack: ExitStack
 ) -> Output[EmbedSidecar]:
     """Make the work folder unless another part has, and hold the part until the stack ends."""
     if place is not None:
@@ -90,7 +90,7 @@ def _open_writer(
 
 def _write_record(record: PartRecord, work: Path, place: ObjectStore | None) -> None:
     journal = part_journal(work)
-    label = Part(record.index, record.count).label
+    label = DataPart(record.index, record.count).label
     journal.append(label, record)
     if place is not None:
         path = journal.path(label)
@@ -98,7 +98,7 @@ def _write_record(record: PartRecord, work: Path, place: ObjectStore | None) -> 
 
 
 def _describe(
-    plan: EmbedPlan, part: Part, writer: EmbeddingWriter, timings: list[Timings], place: ObjectStore | None
+    plan: EmbedPlan, part: DataPart, writer: EmbeddingWriter, timings: list[Timings], place: ObjectStore | None
 ) -> EmbedPart:
     """Say what the part has; of one that was sent nothing is left here."""
     if isinstance(writer, SendingWriter):

@@ -15,7 +15,7 @@ from conftest import shard_members, write_tar
 from teaching_data import embed_data
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.parts import Part, hold_part
+from clipcid_cli.formats.embeddings.parts import DataPart, hold_part
 from clipcid_cli.formats.output import find_works
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -89,7 +89,7 @@ def test_parts_in_a_folder_are_joined_to_what_one_process_writes(
     with pytest.raises(ClipcidError, match=r"settings.batch_size: 8 there, 4 now"):
         embed_part("0/3", batch_size=4)
     (work,) = find_works(out, "embed")
-    with hold_part(work, Part(0, 3)):  # while a part runs, nobody finishes, nor does the same
+    with hold_part(work, DataPart(0, 3)):  # while a part runs, nobody finishes, nor does the same
         # Part 1/2 has shards of it, and work of other settings would be removed while it runs.
         others = (
             lambda: embed_part("0/3"),

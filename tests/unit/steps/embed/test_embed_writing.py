@@ -17,7 +17,7 @@ from clipcid_cli.formats.embeddings.manifest import read_manifest
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.steps import encode
-from clipcid_cli.steps.embed.cost import Pace
+from clipcid_cli.steps.embed.cost import EmbedPace
 from clipcid_cli.steps.embed.encoder import EmbedEncoder
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.encode import Decoded, Decoder
@@ -92,7 +92,7 @@ def test_what_goes_wrong_in_writing_ends_the_run(
 
 
 def test_batches_that_were_decoded_before_do_not_hide_that_decoding_is_slow() -> None:
-    pace = Pace(batches=0.001, decoding=0.06)
+    pace = EmbedPace(batches=0.001, decoding=0.06)
     assert pace.of_run(15) == 0.004
     assert (pace.of_run(100), pace.of_run(0)) == (0.001, 0.001)
     assert (pace.is_bound_by_data(15), pace.is_bound_by_data(100)) == (True, False)
