@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, flag_words
 from clipcid_cli.formats.data.dataset import Dataset, list_shards
 from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row
 from clipcid_cli.formats.embeddings.rows import METADATA, Kind
@@ -130,8 +130,8 @@ def check_inputs(settings: BalanceSettings, inputs: BalanceInputs) -> Dataset | 
         from clipcid_cli.steps.balance.uids import validate_uids
 
         validate_uids(settings, embeddings)
-    if settings.reads_texts:
-        embeddings.rows(Kind.TEXTS)  # refuses those without
+    if settings.reads_texts and not embeddings.has_texts:
+        raise _no_texts_error(settings, embeddings)
     for reference in inputs.references:
         rows = reference.rows
         if isinstance(rows, Embeddings) and not has_usable_row(rows.rows(Kind.IMAGES)):
@@ -139,6 +139,18 @@ def check_inputs(settings: BalanceSettings, inputs: BalanceInputs) -> Dataset | 
                 f"All {rows.num_rows:,} rows of {reference.name} are zero or not finite.", "Embed again."
             )
     return data
+
+
+def _no_texts_error(settings: BalanceSettings, embeddings: Embeddings) -> ClipcidError:
+    flags = flag_words(
+        min_caption_similarity=settings.min_caption_similarity,
+        max_caption_similarity=settings.max_caption_similarity,
+        select="similarity" if settings.select == "similarity" else None,
+    )
+    return ClipcidError(
+        f"{embeddings.folder} contains no text embeddings, which are needed for {flags}.",
+        f"Omit {flags}, or embed captions too; the data needs some. {embeddings.embed_again(text=True)}",
+    )
 
 
 def _plan_reference(reference: NamedReference) -> Reference:
