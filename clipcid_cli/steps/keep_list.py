@@ -50,7 +50,8 @@ class ChosenKeepList:
                 f"If those are images that could not be used, allow them: --max-bad-fraction {allowed:g}. If the list is of "
                 "other data, give another --keep-list, or --keep-list none.",
             )
-        reporting.note(f"Keep list: {self.path}, {kept:,} of {total:,} {self.samples} kept.")
+        unlisted = f"; {missing:,} not in it" if missing else ""
+        reporting.note(f"Keep list: {self.path}, {kept:,} of {total:,} {self.samples} kept{unlisted}.")
 
     def validate_related(self, keys: pa.Array, source: str) -> None:
         """Refuse a list that has none of some keys of `source`, n strings."""

@@ -4,11 +4,20 @@ import re
 from functools import cache
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS
 from clipcid_cli.formats.results import clusters, forest, keep_list, metrics
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.steps.balance.result import BalanceResult
+from clipcid_cli.steps.cluster import ClusterResult
+from clipcid_cli.steps.distill.result import Distilled
+from clipcid_cli.steps.embed.result import EmbedPart
+from clipcid_cli.steps.evaluate.probe_result import LinearResult
+from clipcid_cli.steps.evaluate.result import ZeroshotResult
+from clipcid_cli.steps.runs import Contents
+from clipcid_cli.steps.verify import VerifyResult
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -121,6 +130,28 @@ def test_the_documented_columns_are_those_that_are_written() -> None:
         (line,) = re.findall(rf"^\| {row} \| (`key`.*) \|$", FILES_PAGE, flags=re.MULTILINE)
         columns = ["key", *metrics._COLUMNS[kind]]
         assert list(dict.fromkeys(name for name in re.findall(r"`(\w+)`", line) if name in columns)) == columns, row
+
+
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        ("embed", EmbedPart),
+        ("balance", BalanceResult),
+        ("cluster", ClusterResult),
+        ("distill", Distilled),
+        ("eval-zeroshot", ZeroshotResult),
+        ("eval-linear", LinearResult),
+        ("runs", Contents),
+        ("verify", VerifyResult),
+    ],
+)
+def test_every_field_of_an_answer_is_documented(command: str, answer: type[msgspec.Struct]) -> None:
+    page = (ROOT / "clipcid_cli" / "docs" / "cli.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| `{command}` \| (.*) \|$", page, flags=re.MULTILINE)
+    if answer is LinearResult:
+        row += " ".join(metrics.Metrics.__struct_fields__)  # CLIP_benchmark's, in the row above
+    named = re.sub(r"\{[^}]*\}", "", row)  # without the fields of a field
+    assert [field for field in answer.__struct_fields__ if not re.search(rf"(?<![-\w]){field}\b", named)] == []
 
 
 def test_every_folder_of_the_work_directory_is_documented() -> None:

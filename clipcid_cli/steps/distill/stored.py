@@ -183,11 +183,14 @@ def validate_keys(embeddings: Embeddings, dataset: Dataset, *, captions: bool = 
 
 
 def validate_matches(settings: DistillSettings, dataset: Dataset, embeddings: Embeddings, counts: MatchCounts) -> None:
-    """Refuse embeddings that lack many of the samples to train on."""
+    """Refuse embeddings that lack many of the samples to train on; count the samples that they lack otherwise."""
     if counts.without_embedding <= settings.max_bad_fraction * counts.candidates:
+        if counts.without_embedding:
+            lacking = f"{counts.without_embedding:,} of {counts.candidates:,} samples"
+            reporting.note(f"Without an embedding in {embeddings.folder}: {lacking}, which are left out.")
         return
-    lacking, member = max(zip(embeddings.lacking, embeddings.members, strict=True), key=lambda pair: pair[0])
-    at_fault = member if 2 * lacking >= counts.without_embedding else embeddings
+    missing, member = max(zip(embeddings.lacking, embeddings.members, strict=True), key=lambda pair: pair[0])
+    at_fault = member if 2 * missing >= counts.without_embedding else embeddings
     message = f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {at_fault.folder}."
     advice = ""
     if counts.without_embedding == counts.candidates:

@@ -115,10 +115,11 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
     # What a loss of the user's own reads is not recorded: all that there is.
     is_taught = any(LOSSES[name].needs_teacher if name in LOSSES else bool(teachers) for name in losses)
     kept = {"Text tower": "of the teacher, unchanged"} if run.made.text_tower == "teacher" else {}
+    used = f"{counts['used']:,} of {counts['read']:,} samples used, {counts['held_out']:,} more held out"
     return {
         "Teacher": (teachers or _UNKNOWN) if is_taught or kept else "none",
         **kept,
-        "Training data": f"{_short(run.data.spec)}; {counts['used']:,} of {counts['read']:,} samples used",
+        "Training data": f"{_short(run.data.spec)}; {used}",
         "Keep ratio": ratio,
         "Losses": ", ".join(f"{name} × {loss['value']:g}" for name, loss in losses.items()),
         "Training": f"{run.result['steps']:,} steps, {run.result['samples']:,} samples",

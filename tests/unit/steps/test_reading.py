@@ -198,6 +198,14 @@ def test_a_list_that_lacks_samples_is_refused_with_what_allows_them(missing: int
     assert fix in refused.value.fix
 
 
+@pytest.mark.parametrize(("missing", "said"), [(0, "kept."), (2, "kept; 2 not in it.")])
+def test_the_samples_that_a_list_lacks_are_counted(missing: int, said: str) -> None:
+    keep_list = ChosenKeepList(Path("keep.parquet"), 200, 300 - missing, "samples", 0.01)
+    with heard() as told:
+        keep_list.report("data", 300, kept=200, missing=missing, key="7")
+    assert told == [f"Keep list: keep.parquet, 200 of 300 samples {said}"]
+
+
 @pytest.fixture(scope="module")
 def context() -> DistContext:
     with open_dist_context("cpu") as opened:

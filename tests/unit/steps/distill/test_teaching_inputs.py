@@ -190,7 +190,11 @@ def test_a_teacher_of_images_alone_adds_to_images(place: Path, tiny_shards: Path
     with pytest.raises(ClipcidError, match=own) as refused:
         teach(place, tiny_shards, "suffixed", preset="clip", loss=("fd=1",))
     assert "Write the data's keys into the column key" in refused.value.fix
-    numbers, (images, texts) = teach(place, tiny_shards, "vision", "one", max_bad_fraction=0.1, extra_texts=0)
+    with heard() as told:
+        numbers, (images, texts) = teach(place, tiny_shards, "vision", "one", max_bad_fraction=0.1, extra_texts=0)
+    assert any(
+        re.fullmatch(r"Without an embedding in \S+: 1 of 24 samples, which are left out\.", line) for line in told
+    )
     assert sorted(numbers) == [number for number in range(24) if number != 5]
     one, vision = (open_embeddings(place / "embeddings" / name) for name in ("one", "vision"))
     keys = list(map(int, read_keys(vision)))

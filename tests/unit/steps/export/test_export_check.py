@@ -318,10 +318,13 @@ def test_what_a_run_measured_is_stated_of_the_weights_it_wrote(model: ClipModel,
     sidecar = make_sidecar(DistillSidecar, outputs=outputs, result=result, counts=counts)
     sidecar_path(run.path, "distill").write_text(json.dumps(sidecar))
 
-    def metrics_of(folder: Path, weights_hash: str) -> str:
+    def render_student(folder: Path, weights_hash: str) -> str:
         info = msgspec.structs.replace(model.info, weights_hash=weights_hash)
         source = ModelName(str(folder), "folder", path=folder)
-        card = render(info, source, work=tmp_path).replace("\\", "")
+        return render(info, source, work=tmp_path).replace("\\", "")
+
+    def metrics_of(folder: Path, weights_hash: str) -> str:
+        card = render_student(folder, weights_hash)
         return card.partition("## Metrics")[2].partition("## Files")[0]
 
     stated = metrics_of(run.student, "blake2b:aa")
@@ -329,6 +332,7 @@ def test_what_a_run_measured_is_stated_of_the_weights_it_wrote(model: ClipModel,
     assert stated.count(recall) == 1
     assert f"| {recall} | up to 15 | 0.5000 |" in metrics_of(run.student_ema, "blake2b:ee")
     assert "Unknown." in metrics_of(run.student, "blake2b:bb")
+    assert "| data; 900 of 1,500 samples used, 15 more held out |" in render_student(run.student, "blake2b:aa")
     write_evaluation(tmp_path, "own", "blake2b:aa", 0.75, dataset="data-held-out")
     assert recall not in metrics_of(run.student, "blake2b:aa")
 
