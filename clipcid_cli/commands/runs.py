@@ -13,7 +13,12 @@ from clipcid_cli.steps.settings.runs import RunsSettings
 if TYPE_CHECKING:
     from clipcid_cli.steps.runs import Contents, EvaluationRow, RunRow, Spread
 
-_SHOWN = ("image_retrieval_recall@1", "image_retrieval_recall@5", "text_retrieval_recall@1")
+_SHOWN = (
+    "image_retrieval_recall@1",
+    "image_retrieval_recall@5",
+    "text_retrieval_recall@1",
+    "teacher_retrieval_recall@1",
+)
 
 
 def show(contents: Contents, console: Console) -> None:

@@ -33,7 +33,7 @@ def preview_output(spec: OutputSpec[AnySidecar], what: str, follows: str) -> Non
     if output.finished is not None:
         reporting.note(f"{spec.folder} holds {what} already, finished. {follows}")
     elif output.begun is not None:
-        reporting.note(f"{spec.folder} holds {what} unfinished: it is resumed. {follows}")
+        reporting.note(f"{spec.folder} holds {what} unfinished, which a run resumes. {follows}")
     elif output.differences:
         differences = list_differences(output.differences)
         reporting.note(f"{spec.folder} holds a result of other settings or inputs, which is replaced:\n{differences}")

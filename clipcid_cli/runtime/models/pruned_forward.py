@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +153,14 @@ class _Packing:
         return rows_TW.index_select(0, self.ends_B)
 
 
+class _Part(NamedTuple):
+    """How the texts of a group are packed."""
+
+    lengths_b: Tensor  # of each text, with what padding is taken along
+    longest: int  # places of each text
+    texts: int  # that there is room for
+
+
 def _pack(tokens: Tensor, text: Any, device: torch.device, *, in_few_sizes: bool = False) -> _Packing:
     """Pack a batch of texts; `in_few_sizes` with some of the padding after them, so that batches have the same shapes."""
     tokens = tokens.cpu()
@@ -161,20 +169,18 @@ def _pack(tokens: Tensor, text: Any, device: torch.device, *, in_few_sizes: bool
     groups_B = torch.bucketize(lengths_B, torch.tensor(_GROUP_LENGTHS))
     order_B = groups_B.argsort(stable=True)
     texts, context = tokens.shape
-    parts = list[
-        tuple[Tensor, int, int]
-    ]()  # of each group: packed lengths, places of a text, texts that there is room for
+    parts = list[_Part]()
     sizes = groups_B.bincount().tolist()
     for lengths_b, most in zip(torch.split(lengths_B[order_B], sizes), (*_GROUP_LENGTHS, context), strict=False):
         if not len(lengths_b):
             continue
         if in_few_sizes:
             most = min(most, context)
-            parts.append((lengthen(lengths_b, most, texts), most, round_up_texts(len(lengths_b), texts)))
+            parts.append(_Part(lengthen(lengths_b, most, texts), most, round_up_texts(len(lengths_b), texts)))
         else:
-            parts.append((lengths_b, int(lengths_b.max()), len(lengths_b)))
-    longest = parts[-1][1]
-    packed_B = torch.cat([lengths_b for lengths_b, _, _ in parts])
+            parts.append(_Part(lengths_b, int(lengths_b.max()), len(lengths_b)))
+    longest = parts[-1].longest
+    packed_B = torch.cat([part.lengths_b for part in parts])
     ends_B = torch.empty_like(lengths_B)
     ends_B[order_B] = packed_B.cumsum(0) - packed_B + lengths_B[order_B] - 1
     row_T, positions_T = _are_valid(packed_B, longest).nonzero(as_tuple=True)

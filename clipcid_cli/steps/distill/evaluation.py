@@ -39,6 +39,12 @@ class Evaluation:
 
         self.has_data = context.on_rank0(read) or named is not None
 
+    @property
+    def chance(self) -> dict[str, float]:
+        """What a guess scores on the held-out part, by metric; empty where there is too little of it."""
+        measured = self.held_out or self.held_out_images
+        return {} if measured is None else measured.chance
+
     def measure(self, state: TrainState) -> dict[str, float]:
         """Measure the student as it is, and with its averaged weights under ``ema/…``; call it on every process.
 

@@ -36,8 +36,8 @@ def load_beside_teacher(
         for loss in settings.loss_entries():
             if loss.needs_bias:
                 raise ClipcidError(
-                    f"The loss {loss.name} trains a logit bias, which {teacher_name.spec} has not, and --text-tower teacher "
-                    "keeps the teacher's.",
+                    f"The loss {loss.name} trains a logit bias, which {teacher_name.spec} does not have, and --text-tower "
+                    "teacher keeps the teacher's.",
                     f"Use --loss {loss.name}=0, or omit --text-tower.",
                 )
     model, random = put_beside(name, teacher, device, settings.seed)

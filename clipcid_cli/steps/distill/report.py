@@ -35,37 +35,25 @@ _NUM_FOUND = 6
 _POINTS = 1_000
 # What is drawn of a data set of --eval-data, and what it is called.
 _NAMED = {"acc1": "acc1", "image_retrieval_recall@1": "image R@1"}
-_SIDES = ("image", "text")
+_SIDES = ("image", "text", "teacher")
 
 
 def write_report(trainer: Trainer) -> str:
     """Render the report of a finished run, an HTML page."""
     plan = trainer.plan
     held_out = trainer.evaluation.held_out
+    chance = trainer.evaluation.chance
     log = read_lines(plan.folder.train_log)
     results = read_lines(plan.folder.results_log)
     scales = {name: name.removeprefix("scale_") for name in (log[0] if log else {}) if name.startswith("scale_")}
-    measured: dict[str, Any] = {
-        "headline": [],
-        "recall_figure": None,
-        "compared": [],
-        "compared_on": "",
-        "examples": [],
-    }
+    measured: dict[str, Any] = {"compared": [], "compared_on": "", "examples": []}
     if held_out is not None:
         rows = {"student": held_out.encode()}
         if trainer.state.ema is not None:
             with trainer.state.ema.swapped_in():
                 rows["average (EMA)"] = held_out.encode()
         compared, compared_on = _compare(held_out, rows, plan.inputs, trainer.context.device)
-        chance = held_out.chance
         measured = {
-            "headline": [
-                (f"{side} recall at 1, held out (chance {100 * chance[name]:.2g} %)", trainer.metrics[name])
-                for side in _SIDES
-                if (name := f"{side}_retrieval_recall@1") in trainer.metrics
-            ],
-            "recall_figure": draw_recalls(results) if len(results) > 1 else None,
             "compared": compared,
             "compared_on": compared_on,
             "examples": _find_examples(rows["student"]),
@@ -75,6 +63,12 @@ def write_report(trainer: Trainer) -> str:
         "distill.html",
         name=plan.folder.path.name,
         student=trainer.student.model.info,
+        headline=[
+            (f"{side} recall at 1, held out (chance {100 * chance[name]:.2g} %)", trainer.metrics[name])
+            for side in _SIDES
+            if (name := f"{side}_retrieval_recall@1") in chance.keys() & trainer.metrics.keys()
+        ],
+        recall_figure=draw_recalls(results) if chance and len(results) > 1 else None,
         losses=" + ".join(f"{weight:g} · {name}" for name, weight in weights.items()),
         steps=plan.steps,
         batch_size=plan.batch_size,

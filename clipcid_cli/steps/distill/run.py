@@ -146,9 +146,8 @@ def write(
         "losses": trainer.losses,
         "metrics": trainer.metrics,
     }
-    measured = trainer.evaluation.held_out or trainer.evaluation.held_out_images
-    if measured is not None:
-        result["chance"] = measured.chance
+    if trainer.evaluation.chance:
+        result["chance"] = trainer.evaluation.chance
     judgement = inputs.teacher.judgement
     if judgement.repair is not None and judgement.repair.repaired:
         result["repair"] = msgspec.to_builtins(judgement.repair)

@@ -23,7 +23,7 @@ from clipcid_cli.formats.files import write_json
 from clipcid_cli.formats.results.evaluations import LinearSidecar, ZeroshotSidecar
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.results.run_folder import DistillSidecar
-from clipcid_cli.steps.runs import Contents, run
+from clipcid_cli.steps.runs import Contents, Spread, run
 from clipcid_cli.steps.settings.runs import RunsSettings
 
 R1 = "image_retrieval_recall@1"
@@ -115,6 +115,15 @@ def test_seeds_are_one_row_and_evaluations_follow_their_runs(work: Path) -> None
     assert alone.intervals == {"acc1": (0.4, 0.6)}
     assert (alone.chance, alone.majority, alone.customary) == ({"acc1": 0.25}, 0.4, "acc1")
     assert [(each.step, each.name) for each in contents.made] == [("embed", "embeddings/tiny")]
+
+
+def test_runs_without_captions_are_listed_by_what_is_measured_of_them(work: Path) -> None:
+    contents, _ = list_contents(work)
+    contents.runs[0].metrics = {"teacher_retrieval_recall@1": Spread.of([0.571])}
+    printed = io.StringIO()
+    show(contents, Console(file=printed, width=120))
+    assert "teacher R@1" in printed.getvalue()
+    assert "57.1" in printed.getvalue()
 
 
 def test_only_models_that_differ_in_their_seed_are_averaged(work: Path) -> None:

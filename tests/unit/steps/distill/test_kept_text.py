@@ -99,6 +99,13 @@ def test_what_fits_on_a_gpu_is_computed_without_captions(data: str, place: Path,
     assert large > small > none == 0, "the text tower is there beside what is trained"
 
 
+def test_the_report_shows_what_is_measured_of_images_alone(place: Path, tmp_path: Path) -> None:
+    kept(place, tmp_path, "images", val_fraction=0.5, batch_size=4, eval_every=2, with_report=True)
+    page = (tmp_path / "distill" / "run" / "report.html").read_text()
+    assert "teacher recall at 1, held out (chance" in page
+    assert "Recall on the held-out part" in page
+
+
 def test_held_out_images_are_measured_by_the_teachers_rows_of_them(place: Path, tiny_model: Path) -> None:
     """The teacher finds all of its own; one that takes every image for the next one finds none."""
     run = join(place / "images", place / "rows of images", **KEPT | {"val_fraction": 0.5})
