@@ -15,11 +15,13 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from clipcid_cli.at_work import note_work
 from clipcid_cli.errors import ClipcidError, TooManyBytesError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 LARGEST_TEXT = 2**26
 """Bytes of a configuration, a list of names or a log; real ones have a hundredth."""
 
+_SECONDS_BETWEEN_TRIES = 0.1
 # What the system says of a disk that is full, over its quota or limit, or failing.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
@@ -129,13 +132,26 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[int]:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                 raise FileExistsError(errno.EEXIST, "it is another file, not a lock", str(path))
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            while not _try_lock(descriptor, wait=wait):
+                note_work()  # the run that holds it does
+                time.sleep(_SECONDS_BETWEEN_TRIES)
             with suppress(FileNotFoundError):  # removed or renamed before it was held
                 held = os.path.samestat(status, path.lstat())
             if held:
                 yield descriptor
         finally:
             os.close(descriptor)
+
+
+def _try_lock(descriptor: int, *, wait: bool) -> bool:
+    """Lock a file at once, or tell that another process holds it, which is an error unless that is waited for."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise
+        return False
+    return True
 
 
 @contextmanager

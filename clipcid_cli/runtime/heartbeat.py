@@ -6,7 +6,6 @@ for one another, and in how many beats it has worked.
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from clipcid_cli.at_work import count_notes
 from clipcid_cli.errors import ClipcidError
 
 _BEATS_A_LIMIT = 60
@@ -24,15 +24,6 @@ _LEAST_WORK = 0.01
 _NAMED = 8
 NOTHING_DONE = "0 0"
 """What a process tells when it arrives: meetings and beats."""
-
-_notes = itertools.count(1)
-_noted = 0
-
-
-def note_work() -> None:
-    """Let this process count as at work, which computes nothing itself while others work for it."""
-    global _noted
-    _noted = next(_notes)
 
 
 class Heartbeat:
@@ -101,7 +92,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         cpu, noted = self._work
-        self._work = time.process_time() - time.thread_time(), _noted
+        self._work = time.process_time() - time.thread_time(), count_notes()
         self._beats += self._work[0] - cpu > _LEAST_WORK * self._every or self._work[1] != noted
         self._tell()
 

@@ -30,9 +30,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from clipcid_cli.at_work import note_work
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.distributed import memory_in_use
-from clipcid_cli.runtime.heartbeat import note_work
 from clipcid_cli.runtime.host import count_cores, count_processes, memory_limit
 
 Item = TypeVar("Item")
