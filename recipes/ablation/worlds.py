@@ -71,6 +71,8 @@ CONTENDERS = (
 )
 # An idea that is tried after these.
 WITH_TD = Contender("fd-instance, td=1", ("--preset", "fd-instance", "--loss", "td=1", "--repair", "none"))
+# The default with another text tower.
+KEPT_TEXTS = Contender("default, text tower kept", ("--text-tower", "teacher"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +182,7 @@ class Worlds:
     def run(self) -> None:
         """Train all contenders everywhere with one seed, measure the teachers, then take the next seed."""
         for seed in SEEDS:
-            for contenders in (CONTENDERS, (WITH_TD,)):
+            for contenders in (CONTENDERS, (KEPT_TEXTS, WITH_TD)):
                 for world in self.worlds:
                     for contender in contenders:
                         self.once(world.run(contender, seed), partial(self.train, world, contender, seed))

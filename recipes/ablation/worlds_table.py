@@ -22,6 +22,7 @@ CONTENDERS = {
     "fd-instance, clip=1": "the same, `--repair none`",
     "default": "earlier default",
     "fd-instance": "the same, `fd` near chance too",
+    "default, text tower kept": "default, `--text-tower teacher`",
 }
 # Share of wrong captions.
 _EXCHANGED = 0.5

@@ -284,7 +284,7 @@ def test_flags_that_reach_data_sets(whole: Path, tiny_classes: Path, tmp_path: P
     named.write_text("picture,title\n0.png,a\n")
     with pytest.raises(ClipcidError, match=r"^--eval-data: .*filepath") as refused:
         train_presets(whole, "list", ("clip",), eval_data=(str(named),), image_column="picture")
-    assert "run clipcid eval-zeroshot with them after the training" in refused.value.fix
+    assert f"measure it after the training: clipcid eval-zeroshot MODEL {named}" in refused.value.fix
     average, other = (shutil.copytree(tiny_classes, tmp_path / name) for name in ("ema", tiny_classes.name))
     for data, message in (
         ((average,), "is called ema, the name of the weight average in the log"),
