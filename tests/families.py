@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import string
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,17 @@ def write_family(folder: Path, family: Family) -> Path:
         write_text_config(folder, *family.text, vocab_size=config["text_cfg"].pop("vocab_size"))
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     return folder
+
+
+def carry_trunk(source: Path, model: Path) -> None:
+    """Copy a tower that is a folder, not one of timm's names, into a model's own: a model names none outside its folder."""
+    if not (source / "trunk").exists():
+        return
+    shutil.copytree(source / "trunk", model / "trunk", dirs_exist_ok=True)
+    file = model / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = f"local-dir:{model / 'trunk'}"
+    file.write_text(json.dumps(config))
 
 
 def write_tokenizer(folder: Path, vocabulary: Vocabulary) -> int:

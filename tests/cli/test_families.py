@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import Clipcid, embed_with_open_clip, make_caption, make_image, run_clipcid, write_classified
 from distill_data import STUDENT
-from families import FAMILIES, write_family
+from families import FAMILIES, carry_trunk, write_family
 from safetensors.torch import save_file
 
 import clipcid_cli
@@ -43,6 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards
 def write_trained(fresh: Path, folder: Path) -> Path:
     """Copy a family's folder, and add random weights."""
     shutil.copytree(fresh, folder)
+    carry_trunk(fresh, folder)
     module = load_model(parse_model(str(fresh)), fresh_seed=1).module
     save_file(dict(module.state_dict()), folder / "open_clip_model.safetensors")
     return folder
@@ -93,8 +94,13 @@ def test_works_or_is_refused_as_documented(
     for column, words in commands.items():
         outcome = run_clipcid(*words, cwd=tmp_path, check=False, timeout=600)  # PyTorch's exporter takes its time
         assert not outcome.problems(), outcome
-        assert (outcome.returncode == 0) == (documented.get(column, "works") == "works"), outcome
+        works = documented.get(column, "works") == "works"
+        if column == "`--format open-clip`" and FAMILIES[name].trunk is not None:
+            works = False  # such a tower is a folder of this machine, which a folder that may be moved does not name
+        assert (outcome.returncode == 0) == works, outcome
         said[column] = outcome.said
+        if column == "learn" and outcome.returncode == 0:
+            carry_trunk(fresh, student)
     assert f"Both towers start from {trained}." in said["--init-from"]
     assert ("at their full length" in said["learn"]) == (documented["texts without padding"] == "no")
     assert "at their full length" not in said["teach"]
@@ -125,9 +131,5 @@ def test_a_tokenizer_from_the_hub_is_written_along(
     assert "The files of timm/ViT-B-16-SigLIP2-256, the tokenizer of model" in refused.said
     binary(*call, "--steps", 2, "--name", "a", env=offline | {"HF_HOME": str(tmp_path / "hub")})
     student = tmp_path / "clipcid-work" / "distill" / "a" / "student"
-    # A model names no tower outside its folder; that of the test is a folder, not one of timm's names.
-    shutil.copytree(fresh / "trunk", student / "trunk")
-    config = json.loads((student / "open_clip_config.json").read_text())
-    config["model_cfg"]["vision_cfg"]["timm_model_name"] = f"local-dir:{student / 'trunk'}"
-    (student / "open_clip_config.json").write_text(json.dumps(config))
+    carry_trunk(fresh, student)
     clipcid("eval-zeroshot", student, base / "classes")
