@@ -96,8 +96,8 @@ def run(settings: DoctorSettings) -> DoctorResult:
 def _open_data(settings: DoctorSettings) -> Dataset | None:
     if settings.data is None:
         return None
-    # Cut-off shards are for the steps to judge.
-    return open_named(dataclasses.replace(settings, max_bad_fraction=1.0), settings.data)
+    # Cut-off shards and repeated keys are for the steps to judge.
+    return open_named(dataclasses.replace(settings, max_bad_fraction=1.0, keys="shard"), settings.data)
 
 
 def _choose_device(gpus: str | None, per_host: int, gpu: str | None, own: Device) -> tuple[int, Device]:
