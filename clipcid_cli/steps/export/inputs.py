@@ -116,7 +116,7 @@ def find_classes(settings: ExportSettings) -> Classes | None:
 def find_data(settings: ExportSettings) -> Dataset | None:
     """Open ``--data``, else the work directory's data; None where there is none."""
     if settings.data is not None:
-        return open_data(settings.data, settings, keys="shard")  # which cannot repeat: nothing is joined by them
+        return open_data(settings.data, settings)
     try:
         return open_described(recorded_data(WorkDirectory(settings.work).find_embeddings()), **settings.trust)
     except ClipcidError:
@@ -124,10 +124,10 @@ def find_data(settings: ExportSettings) -> Dataset | None:
         return None
 
 
-def open_data(spec: str, settings: ExportSettings, keys: str = "sample") -> Dataset:
-    """Open data that the user has named, also a CLIP_benchmark folder; see `open_dataset`."""
+def open_data(spec: str, settings: ExportSettings) -> Dataset:
+    """Open data that the user has named, also a CLIP_benchmark folder."""
     try:
-        return open_dataset(find_benchmark_folder(spec).data, keys, **settings.trust)
+        return open_dataset(find_benchmark_folder(spec).data, **settings.trust)
     except MissingSplitError as error:
         # `export` has no --split.
         raise ClipcidError(error.message, "Give the folder of one of them.") from error
