@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -45,8 +46,12 @@ def run_briefly(*words: object, cwd: Path, processes: int = 1) -> tuple[int, dic
 
 
 def test_a_machine_is_compared_with_the_needs_of_gpus(tmp_path: Path, tiny_shards: Path) -> None:
-    before = sorted(tiny_shards.iterdir())
-    code, found = run_briefly("--data", tiny_shards, "--gpus", "999xH100", cwd=tmp_path)
+    data, here = tmp_path / "data", tmp_path / "here"
+    shutil.copytree(tiny_shards, data)
+    shutil.copy(data / "00000.tar", data / "00002.tar")  # so that keys repeat, which is for the steps to judge
+    here.mkdir()
+    before = sorted(data.iterdir())
+    code, found = run_briefly("--data", data, "--gpus", "999xH100", cwd=here)
     checks = {check["name"]: check for check in found["checks"]}
     assert code == 1
     assert checks["decoding"]["verdict"] == "starves"
@@ -57,8 +62,8 @@ def test_a_machine_is_compared_with_the_needs_of_gpus(tmp_path: Path, tiny_shard
     assert {"data, first bytes", "data, reading", "work, new file", "work, writing", "open files"} < checks.keys()
     assert all(check.keys() == FIELDS for check in checks.values())
     assert found["versions"]["torch"]
-    assert sorted(tiny_shards.iterdir()) == before
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(data.iterdir()) == before
+    assert list(here.iterdir()) == []
 
 
 def test_two_processes_exchange_gradients_and_keep_each_other_from_a_lock(tmp_path: Path) -> None:

@@ -187,7 +187,8 @@ class Weight:
 # an equal footing, which is 0.5 here, where α = ½ gives each of the two half of the weight. In recipes/ablation 0.5 and 1
 # were better than 0.25 (R@10 +1.4 and +2.4 on drawings) and worse in nothing that it could tell.
 # fd-instance: `clip` at 0.1 would train the student's logit scale as well, which the other two do not read. At 1 it gained
-# where the teacher pairs well (recipes/ablation/worlds.md) and lost nothing on drawings but with views and texts (-2.5).
+# in two of three worlds where the teacher pairs well (recipes/ablation/worlds.md), and lost 2.5 points on drawings with
+# views and texts, none on their pairs alone.
 # clip-kd and clip-rd: the weights of their papers. clip-td: our weight of our form of its loss. dr: λ within the range
 # MobileCLIP studies.
 _FD = Weight(2000.0, per_width=True)

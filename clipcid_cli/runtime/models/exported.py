@@ -81,6 +81,7 @@ class HfClip:
             import transformers
 
             transformers.utils.logging.disable_progress_bar()
+            # Written by this run a moment ago; what it took over from a model's folder still must not run.
             self._model = transformers.AutoModel.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, torch_dtype=torch.float32
             ).eval()

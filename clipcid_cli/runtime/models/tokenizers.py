@@ -55,7 +55,7 @@ def load_tokenizer(name: ModelName, config: dict[str, Any]) -> BoundedTokenizer:
         open_clip.tokenizer.HFTokenizer,
         tokenizer_mode=text.get("tokenizer_mode"),
         **options,
-        trust_remote_code=False,
+        trust_remote_code=False,  # a tokenizer of its own code is refused, not run
         local_files_only=has_own,
     )
     if not has_own:
