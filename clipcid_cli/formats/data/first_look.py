@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_remote
-from clipcid_cli.formats.data.index import DataIndex, repeated_key
+from clipcid_cli.formats.data.index import DataIndex, RepeatedKeyError
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_files import FORMS
 from clipcid_cli.formats.data.tar_shards import TarShard
@@ -138,4 +138,4 @@ def _validate_keys(tars: Sequence[Shard], seconds: float) -> None:
         keys = {sample.key for sample in listed[one].stream()}
         key = next((sample.key for sample in listed[other].stream() if sample.key in keys), None)
         if key is not None:
-            raise repeated_key(key, listed[one].name, listed[other].name)
+            raise RepeatedKeyError(key, listed[one].name, listed[other].name)

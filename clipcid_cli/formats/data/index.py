@@ -63,6 +63,16 @@ _RECORD = b"clipcid"  # of the part's schema
 _SKIPPED = b"skipped"  # samples that were left out, each with its key, shard and reason
 
 
+class RepeatedKeyError(ClipcidError):
+    """Two shards have one key."""
+
+    def __init__(self, key: str, one: str, other: str) -> None:
+        super().__init__(
+            f"Key {key!r} occurs in shard {one} and again in shard {other}.",
+            "Add --keys shard, which puts the shard's name before each key.",
+        )
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class IndexedShard:
     """What the listing of a shard found."""
@@ -257,7 +267,7 @@ def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[Indexe
         if repeat is not None:
             rows = (repeat.first, repeat.second)
             one, other = (shards[at].name for at in np.searchsorted(np.cumsum(index.sizes), rows, side="right"))
-            raise repeated_key(repeat.key, one, other)
+            raise RepeatedKeyError(repeat.key, one, other)
     write_parquet(_table_path(folder, shards), pa.table({"shard": list(map(_to_json, records))}))
     return index
 
@@ -283,14 +293,6 @@ def lock_index(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise write_error(folder, error) from error
         yield
-
-
-def repeated_key(key: str, one: str, other: str) -> ClipcidError:
-    """Return the error for a key that two shards have."""
-    return ClipcidError(
-        f"Key {key!r} occurs in shard {one} and again in shard {other}.",
-        "Add --keys shard, which puts the shard's name before each key.",
-    )
 
 
 def _part_path(folder: Path, shard: Shard) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.index import repeated_key
+from clipcid_cli.formats.data.index import RepeatedKeyError
 from clipcid_cli.formats.data.object_store import ObjectStore
 from clipcid_cli.formats.embeddings.manifest import ShardRecord, merge_skips
 from clipcid_cli.formats.embeddings.parts import PartRecord, part_journal, refuse_running, validate_complete
@@ -168,7 +168,7 @@ def _validate_keys(work: Path, records: list[ShardRecord]) -> None:
         ends = np.cumsum([record.rows for record in records])
         shards = np.searchsorted(ends, (repeat.first, repeat.second), side="right")
         one, other = (str(records[shard_index].input.shard) for shard_index in shards)
-        raise repeated_key(repeat.key, one, other)
+        raise RepeatedKeyError(repeat.key, one, other)
 
 
 def _no_parts_error(place: str) -> ClipcidError:

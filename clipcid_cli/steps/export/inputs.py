@@ -28,6 +28,7 @@ from clipcid_cli.formats.data.benchmark import (
     read_templates,
 )
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.index import RepeatedKeyError
 from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.embeddings.sidecar import recorded_data
 from clipcid_cli.formats.fingerprint import FileRecord, record
@@ -127,10 +128,14 @@ def find_data(settings: ExportSettings) -> Dataset | None:
 def open_data(spec: str, settings: ExportSettings) -> Dataset:
     """Open data that the user has named, also a CLIP_benchmark folder."""
     try:
-        return open_dataset(find_benchmark_folder(spec).data, **settings.trust)
+        data = find_benchmark_folder(spec).data
     except MissingSplitError as error:
         # `export` has no --split.
         raise ClipcidError(error.message, "Give the folder of one of them.") from error
+    try:
+        return open_dataset(data, **settings.trust)
+    except RepeatedKeyError:  # nothing is joined by keys, so they need no flag
+        return open_dataset(data, "shard", **settings.trust)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from balance_data import heard
-from conftest import embed_with_open_clip, make_image
+from conftest import embed_with_open_clip, make_image, write_tar
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
@@ -17,7 +17,7 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.export.check import Checker
-from clipcid_cli.steps.export.inputs import read_inputs
+from clipcid_cli.steps.export.inputs import find_data, read_inputs
 from clipcid_cli.steps.export.search import Gallery, encode_gallery, find_gallery
 from clipcid_cli.steps.settings.export import ExportSettings
 
@@ -60,6 +60,16 @@ def test_images_have_the_rows_of_the_model_in_the_order_of_the_data(
     torch.testing.assert_close(torch.from_numpy(images.rows), expected, atol=1e-5, rtol=0)
     sizes = [Image.open(io.BytesIO(thumbnail)).width for thumbnail in images.thumbnails]
     assert sizes == [40 + number for number in kept]
+
+
+def test_keys_may_repeat_across_shards(tmp_path: Path) -> None:
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", [("a.png", make_image(shard)), ("a.txt", b"a caption")])
+    compared = find_data(ExportSettings(data=str(tmp_path)))
+    assert compared is not None
+    assert [sample.key for shard in compared.shards for sample in shard.samples()] == ["0/a", "1/a"]
+    gallery, _ = open_gallery(tmp_path)
+    assert [sample.key for sample in gallery.samples] == ["0/a", "1/a"]
 
 
 def test_too_many_unreadable_images_are_an_error(model: ClipModel, pictures: Path) -> None:
