@@ -16,10 +16,10 @@ from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpa
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.own_losses import load_own_loss
 from clipcid_cli.steps.distill.teachers import Teacher
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
-from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.training.gradients import Features, gather_rows
 
 
@@ -47,27 +47,18 @@ class Objective:
     local_loss: bool  # whether each process computes the losses of its own rows only, against everybody's
 
     @classmethod
-    def of(
-        cls,
-        settings: DistillSettings,
-        student_width: int,
-        teacher: Teacher,
-        space: SharedSpace,
-        context: DistContext,
-    ) -> Objective:
-        """Make the losses that the settings ask for."""
-        follows_features = teacher.judgement.follows_features
-        chosen = settings.losses(follows_features=follows_features)
-        weights = {name: weight.at(space.width) for name, weight in chosen.items()}
-        why = "" if chosen == settings.losses() else " (the teacher is near chance)"
+    def from_inputs(cls, inputs: Inputs, student_width: int, space: SharedSpace, context: DistContext) -> Objective:
+        """Make the losses of a run, and say which they are."""
+        settings, losses = inputs.settings, inputs.losses
+        weights = {loss.name: weight.at(space.width) for loss, weight in losses.items()}
+        why = "" if losses == settings.losses else " (the teacher is near chance)"
         reporting.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + f"{why}.")
         seed = derive_seed("loss parameters", settings.seed)
-        entries = settings.loss_entries(follows_features=follows_features)
-        parameters = LossParameters(entries, student_width, space, seed).to(context.device)
+        parameters = LossParameters(losses, student_width, space, seed).to(context.device)
         local_loss = settings.local_loss and context.size > 1
         own = {name: load_own_loss(file) for name, file in settings.own_losses.items()}
         functions = {name: own[name] if name in own else load_loss(name) for name in weights}
-        return cls(weights, functions, parameters, teacher, space, context, settings.affinity_scale, local_loss)
+        return cls(weights, functions, parameters, inputs.teacher, space, context, settings.affinity_scale, local_loss)
 
     def gather(
         self, features: Features, student_scale: Tensor, student_bias: Tensor | None, batch: TrainingBatch

@@ -82,13 +82,12 @@ class DistillPlan:
             del identity["student_caption_key"]
         info = student.model.info
         clusters = inputs.clusters
-        losses = settings.losses(follows_features=inputs.teacher.judgement.follows_features)
         identity |= {
             "preset": settings.chosen_preset,
             "precision": student.precision.name,
             "warmup": self.recipe.warmup,
             "lr": self.recipe.lr,
-            "losses": {name: dataclasses.asdict(weight) for name, weight in losses.items()},
+            "losses": {loss.name: dataclasses.asdict(weight) for loss, weight in inputs.losses.items()},
             "student": {
                 "config": info.config,
                 "weights": info.weights_hash,
@@ -252,8 +251,7 @@ def _choose_recipe(
     if lr is None:
         width = student.model.info.embed_dim
         trained = student.starts_trained
-        losses = settings.loss_entries(follows_features=inputs.teacher.judgement.follows_features)
-        lr, reason = default_rate(losses, settings.optimizer, batch_size, width, trained=trained)
+        lr, reason = default_rate(inputs.losses, settings.optimizer, batch_size, width, trained=trained)
         reporting.note(f"Learning rate: {lr:g} ({reason}).")
     return Recipe(
         optimizer=settings.optimizer,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipcid_cli.algorithms.losses.registry import LOSSES
+from clipcid_cli.algorithms.losses.registry import LOSSES, TEACHER_BIAS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -31,7 +31,7 @@ def losses_of_captions(settings: DistillSettings) -> list[str]:
 
     Beside its text tower only those do that were typed: a preset's others are off where there are none.
     """
-    needing = [loss.name for loss in settings.loss_entries() if settings.needs_teacher_texts(loss)]
+    needing = [loss.name for loss in settings.losses if settings.needs_teacher_texts(loss)]
     return [name for name in needing if name in settings.typed_losses] if settings.keeps_text_tower else needing
 
 
@@ -118,11 +118,12 @@ def open_stored(settings: DistillSettings, folders: tuple[Path, ...], work: Path
     if settings.needs_teacher and settings.teacher:
         for member, teacher in zip(embeddings.members, named_teachers(settings), strict=True):
             _validate_made_by(teacher, member, settings)
-    if "siglip-kd" in settings.losses():
-        models = [member.model for member in embeddings.members if member.has_texts]
-        has_bias = [model is not None and model.logit_bias is not None for model in models]
-        if any(has_bias) and not all(has_bias):
-            reporting.note("siglip-kd takes the softmax of the teachers: not all of them have a logit bias.")
+    models = [member.model for member in embeddings.members if member.has_texts]
+    has_bias = [model is not None and model.logit_bias is not None for model in models]
+    if any(has_bias) and not all(has_bias):
+        for loss in settings.losses:
+            if TEACHER_BIAS in loss.reads:
+                reporting.note(f"{loss.name} takes the softmax of the teachers: not all of them have a logit bias.")
     folder = embeddings.folder
     if embeddings.has_texts or settings.online_teacher:
         return embeddings
