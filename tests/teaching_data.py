@@ -99,7 +99,7 @@ class Run:
         maker = BatchMaker(self.settings, inputs, Processor.from_model(student))
         batches = Batches(inputs, maker, None, inputs.training.total, self.settings.seed, ALONE)
         [dealt] = batches.deal(range(epoch, epoch + 1))
-        parts = batches.make(dealt)
+        parts = batches.make_here(dealt)
         for work, part in zip(dealt.work, parts, strict=True):
             taken = sum(value.nbytes for value in vars(part).values() if isinstance(value, Tensor))
             assert maker.count_bytes(len(work.items), len(work.extra_texts)) == taken

@@ -17,13 +17,14 @@ from clipcid_cli.algorithms.losses.registry import (
     LOSSES,
     NEAR_CHANCE,
     PRESETS,
+    SAMPLE_INPUTS,
     TOKENS,
     LossEntry,
     Weight,
     select_losses,
 )
 from clipcid_cli.errors import UsageError
-from clipcid_cli.formats.loss_file import LossFile, names_loss_file, read_loss_file
+from clipcid_cli.formats.loss_file import FUSION, SCALE, LossFile, names_loss_file, read_loss_file
 from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import (
     ABOVE_0,
@@ -539,7 +540,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         """The losses of ``--loss`` in the user's own files by name, as they were when first asked for."""
         files = dict[str, LossFile]()
         for name in dict.fromkeys(name for name, _ in map(_parse_loss, self.loss) if names_loss_file(name)):
-            file = read_loss_file(name)
+            file = read_loss_file(name, SAMPLE_INPUTS)
             if file.name in LOSSES or file.name in files:
                 raise UsageError(
                     f"--loss {name}: another loss is called {file.name}, too, and so would be its values in the log.",
@@ -555,8 +556,9 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
             name,
             f"of {file.path}",
             function="",
-            scale=CLIP_SCALE if "scale" in file.learned else None,
-            fuses="fusion" in file.learned,
+            scale=CLIP_SCALE if SCALE in file.arguments else None,
+            fuses=FUSION in file.arguments,
+            reads=file.arguments.intersection(SAMPLE_INPUTS),
             needs_teacher=not self.has_no_teacher,
         )
 

@@ -31,7 +31,14 @@ from clipcid_cli.algorithms.losses import batch as batch_module
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
 from clipcid_cli.algorithms.losses.cluster import draw_candidates
 from clipcid_cli.algorithms.losses.rates import RATES, default_rate
-from clipcid_cli.algorithms.losses.registry import CLUSTERS, LOSSES, PRESETS, load_loss, select_losses
+from clipcid_cli.algorithms.losses.registry import (
+    CLUSTERS,
+    LOSSES,
+    PRESETS,
+    SAMPLE_INPUTS,
+    load_loss,
+    select_losses,
+)
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace, principal_axes, second_moment
 from clipcid_cli.steps.settings.distill import OPTIMIZERS, DistillSettings
 
@@ -233,6 +240,7 @@ def test_entry_is_complete(name: str) -> None:
     function = load_loss(name)
     assert "Source: " in (inspect.getdoc(function) or "")
     learned = {"scale": entry.scale is not None, "fusion": entry.fuses}
+    learned |= {name: name in entry.reads for name in SAMPLE_INPUTS}
     assert list(inspect.signature(function).parameters) == [
         "batch",
         *(part for part, is_own in learned.items() if is_own),
