@@ -118,12 +118,9 @@ def open_stored(settings: DistillSettings, folders: tuple[Path, ...], work: Path
     if settings.needs_teacher and settings.teacher:
         for member, teacher in zip(embeddings.members, named_teachers(settings), strict=True):
             _validate_made_by(teacher, member, settings)
-    models = [member.model for member in embeddings.members if member.has_texts]
-    has_bias = [model is not None and model.logit_bias is not None for model in models]
-    if any(has_bias) and not all(has_bias):
-        for loss in settings.losses:
-            if TEACHER_BIAS in loss.reads:
-                reporting.note(f"{loss.name} takes the softmax of the teachers: not all of them have a logit bias.")
+    for loss in settings.losses:
+        if TEACHER_BIAS in loss.reads and _only_some_have_a_bias(embeddings):
+            reporting.note(f"{loss.name} takes the softmax of the teachers: not all of them have a logit bias.")
     folder = embeddings.folder
     if embeddings.has_texts or settings.online_teacher:
         return embeddings
@@ -138,6 +135,12 @@ def open_stored(settings: DistillSettings, folders: tuple[Path, ...], work: Path
         )
     reporting.note("They are of images only: losses use the teacher's image tower alone.")
     return embeddings
+
+
+def _only_some_have_a_bias(embeddings: Embeddings) -> bool:
+    models = [member.model for member in embeddings.members if member.has_texts]
+    has_bias = [model is not None and model.logit_bias is not None for model in models]
+    return any(has_bias) and not all(has_bias)
 
 
 def _validate_made_by(teacher: ModelName, embeddings: Embeddings, settings: DistillSettings) -> None:
