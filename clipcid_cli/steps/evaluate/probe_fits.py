@@ -30,6 +30,7 @@ from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.draws import Draws
+from clipcid_cli.steps.evaluate.predictions import class_columns, multi_label_columns
 from clipcid_cli.steps.evaluate.probe_plan import ProbePlan
 from clipcid_cli.steps.evaluate.probe_result import FewShot
 
@@ -148,6 +149,14 @@ class ProbeFits:
 
     def measure(self, classifier: LinearClassifier, images: ImageFeatures) -> CellMetrics:
         return score_metrics(classifier.scores(images.rows), images.labels, self.num_classes)
+
+    def columns(self, classifier: LinearClassifier, images: ImageFeatures) -> dict[str, Any]:
+        """Return the columns of the predictions for images, but for their keys."""
+        labels = images.labels.cpu()
+        blocks = (scores.cpu() for scores in classifier.scores(images.rows))
+        if labels.ndim == 2:
+            return multi_label_columns(labels, torch.cat(list(blocks)))
+        return class_columns(labels, blocks)
 
     def measure_neighbours(self, test: ImageFeatures) -> dict[str, float]:
         """Return the metrics of the weighted vote of the nearest training images, each after ``knn<K>_``; none unasked."""

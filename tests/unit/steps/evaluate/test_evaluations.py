@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from balance_data import heard
@@ -327,6 +329,29 @@ def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: 
     assert [is_there(shots) for shots in (None, "1,2", "2")] == [True, True, False]
     plain = probe(None)
     assert plain == msgspec.structs.replace(curve, reused=True)
+
+    # Predictions of each test image make two probes comparable, by the words of `eval-zeroshot --compare`.
+    with heard() as told:
+        predicted = eval_linear.run(dataclasses.replace(settings, predictions=True))
+    assert "has no predictions; measuring" in "\n".join(told)
+    assert isinstance(predicted, LinearResult)
+    (result,) = (tmp_path / "work" / "eval").glob("*.json")
+    other = shutil.copytree(tmp_path / "work" / "eval", tmp_path / "other") / result.name
+    rows = pq.read_table(predictions_path(other))
+    wrong = pa.array([1 - label for label in rows["label"].to_pylist()], pa.int32())
+    pq.write_table(rows.set_column(2, "predicted", wrong), predictions_path(other))
+    (other.parent / "sidecars" / other.name).unlink()
+    compared = EvalLinearSettings(model=str(result), data=str(other), compare=True, margin=1.0)
+    with heard() as told:
+        answer = eval_linear.run(compared)
+    assert isinstance(answer, ComparisonResult)
+    assert answer.prompts is None
+    assert answer.images == plain.images
+    judged = answer.differences["lp_acc1"]
+    assert (judged.first, judged.second) == (plain.metrics["lp_acc1"], 0.0)
+    assert not any("prompts" in line for line in told)
+    with pytest.raises(ClipcidError, match="is a result of eval-linear, and eval-zeroshot compares its own"):
+        compare(result, other)
     other = probe("2")
     assert not other.reused
     assert [point.shots for point in other.shots] == [2]
