@@ -50,9 +50,11 @@ def show(answer: LinearResult | Preview | ComparisonResult, console: Console) ->
     facts["measured on"] = f"{count(answer.images, 'image')} of {count(answer.classes, 'class', 'classes')}"
     facts["fitted on"] = count(answer.train_images, "image")
     tried = answer.sweep.c
-    facts["C"] = f"{answer.c:.3g}, best of {len(tried)} by {answer.metric} on held-out images{_describe_ties(answer)}"
+    chosen_on = "on held-out images" if answer.folds == 1 else f"in {answer.folds} folds"
+    facts["C"] = f"{answer.c:.3g}, best of {len(tried)} by {answer.metric} {chosen_on}{_describe_ties(answer)}"
     facts["held out"] = (
         f"{format_percent(answer.validation_score, _DIGITS)}% on {count(answer.validation_images, 'image')}"
+        + ("" if answer.folds == 1 else ", each by the fit of the other folds")
     )
     facts["by C"] = f"{tried[0]:.0e} {_sketch(answer.sweep.score)} {tried[-1]:.0e}, best of {_PER_BAR} per bar"
     print_facts(console, "Linear probe", facts, files)

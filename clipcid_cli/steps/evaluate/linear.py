@@ -30,7 +30,7 @@ from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.evaluate.features import extract_features
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, warn_of_skips
 from clipcid_cli.steps.evaluate.predictions import lacks_predictions, wants_predictions
-from clipcid_cli.steps.evaluate.probe_fits import ProbeFits, describe_fit, guess_labels
+from clipcid_cli.steps.evaluate.probe_fits import ProbeFits, describe_fits, guess_labels
 from clipcid_cli.steps.evaluate.probe_plan import ProbePlan, make_plan
 from clipcid_cli.steps.evaluate.probe_result import LinearResult, Sweep
 from clipcid_cli.steps.evaluate.result import Preview
@@ -157,13 +157,14 @@ def _write(
     counts = {
         "images": len(test),
         "train_images": len(fits.images),
-        "validation_images": len(fits.held_out),
+        "validation_images": fits.num_held_out,
         "skipped": {split: own.skips.counts for split, own in features.items()},
     }
     result = {
         "intervals": {f"lp_{name}": bounds for name, bounds in intervals.items()},
         "metric": plan.metric,
         "c": best.c,
+        "folds": len(fits.folds),
         "validation_score": best.score,
         "sweep": Sweep([point.c for point in points], [point.score for point in points]),
         "shots": shots,
@@ -177,8 +178,8 @@ def _write(
         seconds=seconds,
         outputs=[record(file, output.work) for file in outputs],
         result=result,
-        solution=describe_fit(solution),
-        sweep=[{"c": point.c, "validation_score": point.score, **describe_fit(point.solution)} for point in points],
+        solution=describe_fits([solution]),
+        sweep=[{"c": point.c, "validation_score": point.score, **describe_fits(point.solutions)} for point in points],
     )
     return _make_result(sidecar, plan.path, reused=False)
 

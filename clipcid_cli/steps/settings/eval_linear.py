@@ -40,9 +40,10 @@ class EvalLinearSettings(ComparingSettings):
         "both.",
         metavar="DATA",
     )
-    val_fraction: float = _fit(
-        0.2,
-        "Share of the training images, stratified by class, to choose the regularization on; not used with --val.",
+    val_fraction: float | None = _fit(
+        None,
+        "Share of the training images, stratified by class, to choose the regularization on; not used with --val. By "
+        "default 0.2, or of fewer than 5,000 images every fifth in turn (five folds).",
         within=Range(0, 0.9, min_open=True),
     )
     metric: str = _fit(
