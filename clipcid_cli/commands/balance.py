@@ -49,7 +49,7 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
             f"and {other.uncovered_ratio:.1%} of the {repeats} would not be covered"
         )
     elif threshold is not None:
-        facts["with star"] = "not computed"
+        facts["other linkage"] = "not computed"
     if (against := result.against) is not None:
         names = _format_references(against.references)
         facts["against"] = f"{count(against.dropped, 'image')} dropped, within {against.threshold:g}: {names}"

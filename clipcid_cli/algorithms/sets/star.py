@@ -104,14 +104,14 @@ def find_star_cutoff(
     return best
 
 
-def is_kept(representatives: IntArray) -> BoolArray:
-    """Tell which rows are kept, each its own representative, bool [N]."""
+def is_own_representative(representatives: IntArray) -> BoolArray:
+    """Tell which rows represent themselves, and are thus kept, bool [N]."""
     return np.asarray(representatives == np.arange(len(representatives), dtype=representatives.dtype))
 
 
 def count_kept(representatives: IntArray) -> int:
     """Count the rows that are kept."""
-    return int(np.count_nonzero(is_kept(representatives)))
+    return int(np.count_nonzero(is_own_representative(representatives)))
 
 
 def label_by_smallest(representatives: IntArray) -> IntArray:

@@ -32,7 +32,11 @@ class Forest:
     """The ascending edges of a forest that is complete up to a distance; after a search in partitions it may lack some."""
 
     edges: Edges
-    cutoff: float
+    searched_to: float
+
+    def has_all_to(self, distance: float, num_rows: int) -> bool:
+        """Tell whether no edge up to a distance is missing, given how many rows are searched: a tree of all has no more."""
+        return len(self.edges) == num_rows - 1 or self.searched_to >= float(np.float32(distance))
 
 
 def _spec(run: BalanceRun) -> OutputSpec[ForestSidecar]:
@@ -104,5 +108,5 @@ def _find_new(run: BalanceRun, files: list[RowFile], earlier: list[RowFile]) -> 
 def write_stored(run: BalanceRun, forest: Forest, seconds: float) -> None:
     """Write a forest that took so long to search."""
     edges = forest.edges
-    stored = StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, len(run.rows))
+    stored = StoredForest(edges.a, edges.b, edges.weight, forest.searched_to, len(run.rows))
     write_forest(_spec(run), stored, run.work / ROW_FILES, {"search": seconds})

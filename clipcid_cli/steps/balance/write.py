@@ -16,13 +16,14 @@ from clipcid_cli.formats.skipped import SKIPPED, read_skipped, write_skipped
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.compared_linkage import ComparedLinkage
 from clipcid_cli.steps.balance.compute import Outcome
 from clipcid_cli.steps.balance.keep_list import write_tables
-from clipcid_cli.steps.balance.linkages import OtherLinkage
+from clipcid_cli.steps.balance.linkages import LINKAGES
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.report import write_report
 from clipcid_cli.steps.balance.result import BalanceResult
-from clipcid_cli.steps.balance.search import forget_searches
+from clipcid_cli.steps.balance.run_search import forget_searches
 from clipcid_cli.steps.balance.sets import Sets
 from clipcid_cli.steps.embeddings import list_bad_rows
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -61,7 +62,7 @@ def write(outcome: Outcome) -> BalanceResult:
 
 def summarise(outcome: Outcome) -> BalanceResult:
     """Count what is kept, and what was dropped by what."""
-    run, sets, other = outcome.run, outcome.sets, outcome.other
+    run, sets, compared = outcome.run, outcome.sets, outcome.compared
     rows = run.rows
     kept = int(np.count_nonzero(outcome.is_kept))
     against = None if outcome.against is None else outcome.against.summarise()
@@ -78,7 +79,7 @@ def summarise(outcome: Outcome) -> BalanceResult:
         components=sets.num_kept,
         largest_component=sets.largest,
         uncovered_ratio=sets.uncovered_ratio,
-        other_linkage=other.result if isinstance(other, OtherLinkage) else None,
+        other_linkage=compared.result if isinstance(compared, ComparedLinkage) else None,
         neighbors=run.settings.neighbors,
         audit=outcome.audit,
         dropped_by={
@@ -103,22 +104,21 @@ def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
     settings = run.settings
     images = run.rows.num_searched
     kept = sets.num_kept
-    missed = 0 if settings.keep is None else max(1, round(settings.keep * images)) - kept
-    if missed > 0:
+    linkage = LINKAGES[settings.linkage]
+    missed = run.num_requested - kept
+    if settings.keep is not None and missed > 0:
+        cause = linkage.why_fewer.format(sets.threshold)
         if sets.threshold == 0.0:
             cause = f"There are more exact copies than --keep {settings.keep:g} would drop, and all of them are dropped"
-        elif settings.linkage == "single":
-            cause = f"Pairs tie at the cut-off {sets.threshold:.6g}, and all of them merge"
-        else:
-            cause = f"With stars one more pair may drop several images, as at the cut-off {sets.threshold:.6g}"
         warnings.append(f"{cause}: {kept:,} images are kept, {missed:,} fewer than requested.")
     largest = sets.largest
     if largest >= _MANY_IMAGES and largest > _LARGE_SET * images:
-        advice = (
-            "It may be a chain of different images, or a placeholder: see the report; --linkage star keeps sets compact."
-            if settings.linkage == "single"
-            else "It may be a placeholder: see the report."
-        )
+        advice = "It may be a placeholder: see the report."
+        if linkage.may_chain:
+            advice = (
+                "It may be a chain of different images, or a placeholder: see the report; "
+                f"--linkage {linkage.compared_with} keeps sets compact."
+            )
         warnings.append(f"One set holds {largest:,} of {images:,} images ({largest / images:.1%}). {advice}")
     return warnings
 

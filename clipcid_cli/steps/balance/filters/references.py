@@ -30,7 +30,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.plan import Reference
 from clipcid_cli.steps.balance.result import ReferenceResult
-from clipcid_cli.steps.balance.search import Search, run_chunks
+from clipcid_cli.steps.balance.run_search import Search, run_chunks
 from clipcid_cli.steps.data_index import holds_embeddings, open_named, refuse_empty
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embeddings import open_given
@@ -309,7 +309,7 @@ def _compare(
 ) -> tuple[Edges, str]:
     """Find the nearest row of a reference of each of some rows; return the pairs, and the name that they are saved under."""
     plan = rectangle(rows, others, run.rows_in_memory)
-    search = Search(label, plan, read, cutoff, lambda: NearestOf(rows), lambda: reference.identity, is_kept=True)
+    search = Search(label, plan, read, cutoff, lambda: NearestOf(rows), lambda: reference.identity, stays=True)
     return run_chunks(run, search), search.place(run).name
 
 

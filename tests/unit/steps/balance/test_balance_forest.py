@@ -24,7 +24,7 @@ from clipcid_cli.formats import arrays as formats_arrays
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance import partition
-from clipcid_cli.steps.balance import search as searching
+from clipcid_cli.steps.balance import run_search as searching
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 
 FILES = ("keep.parquet", "forest.parquet", "curve.csv", "sets.parquet")

@@ -47,22 +47,23 @@ class Search:
     label: str  # names it to the user
     plan: Plan
     read: ReadRows
-    cutoff: float  # largest distance of the pairs that sinks are given, inclusive
+    searched_to: float  # largest distance of the pairs that sinks are given, inclusive
     new_sink: Callable[[], Sink]
-    # What decides what is found beside the inputs of the run, plan and cut-off; asked on the first process.
-    beside: Callable[[], str] = lambda: ""
-    is_kept: bool = False  # whether what it found stays for later runs
+    # Further text to hash into the name of the saved work, made on the first process; inputs, plan and distance are in it
+    # already.
+    further_identity: Callable[[], str] = lambda: ""
+    stays: bool = False  # whether its results stay for later runs
 
     def place(self, run: BalanceRun) -> Path:
-        """Return where it is saved, under a name that hashes what decides what its chunks find."""
+        """Return where its chunks are saved, under a name that hashes all that decides their results."""
 
         def name() -> str:
             plan = self.plan
-            cutoff = np.float32(self.cutoff).view(np.uint32)
-            decisive = [_VERSION, run.inputs, plan.identity, plan.num_chunks, cutoff, self.beside()]
+            distance = np.float32(self.searched_to).view(np.uint32)
+            decisive = [_VERSION, run.inputs, plan.identity, plan.num_chunks, distance, self.further_identity()]
             return hashlib.blake2b("\n".join(map(str, decisive)).encode(), digest_size=8).hexdigest()
 
-        folder = run.output.folder / _KEPT if self.is_kept else run.work / ".search"
+        folder = run.output.folder / _KEPT if self.stays else run.work / ".search"
         return folder / run.context.on_rank0(name)
 
 
@@ -119,7 +120,7 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path, known
     since = list[int]()
     with reporting.progress(search.label, total, "pairs") as progress:
         for chunk in mine:
-            for job, pieces in search_jobs(plan.jobs(chunk), load, search.cutoff, sink.wants):
+            for job, pieces in search_jobs(plan.jobs(chunk), load, search.searched_to, sink.wants):
                 for edges in pieces:
                     sink.add(edges)
                 progress.advance(plan.pairs_of(job))
