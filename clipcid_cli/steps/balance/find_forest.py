@@ -15,7 +15,7 @@ import numpy as np
 from clipcid_cli.algorithms.near.cutoff import FARTHEST, CutoffEstimator
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import BoolArray, ReadRows
-from clipcid_cli.algorithms.near.plan import Plan, hash_arrays, triangle
+from clipcid_cli.algorithms.near.jobs import Jobs, hash_arrays, triangle
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
@@ -106,9 +106,9 @@ def _search_new(run: BalanceRun, earlier: Forest, is_new: BoolArray) -> Forest:
     num_known = np.count_nonzero(~is_new)
     reporting.note(f"A forest of {num_known:,} of the {len(is_new):,} images exists: only the others are compared.")
     new, old = unique[is_new[unique]], unique[~is_new[unique]]
-    plan = triangle(np.concatenate([new, old]), run.rows_in_memory, len(new))
+    jobs = triangle(np.concatenate([new, old]), run.rows_in_memory, len(new))
     # As far as it is known, so that nothing of it is lost.
-    return _search(run, plan, run.rows.read, earlier.edges, earlier.searched_to)
+    return _search(run, jobs, run.rows.read, earlier.edges, earlier.searched_to)
 
 
 def _search_all(run: BalanceRun, known: Edges, searched_to: float) -> Forest:
@@ -124,10 +124,10 @@ def _search_all(run: BalanceRun, known: Edges, searched_to: float) -> Forest:
     return _search(run, triangle(run.rows.unique, run.rows_in_memory), run.rows.read, known, searched_to)
 
 
-def _search(run: BalanceRun, plan: Plan, read: ReadRows, known: Edges, searched_to: float) -> Forest:
+def _search(run: BalanceRun, jobs: Jobs, read: ReadRows, known: Edges, searched_to: float) -> Forest:
     # Saved chunks hold only edges that `known` does not rule out, so they are valid for this `known` alone.
     def further_identity() -> str:
         return hash_arrays(known.a, known.b, known.weight)
 
-    search = Search("search", plan, read, searched_to, lambda: ForestSink(len(run.rows), known), further_identity)
+    search = Search("search", jobs, read, searched_to, lambda: ForestSink(len(run.rows), known), further_identity)
     return Forest(run_chunks(run, search), searched_to)

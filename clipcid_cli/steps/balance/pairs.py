@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.plan import components, hash_arrays
+from clipcid_cli.algorithms.near.jobs import components, hash_arrays
 from clipcid_cli.algorithms.sets.forest import connected_components
 from clipcid_cli.algorithms.sets.sinks import PairsWithin
 from clipcid_cli.errors import ClipcidError
@@ -48,10 +48,10 @@ def find_pairs(
         return labels, members[np.argsort(labels[members], kind="stable")]
 
     labels, members = run.shared.publish(find_members)
-    plan = components(members, labels[members], run.rows_in_memory)
-    if max_compared is not None and plan.num_pairs > max_compared:
+    jobs = components(members, labels[members], run.rows_in_memory)
+    if max_compared is not None and jobs.num_pairs > max_compared:
         return NotComputed(
-            f"it takes {plan.num_pairs:,} comparisons within the sets, more than the {max_compared:,} made for a report"
+            f"it takes {jobs.num_pairs:,} comparisons within the sets, more than the {max_compared:,} made for a report"
         )
     place_of = find_places(members)
 
@@ -61,7 +61,7 @@ def find_pairs(
     with readable(run.shared, run.rows.images, run.rows.numbers, members) as read:
         search = Search(
             "pairs",
-            plan,
+            jobs,
             lambda rows: read(place_of(rows)),
             searched_to,
             lambda: PairsWithin(labels, max_found),

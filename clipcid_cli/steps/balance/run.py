@@ -13,13 +13,13 @@ from clipcid_cli.formats.fingerprint import find_lost
 from clipcid_cli.formats.output import Output, is_claimed, list_differences
 from clipcid_cli.formats.results.forest import (
     CURVE,
-    ROW_FILES,
+    ROW_NUMBERING,
     SET_TABLE,
-    RowFile,
+    NumberedFile,
     forest_path,
     is_forest_damaged,
-    read_row_files,
-    write_row_files,
+    read_row_numbering,
+    write_row_numbering,
 )
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.sidecar import sidecar_path
@@ -29,7 +29,7 @@ from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.compute import compute
 from clipcid_cli.steps.balance.pictures import has_new_pictures
-from clipcid_cli.steps.balance.plan import BalanceInputs, BalancePlan, list_row_files, make_plan, plan_checked
+from clipcid_cli.steps.balance.plan import BalanceInputs, BalancePlan, list_row_numbering, make_plan, plan_checked
 from clipcid_cli.steps.balance.prepare import prepare
 from clipcid_cli.steps.balance.report import REPORT
 from clipcid_cli.steps.balance.result import BalanceResult
@@ -108,7 +108,7 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> Balance
         )
     validate_data_there(plan.settings, plan.embeddings)
     output.start()
-    write_row_files(output.work / ROW_FILES, list_row_files(plan.embeddings))
+    write_row_numbering(output.work / ROW_NUMBERING, list_row_numbering(plan.embeddings))
     remove_shared(output.work)
     remove_copies(output.work)  # of a run that was killed
     plan.embeddings.validate_unique_keys()
@@ -117,11 +117,11 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> Balance
 
 def _name_added(plan: BalancePlan, output: Output[BalanceSidecar]) -> dict[str, str]:
     """Return how a result differs; of embeddings that only have more shards than it, how many."""
-    path = plan.folder / ROW_FILES
-    before: list[RowFile] = []
+    path = plan.folder / ROW_NUMBERING
+    before: list[NumberedFile] = []
     with suppress(ClipcidError):  # replaced anyway
-        before = read_row_files(path, "") if path.exists() else []
-    now = list_row_files(plan.embeddings)
+        before = read_row_numbering(path, "") if path.exists() else []
+    now = list_row_numbering(plan.embeddings)
     added = sum(bool(file.rows) for file in now) - sum(bool(file.rows) for file in before)
     if not before or added <= 0 or find_lost(before, now):
         return output.differences

@@ -11,7 +11,7 @@ import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
-from clipcid_cli.algorithms.near.plan import hash_arrays
+from clipcid_cli.algorithms.near.jobs import hash_arrays
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
     best_rows,

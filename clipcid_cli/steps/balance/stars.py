@@ -10,9 +10,9 @@ import numpy as np
 from clipcid_cli.algorithms.near.cutoff import FARTHEST
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import IntArray, row_type
-from clipcid_cli.algorithms.near.plan import hash_arrays
+from clipcid_cli.algorithms.near.jobs import hash_arrays
 from clipcid_cli.algorithms.sets.forest import Curve
-from clipcid_cli.algorithms.sets.star import StarCover, find_star_cutoff, label_by_smallest, star_cover, star_curve
+from clipcid_cli.algorithms.sets.star import StarCover, find_star_threshold, label_by_smallest, star_cover, star_curve
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.fingerprint import hash_json
 from clipcid_cli.formats.journal import record_journal
@@ -87,7 +87,7 @@ def divide_by_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept:
             forest, _ = find_forest(run, searched_to=bounds.searched_to)
         pairs = collect_pairs(run, forest, bounds.searched_to)
         save = partial(progress.save, bounds.searched_to)
-        cover = find_star_cutoff(pairs.up_to(bounds.within), copies, num_kept, bounds.above, save)
+        cover = find_star_threshold(pairs.up_to(bounds.within), copies, num_kept, bounds.above, save)
         if cover is None:
             bounds = _Bounds.beyond(bounds.searched_to, bounds.searched_to)
             progress.save(bounds.searched_to, bounds.above, bounds.within)
@@ -102,7 +102,7 @@ def divide_by_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept:
         return label_by_smallest(representatives).astype(kind), representatives.astype(kind)
 
     def make_curve() -> Curve:
-        return star_curve(pairs, copies, chosen.cutoff, _CURVE_POINTS)
+        return star_curve(pairs, copies, chosen.threshold, _CURVE_POINTS)
 
     labels, representatives = run.shared.publish(make)
-    return Division(labels, representatives, shortest_decimal(chosen.cutoff), make_curve), forest
+    return Division(labels, representatives, shortest_decimal(chosen.threshold), make_curve), forest

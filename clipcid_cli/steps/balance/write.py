@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.results.forest import ROW_FILES
+from clipcid_cli.formats.results.forest import ROW_NUMBERING
 from clipcid_cli.formats.results.keep_list import read_dropped, read_keep_list, write_keys, write_pairs
 from clipcid_cli.formats.skipped import SKIPPED, read_skipped, write_skipped
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
@@ -41,7 +41,7 @@ def write(outcome: Outcome) -> BalanceResult:
     for warning in warnings:
         reporting.warn(warning)
     write_tables(outcome)
-    written = [KEEP_LIST, ROW_FILES]
+    written = [KEEP_LIST, ROW_NUMBERING]
     if write_skipped(run.work / SKIPPED, _list_skipped(run)):
         written.append(SKIPPED)
     result = summarise(outcome)

@@ -17,7 +17,7 @@ import pytest
 from balance_data import balance, begun, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
 from conftest import run_in_two, start_clipcid
 
-from clipcid_cli.algorithms.near import plan as planning
+from clipcid_cli.algorithms.near import jobs as planning
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import arrays, parquet
 from clipcid_cli.formats import arrays as formats_arrays
