@@ -70,6 +70,11 @@ def row_numbering_path(folder: Path, kind: str) -> Path:
     return folder / f"{_STEPS[kind]}-rows.parquet"
 
 
+def forest_sidecar_path(folder: Path, kind: str) -> Path:
+    """Return where the sidecar of a forest lies."""
+    return sidecar_path(folder, _STEPS[kind])
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredForest:
     """The columns of a forest, [E] each, and what belongs to it."""
@@ -134,7 +139,7 @@ def read_forest(spec: OutputSpec[ForestSidecar]) -> StoredForest | None:
 
 def is_forest_damaged(folder: Path, kind: str) -> bool:
     """Tell whether the files of the forest in a folder, or its sidecar, are not as they were written."""
-    path = sidecar_path(folder, _STEPS[kind])
+    path = forest_sidecar_path(folder, kind)
     try:
         sidecar = read_sidecar(path, ForestSidecar)
     except ClipcidError:

@@ -51,6 +51,7 @@ class BalanceRun(BalancePlan):
     @property
     def num_requested(self) -> int:
         """How many of the searched images are to be kept: all where a cut-off is given in place of a share."""
+        # Python rounds a half to the even number.
         keep, num_searched = self.settings.keep, self.rows.num_searched
         return num_searched if keep is None else max(1, round(keep * num_searched))
 

@@ -3,6 +3,12 @@
 A process saves the numbers of the chunks that it has done since its last save, and what its sink has gathered from them, in
 one file, whole or not at all. A later run, of any number of processes, merges all files and does the other chunks. A file
 that is lost or damaged costs its chunks.
+
+Resuming. Saved chunks lie in a folder whose name hashes all that decides their results (`Search.place`): the files of
+embeddings, the jobs (the rows compared, cut into panels), the distance searched to, and what a search adds, as the edges a
+forest begins with. A folder of another name is not read, so what is saved is lost to a search up to another distance, of
+other rows (more files, other filters), or on another kind of device, whose memory holds other panels at a time. The number
+of processes, the format of the fast product and all that is chosen after the search do not matter.
 """
 
 from __future__ import annotations

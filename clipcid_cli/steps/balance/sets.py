@@ -1,4 +1,19 @@
-"""From the forest to sets of near images, each with the one image that is kept."""
+"""From the forest to sets of near images, each with the one image that is kept.
+
+Why the threshold ε of ``--keep`` is exact, with N searched rows of which k = `num_requested` are to be kept:
+
+1. Sets of single linkage at ε are the components of the minimum spanning forest without its edges longer than ε
+   (`algorithms/sets/forest.py`). A forest of E edges has N − E components, so N − k edges leave k sets: ε is the weight of
+   edge N − k of the ascending forest, which `find_forest` extends until it has that many.
+2. The forest is that of all pairs up to where it was searched: a low-precision product leaves out only pairs that a proven
+   bound rules out (`algorithms/near/block.py`), and the distance of any other is one number, rounded once, on every machine
+   (`algorithms/near/exact.py`). Copies are joined by edges of weight 0. Only ``--neighbors partitioned`` may lack pairs.
+3. Edges that tie with edge N − k are within ε as well, and all of them merge: fewer than k images may then be kept.
+4. k is ``keep · N`` rounded to a whole number, a half to the even one, and at least 1.
+
+What stars keep does not always shrink as ε grows. So theirs is bisected from the ε of single linkage on, and it is only
+certain that the next smaller distance *tried* keeps more than k (`find_star_threshold`).
+"""
 
 from __future__ import annotations
 

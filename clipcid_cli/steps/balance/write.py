@@ -1,4 +1,18 @@
-"""What `balance` has computed: counted, explained where it may surprise, and written; then the lists for other tools."""
+"""What `balance` has computed: counted, explained where it may surprise, and written; then the lists for other tools.
+
+| file | writer | called from |
+|---|---|---|
+| ``rows.parquet`` | `write_row_numbering` | `_take_or_start` in ``run.py``, at the start |
+| ``forest.parquet``, ``forest-rows.parquet``, ``forest.json`` | `write_forest` | `write_stored`, after a search |
+| ``keep.parquet``, ``sets.parquet``, ``curve.csv`` | `write_tables` | `write` |
+| ``skipped.parquet``, if any sample is | `write_skipped` | `write` |
+| ``report.html`` | `write_report` | `write` |
+| ``balance.json`` | `Output.commit` | `write` |
+| ``--write-keys``, ``--write-pairs``, ``--write-uids`` | `write_keys`, `write_pairs`, `write_kept_uids` | `write_lists` |
+| ``--write-shards``, ``--write-data`` | `write_samples`, on all processes | `_balance` in ``run.py`` |
+
+`Output.commit` also gives the files above it their final names, but for the forest, which is an output of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +24,16 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.results.forest import ROW_NUMBERING
+from clipcid_cli.formats.results.forest import (
+    CURVE,
+    ROW_NUMBERING,
+    SET_TABLE,
+    forest_path,
+    forest_sidecar_path,
+    row_numbering_path,
+)
 from clipcid_cli.formats.results.keep_list import read_dropped, read_keep_list, write_keys, write_pairs
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED, read_skipped, write_skipped
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.steps import reporting
@@ -21,7 +43,7 @@ from clipcid_cli.steps.balance.compute import Outcome
 from clipcid_cli.steps.balance.keep_list import write_tables
 from clipcid_cli.steps.balance.linkages import LINKAGES
 from clipcid_cli.steps.balance.plan import BalancePlan
-from clipcid_cli.steps.balance.report import write_report
+from clipcid_cli.steps.balance.report import REPORT, write_report
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.run_search import forget_searches
 from clipcid_cli.steps.balance.sets import Sets
@@ -161,3 +183,27 @@ def write_lists(plan: BalancePlan) -> None:
         from clipcid_cli.steps.balance.uids import write_kept_uids
 
         write_kept_uids(plan, settings.write_uids)
+
+
+def name_files(plan: BalancePlan) -> dict[str, str]:
+    """Return the path of each file that was written, by its name in the JSON object."""
+    settings, kind = plan.settings, plan.settings.forest_kind
+    skipped = plan.folder / SKIPPED
+    files = {
+        "keep_list": plan.keep_list,
+        "row_numbering": plan.folder / ROW_NUMBERING,
+        "forest": forest_path(plan.folder, kind),
+        "forest_row_numbering": row_numbering_path(plan.folder, kind),
+        "forest_sidecar": forest_sidecar_path(plan.folder, kind),
+        "sets": plan.folder / SET_TABLE,
+        "curve": plan.folder / CURVE,
+        "report": plan.folder / REPORT,
+        "skipped": skipped if skipped.is_file() else None,
+        "sidecar": sidecar_path(plan.folder, "balance"),
+        "keys": settings.write_keys,
+        "pairs": settings.write_pairs,
+        "uids": settings.write_uids,
+        "shards": settings.write_shards,
+        "data": settings.write_data,
+    }
+    return {name: str(path) for name, path in files.items() if path is not None}
