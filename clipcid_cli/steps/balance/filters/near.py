@@ -80,14 +80,14 @@ def _find_share(run: BalanceRun, share: float) -> Nearest:
     needed = max(1, round(share * run.rows.num_searched))
     sampled_RS = sample_distances(run, targets)
     nearest_S = np.sort(sampled_RS.min(axis=0))
-    cutoff = first_cutoff(nearest_S, np.ones(len(nearest_S)), share)
-    comparison = compare(run, targets, cutoff, "near", sampled_RS)
+    searched_to = first_cutoff(nearest_S, np.ones(len(nearest_S)), share)
+    comparison = compare(run, targets, searched_to, "near", sampled_RS)
     while (count := run.context.on_rank0(comparison.count_near)) < needed:
         reporting.note(
-            f"{count:,} of the {needed:,} images to keep are within {cutoff:.4f}: farther ones are compared."
+            f"{count:,} of the {needed:,} images to keep are within {searched_to:.4f}: farther ones are compared."
         )
-        cutoff = wider_cutoff(nearest_S, cutoff, count, needed)
-        comparison = compare(run, targets, cutoff, "near", sampled_RS)
+        searched_to = wider_cutoff(nearest_S, searched_to, count, needed)
+        comparison = compare(run, targets, searched_to, "near", sampled_RS)
     return comparison.up_to(run.context.on_rank0(lambda: _distance_of(comparison, needed)))
 
 
