@@ -359,6 +359,8 @@ def test_references_are_embedded_alike(tmp_path: Path, tiny_model: Path, is_unto
     result, _ = balance(work, folder, **named)
     assert result["against"]["dropped"] == 3
     (reference,) = (work / "references").iterdir()
+    took = json.loads((reference / "embed.json").read_text())["seconds"]
+    assert result["seconds"]["embed"] >= sum(took.values()) > 0
     settings, others = (json.loads((each / "embed.json").read_text())["settings"] for each in (reference, folder))
     assert {name: settings[name] for name in like} == like
     assert settings["preprocess"] == others["preprocess"]
