@@ -147,7 +147,9 @@ class EmbeddingWriter:
     def find_done(self, earlier: Sequence[ShardRecord]) -> list[int]:
         """Return the shards that a run would not embed again: those finished here, or of an `earlier` folder."""
         there = {record.identity for record in earlier}
-        done = (identity in there or self._find_record(index) is not None for index, identity in enumerate(self._identities))
+        done = (
+            identity in there or self._find_record(index) is not None for index, identity in enumerate(self._identities)
+        )
         return [index for index, is_done in enumerate(done) if is_done]
 
     def names(self, index: int, record: ShardRecord) -> list[str]:
