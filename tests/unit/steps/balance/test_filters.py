@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -416,8 +417,14 @@ def test_a_dry_run_refuses_what_the_run_refuses(
 
 
 def test_all_images_are_near_a_reference(refusing: Path, tmp_path: Path) -> None:
-    with pytest.raises(ClipcidError, match="All 20 images are dropped before repeats are searched"):
-        balance(tmp_path, refusing / "good", threshold=0.2, against=(str(refusing / "good"),))
+    itself = (str(refusing / "good"),)
+    equal = f"; 20 are equal to one. Is {itself[0]} the data itself?"
+    with pytest.raises(
+        ClipcidError, match=re.escape(f"All 20 images are within 0.2 of a reference, and would be dropped{equal}")
+    ):
+        balance(tmp_path, refusing / "good", threshold=0.2, against=itself)
+    _, told = balance(tmp_path, refusing / "good", threshold=0.2, near=itself, near_keep=0.5)
+    assert f"--near drops nothing: 20 of 20 images are within 0 of a target{equal}" in told
 
 
 def test_keys_that_repeat_are_refused_until_told_apart(refusing: Path, tmp_path: Path) -> None:
