@@ -104,7 +104,7 @@ def test_parts_in_a_folder_are_joined_to_what_one_process_writes(
     begun = shutil.copytree(out, tmp_path / "begun")
     with heard() as told:
         join(out, model="ViT-B-32", batch_size=4)
-    assert "since the parts record how they were made: --model, --batch-size." in told[0]
+    assert "since the parts record how they were made: --batch-size, --model." in told[0]
     assert outcome(out) == outcome(one)
     embed_data(data, tiny_model, begun, max_bad_fraction=0.5)  # the next step, say, does without the join
     assert outcome(begun) == outcome(one)
