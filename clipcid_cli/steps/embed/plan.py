@@ -193,9 +193,9 @@ def _compare_reading(there: DataSpec, dataset: Dataset) -> dict[str, str]:
 
 def _describe_lost(before: list[str], dataset: Dataset, lost: str) -> dict[str, str]:
     """Name the data, as typed then and now; of the same name, what has become of its files."""
-    if before and before != [dataset.spec]:
-        return {"data": f"{before[0]} before, {dataset.spec} now"}
-    return {"data": f"{dataset.spec} has changed" + ("" if dataset.kind == "list" else f": {lost}")}
+    is_other = before and before != [dataset.spec]
+    change = f"{before[0]} before, {dataset.spec} now" if is_other else f"{dataset.spec} has changed"
+    return {"data": change if dataset.kind == "list" else f"{change}: {lost}"}
 
 
 def _choose_folder(settings: EmbedSettings, name: ModelName, task: tuple[int, int] | None) -> Path:

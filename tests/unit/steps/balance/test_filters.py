@@ -25,9 +25,11 @@ from clipcid_cli.formats.results.clusters import ClusterSidecar
 from clipcid_cli.formats.sidecar import read_sidecar, write_sidecar
 from clipcid_cli.steps.cluster import run as run_cluster
 from clipcid_cli.steps.embed.run import run as run_embed
+from clipcid_cli.steps.runs import run as list_runs
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
+from clipcid_cli.steps.settings.runs import RunsSettings
 
 NUM_ROWS = 400
 CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
@@ -342,6 +344,10 @@ def test_a_dry_run_says_what_each_filter_takes(tmp_path: Path, is_untouched: Cal
         assert line in told
 
 
+def list_outdated(work: Path) -> list[list[str]]:
+    return [made.outdated for made in list_runs(RunsSettings(work=work)).made if made.step == "balance"]
+
+
 def test_references_are_embedded_alike(tmp_path: Path, tiny_model: Path, is_untouched: Callable[[], bool]) -> None:
     write_tar(tmp_path / "0.tar", shard_members(0, 8))
     write_tar(tmp_path / "r.tar", shard_members(0, 3))
@@ -376,6 +382,9 @@ def test_references_are_embedded_alike(tmp_path: Path, tiny_model: Path, is_unto
     with pytest.raises(ClipcidError, match=said) as refused:
         balance(work, folder, near=(str(tmp_path / "other"),), near_keep=0.5, threshold=0.001)
     assert "(--near DATA)" in refused.value.fix
+    assert list_outdated(work) == [[]]
+    run_embed(EmbedSettings(data=str(tmp_path / "0.tar"), overwrite=True, **made))
+    assert list_outdated(work) == [["other embeddings"]]
 
 
 @pytest.fixture(scope="module")
