@@ -42,6 +42,8 @@ def show(answer: LinearResult | Preview, console: Console) -> None:
         )
         facts["chance"] = guessed + describe_majority(answer.majority, "%")
     facts["measured on"] = f"{count(answer.images, 'image')} of {count(answer.classes, 'class', 'classes')}"
+    if answer.repeated_images:
+        facts["measured on"] += f"; {answer.repeated_images:,} are among those of training too"
     facts["fitted on"] = count(answer.train_images, "image")
     tried = answer.sweep.c
     facts["C"] = f"{answer.c:.3g}, best of {len(tried)} by {answer.metric} on held-out images{_describe_ties(answer)}"
