@@ -217,7 +217,7 @@ def find_lost(there: Sequence[FileRecord], now: Collection[FileRecord]) -> str:
     names = {file.content[:2]: file.shard for file in now}
     changed = [file for file in there if file.content not in contents]
     renamed = [file for file in changed if file.content[:2] in names]
-    gone = [_name_file(file) for file in changed if file.content[:2] not in names]
+    gone = [Path(_name_file(file)).name for file in changed if file.content[:2] not in names]
     before, after = (len({_name_file(file) for file in files}) for files in (there, now))
     parts = [f"{before:,} file{'s' * (before != 1)} before, {after:,} now"] if before != after else []
     if renamed:
@@ -231,5 +231,5 @@ def find_lost(there: Sequence[FileRecord], now: Collection[FileRecord]) -> str:
 
 
 def _name_file(file: FileRecord) -> str:
-    """Return the name of a file for people; several shards may be parts of one list, as in ``list.csv#00000``."""
-    return re.sub(r"#\d+$", "", Path(file.path).name)
+    """Return the path of a file; several shards may be parts of one list, as in ``list.csv#00000``."""
+    return re.sub(r"#\d+$", "", file.path)
