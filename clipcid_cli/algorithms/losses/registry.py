@@ -210,6 +210,12 @@ DEFAULT_PRESET = "fd-instance"
 _WITHOUT_FEATURES = {"clip": Weight(1.0), "instance": Weight(1.0)}
 
 
+def name_losses(preset: str, *, follows_features: bool) -> str:
+    """Name what a run combines: its preset, or the losses that take the place of the default one."""
+    replaced = preset == DEFAULT_PRESET and not follows_features
+    return "-".join(_WITHOUT_FEATURES) if replaced else preset
+
+
 def select_losses(preset: str, overrides: Mapping[str, float], *, follows_features: bool = True) -> dict[str, Weight]:
     """Return a run's losses in registry order: the preset's with the weights of `overrides`, without those of weight 0.
 

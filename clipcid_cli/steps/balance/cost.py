@@ -194,7 +194,7 @@ def _count_reference(reference: NamedReference, compared: int) -> ReferenceCost:
 
 
 def _count_rows(rows: Embeddings | EmbedCost) -> int:
-    return rows.num_rows if isinstance(rows, Embeddings) else rows.images
+    return rows.num_rows if isinstance(rows, Embeddings) else rows.images + rows.images_done
 
 
 def _count_memory(

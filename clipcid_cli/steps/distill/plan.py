@@ -82,9 +82,10 @@ class DistillPlan:
             del identity["student_caption_key"]
         info = student.model.info
         clusters = inputs.clusters
-        losses = settings.losses(follows_features=inputs.teacher.judgement.follows_features)
+        follows_features = inputs.teacher.judgement.follows_features
+        losses = settings.losses(follows_features=follows_features)
         identity |= {
-            "preset": settings.chosen_preset,
+            "preset": settings.name_losses(follows_features=follows_features),
             "precision": student.precision.name,
             "warmup": self.recipe.warmup,
             "lr": self.recipe.lr,
@@ -148,7 +149,8 @@ def make_plan(
     """Plan a run, on the first process; `memories` are those of the processes' GPUs, None of a CPU."""
     inputs = find_inputs(settings, embeddings, scratch)
     settings = inputs.settings
-    parts = [student.model.info.slug, settings.chosen_preset, f"s{settings.seed}"]
+    losses = settings.name_losses(follows_features=inputs.teacher.judgement.follows_features)
+    parts = [student.model.info.slug, losses, f"s{settings.seed}"]
     name = settings.name or "-".join(parts + ["all"] * (inputs.keep_list is None))
     folder = RunFolder(WorkDirectory(settings.work).distill(name))
     memory = min([total for total in memories if total is not None], default=None)

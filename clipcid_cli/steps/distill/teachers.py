@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -330,11 +331,25 @@ def _judge(settings: DistillSettings, repair: RepairFigures | None, pairing: Pai
     typed = [f"--loss {name}={weight:g}" for name, weight in settings.typed_losses.items() if name in taught]
     if settings.preset is not None:
         typed = [f"--preset {settings.preset}"]
+    advice = f"Try {name_no_teacher(settings)}."
     if typed:
-        reporting.warn(f"{measured}: near chance, but followed, as {typed[0]} says. Try --teacher none.")
+        reporting.warn(f"{measured}: near chance, but followed, as {typed[0]} says. {advice}")
     else:
-        reporting.warn(f"{measured}: near chance, so its features are not followed (no fd). Try --teacher none.")
+        reporting.warn(f"{measured}: near chance, so its features are not followed (no fd). {advice}")
     return Judgement(repair, pairing, follows_features=settings.preset is not None)
+
+
+def name_no_teacher(settings: DistillSettings) -> str:
+    """Return the flag to train without a teacher, and the given ones that it does not go with."""
+    needing = []
+    if settings.keeps_text_tower:
+        needing.append("--text-tower teacher")
+    if settings.preset is not None and any(LOSSES[name].needs_teacher for name in PRESETS[settings.preset]):
+        needing.append(f"--preset {settings.preset}")
+    for name, weight in settings.typed_losses.items():
+        if weight and name in LOSSES and LOSSES[name].needs_teacher:
+            needing.append(f"--loss {name}={weight:g}")
+    return "--teacher none" + (f" without {' and '.join(needing)}" if needing else "")
 
 
 def _choose_views(settings: DistillSettings, embeddings: Embeddings) -> int:

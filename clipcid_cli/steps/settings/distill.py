@@ -16,6 +16,7 @@ from clipcid_cli.algorithms.losses.registry import (
     PRESETS,
     LossEntry,
     Weight,
+    name_losses,
     select_losses,
 )
 from clipcid_cli.errors import UsageError
@@ -509,6 +510,10 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
             batch_size = 2 ** (max(1, min(processes * fitting, wanted)).bit_length() - 1)
         divisor = processes * self.accum_freq
         return max(divisor, min(batch_size, samples) // divisor * divisor)
+
+    def name_losses(self, *, follows_features: bool) -> str:
+        """Name the combination of the run's losses; see `registry.name_losses`."""
+        return name_losses(self.chosen_preset, follows_features=follows_features)
 
     def losses(self, *, follows_features: bool = True) -> dict[str, Weight]:
         """Return the losses of the run with their weights, in registry order; see `select_losses`."""
