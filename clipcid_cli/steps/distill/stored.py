@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipcid_cli.algorithms.losses.registry import LOSSES
+from clipcid_cli.algorithms.losses.registry import LOSSES, TEACHER_BIAS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -32,7 +32,7 @@ def losses_of_captions(settings: DistillSettings) -> list[str]:
 
     Beside its text tower only those do that were typed: a preset's others are off where there are none.
     """
-    needing = [loss.name for loss in settings.loss_entries() if settings.needs_teacher_texts(loss)]
+    needing = [loss.name for loss in settings.losses if settings.needs_teacher_texts(loss)]
     return [name for name in needing if name in settings.typed_losses] if settings.keeps_text_tower else needing
 
 
@@ -119,11 +119,9 @@ def open_stored(settings: DistillSettings, folders: tuple[Path, ...], work: Path
     if settings.needs_teacher and settings.teacher:
         for member, teacher in zip(embeddings.members, named_teachers(settings), strict=True):
             _validate_made_by(teacher, member, settings)
-    if "siglip-kd" in settings.losses():
-        models = [member.model for member in embeddings.members if member.has_texts]
-        has_bias = [model is not None and model.logit_bias is not None for model in models]
-        if any(has_bias) and not all(has_bias):
-            reporting.note("siglip-kd takes the softmax of the teachers: not all of them have a logit bias.")
+    for loss in settings.losses:
+        if TEACHER_BIAS in loss.reads and _only_some_have_a_bias(embeddings):
+            reporting.note(f"{loss.name} takes the softmax of the teachers: not all of them have a logit bias.")
     folder = embeddings.folder
     if embeddings.has_texts or settings.online_teacher:
         return embeddings
@@ -138,6 +136,12 @@ def open_stored(settings: DistillSettings, folders: tuple[Path, ...], work: Path
         )
     reporting.note("They are of images only: losses use the teacher's image tower alone.")
     return embeddings
+
+
+def _only_some_have_a_bias(embeddings: Embeddings) -> bool:
+    models = [member.model for member in embeddings.members if member.has_texts]
+    has_bias = [model is not None and model.logit_bias is not None for model in models]
+    return any(has_bias) and not all(has_bias)
 
 
 def _validate_made_by(teacher: ModelName, embeddings: Embeddings, settings: DistillSettings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -15,8 +16,9 @@ from balance_data import heard, write_embeddings
 from conftest import TINY_CONFIG, changed, shard_members, write_tar, write_tiny_model
 from distill_data import train
 from safetensors.numpy import load_file, save_file
-from teaching_data import embed_data, join, read_keys, write_student
+from teaching_data import ALONE, embed_data, join, read_keys, write_student
 
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
@@ -24,6 +26,7 @@ from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps import cluster
 from clipcid_cli.steps.distill import run as distill
+from clipcid_cli.steps.distill.space import choose_space
 from clipcid_cli.steps.distill.stored import open_stored
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -136,6 +139,12 @@ def test_images_alone_are_taught(tiny_shards: Path, tiny_model: Path, folders: d
     stored = run.embeddings.rows(Kind.IMAGES).take(np.array(rows)).astype(np.float32)
     found = image.numpy()
     assert np.corrcoef((found @ found.T).ravel(), (stored @ stored.T).ravel())[0, 1] > 0.95
+    # A loss that the run does not have decides nothing: without fd the student's rows are compared with one another only.
+    kept = {"preset": None, "loss": ("instance=0", "crd=1"), "teacher_space": "auto"}
+    settings = dataclasses.replace(run.settings, **kept)
+    teacher, asked, left = run.inputs.teacher, settings.losses, settings.losses_near_chance
+    assert choose_space(settings, asked, teacher, 24, ALONE) != SharedSpace(32)
+    assert choose_space(settings, left, teacher, 24, ALONE) == SharedSpace(32)
 
 
 @pytest.mark.parametrize(
