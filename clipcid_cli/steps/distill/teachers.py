@@ -286,7 +286,9 @@ def choose_losses(settings: DistillSettings, judgement: Judgement) -> dict[LossE
         reporting.note(f"{measured}.")
         return settings.losses
     losses = settings.losses_near_chance
-    reporting.warn(f"{measured}: near chance, {_describe_following(settings, losses)}. Try {name_no_teacher(settings)}.")
+    reporting.warn(
+        f"{measured}: near chance, {_describe_following(settings, losses)}. Try {name_no_teacher(settings)}."
+    )
     return losses
 
 
