@@ -104,6 +104,8 @@ def test_what_fits_on_a_gpu_is_computed_without_captions(data: str, place: Path,
     memories = (kept, 4e9, 8e9)
     none, small, large = (fitting_batch(run.inputs.settings, student, run.inputs, memory) for memory in memories)
     assert large > small > none == 0, "the text tower is there beside what is trained"
+    student.model.info.config["text_cfg"]["hf_model_name"] = "of/transformers"
+    assert fitting_batch(run.inputs.settings, student, run.inputs, memories[-1]) == large
 
 
 def test_the_report_shows_what_is_measured_of_images_alone(place: Path, tmp_path: Path) -> None:
