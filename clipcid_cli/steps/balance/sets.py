@@ -79,7 +79,7 @@ class Division:
     """How rows are divided into sets, the same on every process."""
 
     labels: IntArray  # as of `Sets`
-    # The representative of each row, integers [N]; None where each set's own rows decide.
+    # The representative of each row, integers [N]; None where the linkage leaves the choice to ``--select``.
     representatives: IntArray | None
     threshold: float | None
     make_curve: Callable[[], Curve]
@@ -103,6 +103,8 @@ def make_sets(run: BalanceRun) -> tuple[Sets, Forest, bool]:
         searched_to = forest.searched_to
         linkage = LINKAGES[settings.linkage]
         division, forest = linkage.divide(run, forest, shortest_decimal(threshold), num_kept)
+        if division.representatives is None and settings.select not in _BY_ROWS:
+            division = _choose_by_score(run, division)
         reused = reused and forest.searched_to == searched_to
     return _measure_sets(run, division), forest, reused
 
@@ -177,9 +179,9 @@ def _load_or_measure(run: BalanceRun, division: Division) -> Arrays:
             representatives_N = np.where(rows.is_searched, representatives_N, labels.dtype.type(-1))
         distances_N = np.zeros(len(labels), np.float32)
         distances_N[members] = distance
-        reach = distances_N[farthest]
+        farthest_distance = distances_N[farthest]
         sizes = np.diff(groups.bounds)
-        table = (members[is_first], sizes, chosen[is_first], farthest, reach, diameter, is_exact)
+        table = (members[is_first], sizes, chosen[is_first], farthest, farthest_distance, diameter, is_exact)
         arrays = (representatives_N, distances_N, *table)
         if time.monotonic() > began + _LONG_SECONDS:
             journal.append(saved_as, {str(place): array for place, array in enumerate(arrays)})
@@ -202,9 +204,9 @@ def _measure(run: BalanceRun, representatives: IntArray | None, share: Share) ->
     else:
         chosen = central_rows(share.read, share.labels)
     distances = distances_to(share.read, chosen)
-    reach = np.maximum.reduceat(distances, share.starts) if len(share.starts) else distances
-    at_reach = np.flatnonzero(distances == np.repeat(reach, share.sizes))
-    farthest = at_reach[np.searchsorted(at_reach, share.starts)]
+    largest = np.maximum.reduceat(distances, share.starts) if len(share.starts) else distances
+    at_largest = np.flatnonzero(distances == np.repeat(largest, share.sizes))
+    farthest = at_largest[np.searchsorted(at_largest, share.starts)]
     # Copies are at distance 0 of each other.
     is_unique = np.zeros(len(run.rows), np.bool_)
     is_unique[run.rows.unique] = True
@@ -225,22 +227,24 @@ def divide_by_components(run: BalanceRun, forest: Forest, threshold: float, num_
 
     def divide() -> Arrays:
         merged = forest.edges.up_to(threshold)
-        labels = connected_components(len(run.rows), merged.a, merged.b)
-        if run.settings.select in _BY_ROWS:
-            return (labels,)
-        return labels, _best_by_score(run, labels)
+        return (connected_components(len(run.rows), merged.a, merged.b),)
 
-    labels, *chosen = run.shared.publish(divide)
-    make_curve = partial(single_curve, run.rows, forest.edges, threshold)
-    return Division(labels, chosen[0] if chosen else None, threshold, make_curve), forest
+    (labels,) = run.shared.publish(divide)
+    return Division(labels, None, threshold, partial(single_curve, run.rows, forest.edges, threshold)), forest
 
 
-def _best_by_score(run: BalanceRun, labels: IntArray) -> IntArray:
-    """Choose the representative of each row by a score of each image, integers [N]."""
-    from clipcid_cli.steps.balance.scores import SCORES
+def _choose_by_score(run: BalanceRun, division: Division) -> Division:
+    """Choose the representative of each set by a score of each image."""
+    labels = division.labels
 
-    scores = np.zeros(len(labels))
-    # The rows of sets of two or more: the others need no score.
-    members = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
-    scores[members] = SCORES[run.settings.select](run, members)
-    return best_rows(scores, labels)
+    def choose() -> Arrays:
+        from clipcid_cli.steps.balance.scores import SCORES
+
+        scores = np.zeros(len(labels))
+        # The rows of sets of two or more: the others need no score.
+        members = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
+        scores[members] = SCORES[run.settings.select](run, members)
+        return (best_rows(scores, labels),)
+
+    (representatives,) = run.shared.publish(choose)
+    return dataclasses.replace(division, representatives=representatives)
