@@ -1,4 +1,11 @@
-"""Samples in tars: members that agree in their names up to the first dot, as webdataset writes them."""
+"""Samples in tars: members that agree in their names up to the first dot, as webdataset writes them.
+
+open     `open_tars`          wrong flags and damaged tars end the run
+list     `read_members`       headers alone; of a stream the contents too. Damage ends the run and names the shard
+place    `TarShard.read`      a sample's members; one that cannot be a sample is counted by its reason in `Skips`
+read     `ByteRange.read`     an OSError, which `decode.read_image` turns into a reason too
+decode   `decode_image`       a damaged image is a reason, never an error
+"""
 
 from __future__ import annotations
 

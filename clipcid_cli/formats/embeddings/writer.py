@@ -109,7 +109,7 @@ class EmbeddingWriter:
         self._journal.append(self._label(index), record)
 
     def read_record(self, index: int) -> ShardRecord | None:
-        """Read the outcome of a shard; None when it is unfinished, was changed or damaged, or is of another plan."""
+        """Read the record of a shard; None where it is not finished by these settings, or a file was changed since."""
         record = self._find_record(index)
         return record if record is not None and record.keys == self._keys else None
 
@@ -260,13 +260,13 @@ def _make_metadata(shard: str, rows: ShardRows) -> pa.Table:
 def read_unfinished(folder: Path, step: str) -> list[FileRecord]:
     """Return the shards that an unfinished run of a folder has embedded, in order, whatever its settings are."""
     journals = (record_journal(work / _RECORDS, ShardRecord) for work in find_works(folder, step))
-    records = [named for journal in journals for named in journal.parts()]
+    records = [named for journal in journals for named in journal.entries()]
     return [record.input for _, record in sorted(records, key=lambda named: natural_key(named[0]))]
 
 
 def read_finished(work: Path) -> dict[int, ShardRecord]:
     """Return the records of the finished shards in a work folder, by the shards' numbers."""
-    records = record_journal(work / _RECORDS, ShardRecord).parts()
+    records = record_journal(work / _RECORDS, ShardRecord).entries()
     return {int(name): record for name, record in records if name.isdecimal()}
 
 
