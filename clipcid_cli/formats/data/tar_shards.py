@@ -17,18 +17,9 @@ from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_pipe, is_remote, is_url
+from clipcid_cli.formats.data.captions import JSON, MOST_TEXT, TXT, gather_captions, member_of, split_captions
 from clipcid_cli.formats.data.opening import naming_shard
-from clipcid_cli.formats.data.samples import (
-    IMAGE_SUFFIXES,
-    JSON,
-    MOST_TEXT,
-    TXT,
-    ByteRange,
-    Sample,
-    gather_captions,
-    member_of,
-    split_captions,
-)
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Sample
 from clipcid_cli.formats.data.shard import Opened, ReadOptions, Shard
 from clipcid_cli.formats.data.shard_files import name_shards
 from clipcid_cli.formats.data.tars import CutTarError, Group, Member, group_members, read_members, validate_tar
