@@ -24,6 +24,7 @@ from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import note_captions
 from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_skips
+from clipcid_cli.steps.evaluate.predictions import lacks_predictions, wants_predictions
 from clipcid_cli.steps.evaluate.result import ZeroshotResult
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
@@ -82,8 +83,7 @@ def _find_finished(
     if missing:  # of a version that did not know them
         reporting.note(f"{path} has no {', '.join(missing)}; measuring {what} again.")
         return None
-    if settings.predictions and not predictions_path(path).is_file():
-        reporting.note(f"{path} has no predictions; measuring {what} again.")
+    if lacks_predictions(path, what, settings):
         return None
     reporting.note(f"{path} already holds {what}.")
     return output.finished
@@ -108,11 +108,9 @@ def _write(
     output.start()
     written = [output.root / path.name]
     write_metrics(written[0], model.make_metrics(task.name, task.task, measured.draws.values()))
-    # Predictions of the same model and data do not depend on the draws: those that are there are kept up to date.
-    earlier = predictions_path(path)
-    if settings.predictions or (earlier.is_file() and (output.finished or output.earlier) is not None):
+    if wants_predictions(output, path, settings):
         columns = {"key": rows.keys, **measured.columns()}
-        written.append(output.work / earlier.name)
+        written.append(output.work / predictions_path(path).name)
         write_predictions(written[1], task.kind, model.model.info.slug, task.name, len(task.class_names), columns)
     skipped = skipped_path(path)
     if write_skipped(output.work / skipped.name, [make_table(rows.skips.listed)]):
