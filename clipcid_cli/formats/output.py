@@ -1,5 +1,6 @@
 """The output of a step: one lock, an identity, a work folder, the sidecar last.
 
+Each file appears whole in the work folder (`files.atomic_file`), and all files together in their places (`Output.place`).
 The identity is a hash of the settings and of what the inputs hold. Unfinished work lies in ``.<step>-<identity>/`` in the
 output's folder, with settings and inputs in ``.run.json``: a killed run resumes where that folder exists, and another
 identity there is another run's. A finished output stays whole meanwhile. With its sidecar in the work folder the new one is
@@ -30,7 +31,7 @@ from clipcid_cli.formats.fingerprint import FileRecord, find_changed, find_lost,
 from clipcid_cli.formats.sidecar import (
     LARGEST_SIDECAR,
     AnySidecar,
-    Run,
+    Provenance,
     Sidecar,
     make_sidecar,
     read_sidecar,
@@ -69,8 +70,8 @@ class OutputSpec(Generic[AnySidecar]):
     top: Path | None = None  # a folder above, where further files lie
 
     @property
-    def run(self) -> Run:
-        return Run(settings=redact_all(json.loads(json.dumps(self.settings))), inputs=[*self.inputs])
+    def provenance(self) -> Provenance:
+        return Provenance(settings=redact_all(json.loads(json.dumps(self.settings))), inputs=[*self.inputs])
 
     @property
     def root(self) -> Path:
@@ -83,7 +84,9 @@ class Output(Generic[AnySidecar]):
     """A locked output."""
 
     spec: OutputSpec[AnySidecar]
-    root: Path  # the work folder: the spec's own, or one that a killed run has left
+    # The work folder: the spec's own, or one that a killed run has left. It differs from `work` only where `spec.top` is set
+    # (evaluations, whose metrics files lie above their sidecars).
+    root: Path
     finished: AnySidecar | None = None  # the sidecar when the output is complete and of the same settings and inputs
     earlier: AnySidecar | None = None  # the sidecar of a complete output that differs only as it may
     # How the complete output that is there differs, by setting and input.
@@ -123,11 +126,11 @@ class Output(Generic[AnySidecar]):
             self.work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(self.root, error) from error
-        write_json(self.root / RUN_FILE, msgspec.to_builtins(self.spec.run))
+        write_json(self.root / RUN_FILE, msgspec.to_builtins(self.spec.provenance))
 
     def commit(self, **entries: Any) -> AnySidecar:
         """Write the sidecar with these entries, which makes the output complete, and move everything to its place."""
-        sidecar = make_sidecar(self.spec.kind, self.spec.step, self.spec.run, entries)
+        sidecar = make_sidecar(self.spec.kind, self.spec.step, self.spec.provenance, entries)
         for folder, _, _ in os.walk(self.root):
             sync_folder(Path(folder))
         write_sidecar(sidecar_path(self.work, self.spec.step), sidecar)
@@ -247,8 +250,20 @@ def _removing_empty(folders: Iterable[Path]) -> Iterator[None]:
 
 
 def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
-    """Determine whether an output is finished, unfinished or new; without a lock and writing nothing, as a dry run asks."""
-    folder, step, run = spec.folder, spec.step, spec.run
+    """Determine whether an output is finished, unfinished or new; without a lock and writing nothing, as a dry run asks.
+
+    | what is there                                  | without `overwrite`             | with it    |
+    |------------------------------------------------|---------------------------------|------------|
+    | an output of these settings and inputs         | `finished`                      | `finished` |
+    | such an output, a file of which was changed    | error                           | made anew  |
+    | an output that differs only in `may_differ`    | `earlier`; made anew            | the same   |
+    | an output that differs otherwise               | error                           | made anew  |
+    | unfinished work of these settings and inputs   | `begun`, also in place of error | `begun`    |
+    | work that differs only as work that began may  | `begun`, if there is no other   | the same   |
+    | work that differs otherwise                    | error                           | removed    |
+    | such work without a file of `parts`            | removed                         | removed    |
+    """
+    folder, step, run = spec.folder, spec.step, spec.provenance
     output = Output(spec, spec.root)
     works = find_works(folder, step) if spec.resumes else []
     begun = output.root in works
@@ -297,7 +312,7 @@ def _find_changed(sidecar: Sidecar, folder: Path, path: Path, resumes: bool) -> 
     return find_changed(folder, [file for file in recorded if resumes or (folder / file.path).exists()], path)
 
 
-def unfinished(folder: Path, step: str) -> Run | None:
+def unfinished(folder: Path, step: str) -> Provenance | None:
     """Return settings and inputs of an unfinished run; None when there is none."""
     return next((run for work in find_works(folder, step) if (run := _read_run(work)) is not None), None)
 
@@ -344,11 +359,11 @@ def _find_link(folder: Path) -> Path | None:
     return None
 
 
-def _read_run(work: Path) -> Run | None:
+def _read_run(work: Path) -> Provenance | None:
     if not (work / RUN_FILE).exists():  # killed right after it was made
         return None
     with reading(work / RUN_FILE, "the settings of an unfinished run", f"Remove {work}."):
-        return msgspec.convert(json.loads(read_regular(work / RUN_FILE, LARGEST_SIDECAR)), Run)
+        return msgspec.convert(json.loads(read_regular(work / RUN_FILE, LARGEST_SIDECAR)), Provenance)
 
 
 def other_run_error(holds: str, serious: dict[str, str], elsewhere: str = WORK) -> ClipcidError:
@@ -366,7 +381,7 @@ def list_differences(differences: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _compare(there: Run, now: Run, may_differ: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+def _compare(there: Provenance, now: Provenance, may_differ: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return all differences of two runs, and those that are errors."""
     differences = find_differences(there, now)
     serious = {
@@ -387,7 +402,7 @@ def compare_settings(there: dict[str, Any], now: dict[str, Any]) -> dict[str, st
     return _compare_values("settings", there, now)
 
 
-def find_differences(there: Run, now: Run) -> dict[str, str]:
+def find_differences(there: Provenance, now: Provenance) -> dict[str, str]:
     """Return for each input and setting that differs how, inputs first, settings as `compare_settings` does."""
     differences: dict[str, str] = {}
     if len(there.inputs) == len(now.inputs):

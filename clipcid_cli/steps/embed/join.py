@@ -24,7 +24,7 @@ from clipcid_cli.formats.embeddings.writer import FINISHED, EmbeddingWriter, rea
 from clipcid_cli.formats.join import find_repeat
 from clipcid_cli.formats.output import Output, OutputSpec, find_works, open_output, unfinished
 from clipcid_cli.formats.parquet import read_first_column
-from clipcid_cli.formats.sidecar import Run
+from clipcid_cli.formats.sidecar import Provenance
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.embed.plan import EMBED
@@ -68,7 +68,7 @@ def _join_folder(settings: EmbedSettings, folder: Path) -> EmbedResult:
         if output.finished is not None:
             return describe(folder, output.finished)
         refuse_running(find_works(folder, EMBED))
-        parts = [part for _, part in part_journal(output.work).parts()]
+        parts = [part for _, part in part_journal(output.work).entries()]
         records = read_finished(output.work)
         validate_complete(str(folder), parts, records, run)
         return _finish(settings, output, parts, [record for _, record in sorted(records.items())])
@@ -110,7 +110,7 @@ def _choose_folder(settings: EmbedSettings, part: PartRecord) -> Path:
     return WorkDirectory(settings.work).embeddings(name)
 
 
-def _specify(settings: EmbedSettings, folder: Path, run: Run) -> OutputSpec[EmbedSidecar]:
+def _specify(settings: EmbedSettings, folder: Path, run: Provenance) -> OutputSpec[EmbedSidecar]:
     return OutputSpec(
         folder,
         EMBED,

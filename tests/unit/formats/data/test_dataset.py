@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.classes import read_classes
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.list_copies import copy_list
 from clipcid_cli.formats.data.lists import ListImages
-from clipcid_cli.formats.data.samples import ListFormat, Sample, natural_key, read_classes
+from clipcid_cli.formats.data.samples import ListFormat, Sample, natural_key
 from clipcid_cli.formats.data.slices import Slice
 from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.formats.skips import Skips
