@@ -13,6 +13,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
+from clipcid_cli.formats.skipped import SKIPPED
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
@@ -191,7 +192,9 @@ def validate_matches(settings: DistillSettings, dataset: Dataset, embeddings: Em
     if counts.without_embedding <= settings.max_bad_fraction * counts.candidates:
         if counts.without_embedding:
             lacking = f"{counts.without_embedding:,} of {counts.candidates:,} samples"
-            reporting.note(f"Without an embedding in {embeddings.folder}: {lacking}, which are left out.")
+            reporting.note(
+                f"Without an embedding in {embeddings.folder}: {lacking}, which are left out{_name_skipped(embeddings)}."
+            )
         return
     missing, member = max(zip(embeddings.lacking, embeddings.members, strict=True), key=lambda pair: pair[0])
     at_fault = member if 2 * missing >= counts.without_embedding else embeddings
@@ -202,6 +205,17 @@ def validate_matches(settings: DistillSettings, dataset: Dataset, embeddings: Em
         advice = advise_keys(at_fault)
     again = f"Give the data that was embedded, or embed this data. {at_fault.embed_again()}"
     raise ClipcidError(message, advice + again)
+
+
+def _name_skipped(embeddings: Embeddings) -> str:
+    """Say how many samples were skipped when they were embedded, and where they are listed; empty where none was."""
+    skipped = {
+        member.folder / SKIPPED: sum(member.sidecar.counts["skipped"].values())
+        for member in embeddings.members
+        if member.sidecar is not None
+    }
+    listed = [f"{path} lists {count:,} that embed skipped" for path, count in skipped.items() if count]
+    return f"; {'; '.join(listed)}" if listed else ""
 
 
 def first_key(dataset: Dataset) -> str:

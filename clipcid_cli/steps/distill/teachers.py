@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.registry import TEACHER_SCALE, LossEntry, Weight
+from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, TEACHER_SCALE, LossEntry, Weight
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -286,7 +286,9 @@ def choose_losses(settings: DistillSettings, judgement: Judgement) -> dict[LossE
         reporting.note(f"{measured}.")
         return settings.losses
     losses = settings.losses_near_chance
-    reporting.warn(f"{measured}: near chance, {_describe_following(settings, losses)}. Try --teacher none.")
+    reporting.warn(
+        f"{measured}: near chance, {_describe_following(settings, losses)}. Try {name_no_teacher(settings)}."
+    )
     return losses
 
 
@@ -346,6 +348,19 @@ def choose_teacher(
         first_captions=first_captions,
         extra_texts=extra_texts,
     )
+
+
+def name_no_teacher(settings: DistillSettings) -> str:
+    """Return the flag to train without a teacher, and the given ones that it does not go with."""
+    needing = []
+    if settings.keeps_text_tower:
+        needing.append("--text-tower teacher")
+    if settings.preset is not None and any(LOSSES[name].needs_teacher for name in PRESETS[settings.preset]):
+        needing.append(f"--preset {settings.preset}")
+    for name, weight in settings.typed_losses.items():
+        if weight and name in LOSSES and LOSSES[name].needs_teacher:
+            needing.append(f"--loss {name}={weight:g}")
+    return "--teacher none" + (f" without {' and '.join(needing)}" if needing else "")
 
 
 def _choose_views(settings: DistillSettings, embeddings: Embeddings) -> int:

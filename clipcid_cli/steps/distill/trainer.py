@@ -91,7 +91,7 @@ class Trainer:
         board = None
         if output is not None and context.is_main:
             board = open_board(
-                settings.report_to, plan.folder, self.state.step, output.spec.run.settings, quiet=settings.quiet
+                settings.report_to, plan.folder, self.state.step, output.spec.provenance.settings, quiet=settings.quiet
             )
         self.log = TrainingLog(plan.folder, board, writes=output is not None and context.is_main)
         self.train_step = TrainStep(settings, student, self.objective, self.state, context)

@@ -516,6 +516,10 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         divisor = processes * self.accum_freq
         return max(divisor, min(batch_size, samples) // divisor * divisor)
 
+    def name_losses(self, losses: Mapping[LossEntry, Weight]) -> str:
+        """Name what a run combines: its preset, or the losses that took the place of the default one."""
+        return self.chosen_preset if losses == self.losses else "-".join(NEAR_CHANCE)
+
     @cached_property
     def losses(self) -> dict[LossEntry, Weight]:
         """The losses asked for with their weights, in registry order; the run's are in `Inputs.losses`."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from balance_data import heard, write_embeddings
-from conftest import TINY_CONFIG, changed, write_tiny_model
+from conftest import TINY_CONFIG, changed, shard_members, write_tar, write_tiny_model
 from distill_data import train
 from safetensors.numpy import load_file, save_file
 from teaching_data import ALONE, embed_data, join, read_keys, write_student
@@ -116,6 +116,16 @@ def test_keys_of_another_form_are_refused(tiny_shards: Path, tiny_model: Path, t
     with pytest.raises(ClipcidError, match=said) as raised:
         join(tiny_shards, tmp_path / "tiny")
     assert raised.value.fix == "Add --keys shard."
+
+
+def test_samples_without_a_row_are_said_to_be_what_embed_skipped(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_tar(tmp_path / "0.tar", [*shard_members(0, 11), ("x.png", b"no image"), ("x.txt", b"a")])
+    rows = tmp_path / "tiny"
+    embed_data(data, tiny_model, rows, max_bad_fraction=0.5)
+    with heard() as told:
+        join(data, rows, max_bad_fraction=0.5)
+    why = f"which are left out; {rows / 'skipped.parquet'} lists 1 that embed skipped."
+    assert f"Without an embedding in {rows}: 1 of 12 samples, {why}" in told
 
 
 def test_images_alone_are_taught(tiny_shards: Path, tiny_model: Path, folders: dict[str, Path]) -> None:
