@@ -277,7 +277,7 @@ def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
     if existing is not None:
         differences, serious = _compare(existing, run, spec.may_differ)
         if serious and not (spec.overwrite or begun):
-            raise other_run_error(f"{folder} holds {step} output", serious, spec.elsewhere)
+            raise other_run_error(f"{folder} holds {step} output", _with_inputs(serious, differences), spec.elsewhere)
         changed = None if differences else _find_changed(existing, folder, path, spec.resumes)
         if changed is not None and not (spec.overwrite or begun):
             raise ClipcidError(changed, "Add --overwrite to replace it.")
@@ -293,10 +293,11 @@ def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
         with lenient:
             other = _read_run(work)
         if other is not None:
-            _, serious = _compare(other, run, {*spec.may_differ, *spec.begun_may_differ})
+            differences, serious = _compare(other, run, {*spec.may_differ, *spec.begun_may_differ})
             is_empty = bool(spec.parts) and next(work.glob(spec.parts), None) is None
             if serious and not spec.overwrite and not is_empty:
-                raise other_run_error(f"{folder} holds unfinished {step} output", serious, spec.elsewhere)
+                shown = _with_inputs(serious, differences)
+                raise other_run_error(f"{folder} holds unfinished {step} output", shown, spec.elsewhere)
             output.begun = output.begun or (None if serious else work)
     return output
 
@@ -391,29 +392,35 @@ def _compare(there: Provenance, now: Provenance, may_differ: Collection[str]) ->
     return differences, serious
 
 
+def _with_inputs(serious: dict[str, str], differences: dict[str, str]) -> dict[str, str]:
+    """Return the differences that are errors, after those of inputs, from which settings may follow."""
+    return {name: value for name, value in differences.items() if name in serious or name.startswith("input")}
+
+
 def compare_settings(there: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Return for each setting that differs how: ``{"settings.keep": "0.5 there, 0.6 now"}``."""
     return _compare_values("settings", there, now)
 
 
 def find_differences(there: Provenance, now: Provenance) -> dict[str, str]:
-    """Return for each setting and input that differs how, as `compare_settings` does."""
-    differences = compare_settings(there.settings, now.settings)
+    """Return for each input and setting that differs how, inputs first, settings as `compare_settings` does."""
+    differences: dict[str, str] = {}
     if len(there.inputs) == len(now.inputs):
         for old, new in zip(there.inputs, now.inputs, strict=True):
             if old.content != new.content:
                 differences[f"input {new.path}"] = _describe_change(old, new)
     else:
-        more = f"{len(there.inputs)} files there, {len(now.inputs)} now"
+        more = f"{len(there.inputs)} files before, {len(now.inputs)} now"
         differences["inputs"] = find_lost(there.inputs, now.inputs) or more
-    return differences
+    return differences | compare_settings(there.settings, now.settings)
 
 
 def _describe_change(old: FileRecord, new: FileRecord) -> str:
+    if old.path != new.path:
+        return f"{old.path} before"
     if old.content[:2] == new.content[:2]:
-        return f"shard {old.shard} there, shard {new.shard} now"
-    sizes = "of the same size" if old.size == new.size else f"of size {old.size:,} there, {new.size:,} now"
-    return f"other content, {sizes}"
+        return f"shard {old.shard} before, shard {new.shard} now"
+    return "changed since"
 
 
 def _compare_values(name: str, old: Any, new: Any) -> dict[str, str]:
@@ -423,7 +430,8 @@ def _compare_values(name: str, old: Any, new: Any) -> dict[str, str]:
     if not (isinstance(old, dict) and isinstance(new, dict)):
         if isinstance(old, str) and isinstance(new, str) and _HASH.fullmatch(old) and _HASH.fullmatch(new):
             return {name: "other content"}
-        return {name: f"{_short(old)} there, {_short(new)} now"}
+        before, after = _short(old), _short(new)
+        return {name: "other content" if before == after else f"{before} there, {after} now"}
     differences: dict[str, str] = {}
     for key in dict.fromkeys([*new, *old]):
         differences |= _compare_values(f"{name}.{key}", old.get(key), new.get(key))
@@ -433,8 +441,16 @@ def _compare_values(name: str, old: Any, new: Any) -> dict[str, str]:
 def _short(value: Any) -> str:
     if isinstance(value, str) and _HASH.fullmatch(value):
         return "given"  # by a file, whose hash tells a person nothing
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(_without_hashes(value), ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _without_hashes(value: Any) -> Any:
+    """Leave out the hashes that stand in lists beside the names of files."""
+    if not isinstance(value, list):
+        return value
+    plain = [_without_hashes(item) for item in value if not (isinstance(item, str) and _HASH.fullmatch(item))]
+    return plain[0] if len(plain) == 1 < len(value) else plain
 
 
 def _lock_name(step: str) -> str:

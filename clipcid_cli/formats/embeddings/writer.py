@@ -144,6 +144,14 @@ class EmbeddingWriter:
             listed = self._record_skipped(index) if earlier.skipped else None
             self._journal.append(self._label(index), msgspec.structs.replace(earlier, files=files, listed=listed))
 
+    def find_done(self, earlier: Sequence[ShardRecord]) -> list[int]:
+        """Return the shards that a run would not embed again: those finished here, or of an `earlier` folder."""
+        there = {record.identity for record in earlier}
+        done = (
+            identity in there or self._find_record(index) is not None for index, identity in enumerate(self._identities)
+        )
+        return [index for index, is_done in enumerate(done) if is_done]
+
     def names(self, index: int, record: ShardRecord) -> list[str]:
         """Name the files of a shard, relative to the folder: its record is the last."""
         kinds = [kind for kind in (*Kind, METADATA) if kind in record.files]

@@ -82,13 +82,12 @@ class DistillPlan:
             del identity["student_caption_key"]
         info = student.model.info
         clusters = inputs.clusters
-        losses = settings.losses(follows_features=inputs.teacher.judgement.follows_features)
         identity |= {
-            "preset": settings.chosen_preset,
+            "preset": settings.name_losses(inputs.losses),
             "precision": student.precision.name,
             "warmup": self.recipe.warmup,
             "lr": self.recipe.lr,
-            "losses": {name: dataclasses.asdict(weight) for name, weight in losses.items()},
+            "losses": {loss.name: dataclasses.asdict(weight) for loss, weight in inputs.losses.items()},
             "student": {
                 "config": info.config,
                 "weights": info.weights_hash,
@@ -148,7 +147,7 @@ def make_plan(
     """Plan a run, on the first process; `memories` are those of the processes' GPUs, None of a CPU."""
     inputs = find_inputs(settings, embeddings, scratch)
     settings = inputs.settings
-    parts = [student.model.info.slug, settings.chosen_preset, f"s{settings.seed}"]
+    parts = [student.model.info.slug, settings.name_losses(inputs.losses), f"s{settings.seed}"]
     name = settings.name or "-".join(parts + ["all"] * (inputs.keep_list is None))
     folder = RunFolder(WorkDirectory(settings.work).distill(name))
     memory = min([total for total in memories if total is not None], default=None)
@@ -252,8 +251,7 @@ def _choose_recipe(
     if lr is None:
         width = student.model.info.embed_dim
         trained = student.starts_trained
-        losses = settings.loss_entries(follows_features=inputs.teacher.judgement.follows_features)
-        lr, reason = default_rate(losses, settings.optimizer, batch_size, width, trained=trained)
+        lr, reason = default_rate(inputs.losses, settings.optimizer, batch_size, width, trained=trained)
         reporting.note(f"Learning rate: {lr:g} ({reason}).")
     return Recipe(
         optimizer=settings.optimizer,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -30,7 +32,7 @@ from clipcid_cli.steps.embed.result import EmbedResult
 from clipcid_cli.steps.embed.run import describe
 from clipcid_cli.steps.embed.write import Timings, commit
 from clipcid_cli.steps.settings.embed import EmbedSettings
-from clipcid_cli.steps.settings.shared import url_of
+from clipcid_cli.steps.settings.shared import flag_of, given_fields, setting_of, url_of
 
 _SLUG = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}")  # of a stranger's record, which becomes the name of a folder
 _AGAIN = "Run the parts again."
@@ -40,10 +42,18 @@ def join_parts(settings: EmbedSettings) -> EmbedResult:
     """Join parts in their folder, or those of an object store in a folder here."""
     place = settings.join
     assert place is not None, "asked to join"
+    without_effect = [flag_of(field) for field in given_fields(settings) if not _has_effect(field)]
+    if without_effect:
+        given = ", ".join(without_effect)
+        reporting.warn(f"Without effect on --join, since the parts record how they were made: {given}.")
     url = url_of(place)
     if url is None:
         return _join_folder(settings, place)
     return _join_sent(settings, ObjectStore(url))
+
+
+def _has_effect(field: dataclasses.Field[Any]) -> bool:
+    return setting_of(field).operational or field.name == "max_bad_fraction"
 
 
 def _join_folder(settings: EmbedSettings, folder: Path) -> EmbedResult:

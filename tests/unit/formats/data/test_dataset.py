@@ -394,6 +394,11 @@ SAMPLES = shard_members(0, 5)
         (tar_of(*SAMPLES, cut=1900), r"is truncated: 00000\d\.\w+ should end at byte [\d,]+, the file has 1,900", ""),
         (tar_of(*SAMPLES, compressed=True), r"is compressed \(gzip\)", ""),
         (
+            lambda folder: write(folder / "l.csv.gz", gzip.compress(b"a\n")),
+            "l.csv.gz is a compressed list",
+            "Unpack it",
+        ),
+        (
             tar_of(("1.txt", b"x"), ("2.txt", b"y")),
             r"no sample with an image in it \(2 without one, first a/1\)",
             "",
