@@ -17,7 +17,7 @@ from clipcid_cli.algorithms.metrics.intervals import (
     CellMetrics,
     PairedMetric,
     compare,
-    count_cells,
+    find_cells,
     mcnemar,
     ratio,
 )
@@ -82,20 +82,25 @@ def recall_metrics(ranks: Ranks, image_of_text_M: torch.Tensor) -> CellMetrics:
     Source: LAION-AI/CLIP_benchmark 1.6.2, metrics/zeroshot_retrieval.py, names and definitions; equal similarities
         rank in row order here, where its ``torch.topk`` promises no order.
     """
-    cells_UV, images_U = count_cells(_count_hits(ranks, image_of_text_M))
-    return CellMetrics(images_U, partial(_recalls, cells_UV))
+    cells_UV, cells_N = find_cells(_count_hits(ranks, image_of_text_M))
+    return CellMetrics(cells_N, partial(_recalls, cells_UV))
 
 
 def compare_recalls(
-    first_S: Sequence[Ranks], second_S: Sequence[Ranks], image_of_text_M: torch.Tensor, replicates: int, seed: int
+    first_S: Sequence[Ranks],
+    second_S: Sequence[Ranks],
+    image_of_text_M: torch.Tensor,
+    replicates: int,
+    seed: int,
+    groups_N: Array | None = None,
 ) -> dict[str, PairedMetric]:
-    """Compare `recall_metrics` of two models, or of seeds of each.
+    """Compare `recall_metrics` of two models, or of seeds of each; groups as for `compare`.
 
     McNemar's test is of images alone, since captions are not independent.
     """
     hits = [_count_hits(ranks, image_of_text_M) for ranks in (*first_S, *second_S)]
-    cells_UW, images_U = count_cells(np.concatenate(hits, axis=1))
-    models = [CellMetrics(images_U, partial(_recalls, cells_UV)) for cells_UV in np.hsplit(cells_UW, len(hits))]
+    cells_UW, cells_N = find_cells(np.concatenate(hits, axis=1))
+    models = [CellMetrics(cells_N, partial(_recalls, cells_UV)) for cells_UV in np.hsplit(cells_UW, len(hits))]
     num_seeds = len(first_S)
     p_values = None
     if num_seeds == 1:
@@ -103,7 +108,7 @@ def compare_recalls(
         p_values = {
             f"text_retrieval_recall@{k}": mcnemar((first_N < k).numpy(), (second_N < k).numpy()) for k in RECALL_AT
         }
-    return compare(models[:num_seeds], models[num_seeds:], replicates, seed, p_values)
+    return compare(models[:num_seeds], models[num_seeds:], replicates, seed, p_values, groups_N)
 
 
 def _count_hits(ranks: Ranks, image_of_text_M: torch.Tensor) -> Array:

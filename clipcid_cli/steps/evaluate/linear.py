@@ -38,14 +38,14 @@ from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.evaluate.comparison import ComparisonResult
+    from clipcid_cli.steps.evaluate.comparison import Comparison
 
 # What the probe itself does not depend on: what is measured beside it, and its intervals.
 _BESIDE = frozenset({"shots", "shot_repeats", "knn"})
 _MAY_DIFFER = _BESIDE | {"bootstrap"}
 
 
-def run(settings: EvalLinearSettings) -> LinearResult | Preview | ComparisonResult:
+def run(settings: EvalLinearSettings) -> LinearResult | Preview | Comparison:
     """Fit and measure a linear probe. ``--compare`` compares two earlier results."""
     if settings.compare:
         from clipcid_cli.steps.evaluate.compare import compare_results  # it measures nothing

@@ -47,8 +47,20 @@ class ZeroshotResult(Metrics, kw_only=True):
         return self.model if Path(self.pretrained).is_dir() else f"{self.model} {self.pretrained}"
 
 
+class MeanScore(msgspec.Struct):
+    """What a model scores on the mean of several data sets of one task, by the customary metric of each."""
+
+    model: str
+    pretrained: str
+    task: str
+    counted: dict[str, str]  # the metric that counts, by data set
+    value: float
+    interval: tuple[float, float] | None  # 95 %, over the images of all of them; None with ``--bootstrap 0``
+
+
 class ZeroshotResults(msgspec.Struct):
     """Every model on every data set; `files` are ``table`` and ``report``."""
 
     results: list[ZeroshotResult]
     files: dict[str, str]
+    means: list[MeanScore] = msgspec.field(default_factory=list)  # one for each model and task with several data sets

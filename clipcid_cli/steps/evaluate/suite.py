@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from clipcid_cli.algorithms.metrics.associations import ASSOCIATION_METRICS
+from clipcid_cli.algorithms.metrics.intervals import interval_of_mean
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.arrow_tables import find_tables, open_captioned, open_cued
 from clipcid_cli.formats.data.benchmark import KNOWN_DATASETS, RECALL, hash_lines
@@ -32,6 +33,8 @@ from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan, choose_models, eva
 from clipcid_cli.steps.models import tell_apart
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+
+_RECALLS = ("image_retrieval_recall@1", "text_retrieval_recall@1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +132,7 @@ def _prompt(cue: str) -> str:
 def _score(datasets: Sequence[SuiteDataset], results: Sequence[ZeroshotResult]) -> SuiteScores:
     """Return what the suite counts of the results of one model on some of its data sets."""
     scores = dict[str, float]()
+    intervals = dict[str, tuple[float, float]]()
     for dataset, result in zip(datasets, results, strict=True):
         value = _count(dataset, result)
         if value is None:
@@ -137,17 +141,43 @@ def _score(datasets: Sequence[SuiteDataset], results: Sequence[ZeroshotResult]) 
                 "Download the data set again, or move the copy elsewhere.",
             )
         scores[dataset.title] = value
+        if result.intervals:
+            intervals[dataset.title] = _count_interval(dataset, result)
     groups = {
         name: fmean(scores[title] for title in titles) if scores.keys() >= set(titles) else None
         for name, titles in DATACOMP_GROUPS.items()
     }
     mean = fmean(scores.values())
     is_whole = len(scores) == len(DATACOMP)
-    return SuiteScores(results[0].model, results[0].pretrained, scores, groups, mean if is_whole else None, mean)
+
+    def interval_of(titles: Sequence[str]) -> tuple[float, float]:
+        return interval_of_mean([scores[title] for title in titles], [intervals[title] for title in titles])
+
+    return SuiteScores(
+        results[0].model,
+        results[0].pretrained,
+        scores,
+        groups,
+        average=mean if is_whole else None,
+        mean_of_measured=mean,
+        intervals=intervals,
+        group_intervals={
+            name: interval_of(titles) for name, titles in DATACOMP_GROUPS.items() if intervals.keys() >= set(titles)
+        },
+        mean_interval=interval_of(list(scores)) if intervals else None,
+    )
 
 
 def _count(dataset: SuiteDataset, result: ZeroshotResult) -> float | None:
     metrics: dict[str, float | None] = result.metrics
     if dataset.metric != MEAN_RECALL:
         return metrics[dataset.metric]
-    return fmean(result.metrics[f"{kind}_retrieval_recall@1"] for kind in ("image", "text"))
+    return fmean(result.metrics[name] for name in _RECALLS)
+
+
+def _count_interval(dataset: SuiteDataset, result: ZeroshotResult) -> tuple[float, float]:
+    """Return the interval of what `_count` does; of two recalls of the same images one that is at least as wide."""
+    if dataset.metric != MEAN_RECALL:
+        return result.intervals[dataset.metric]
+    lows, highs = zip(*(result.intervals[name] for name in _RECALLS), strict=True)
+    return fmean(lows), fmean(highs)
