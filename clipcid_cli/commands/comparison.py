@@ -46,6 +46,8 @@ def _show_dataset(answer: ComparisonResult, console: Console) -> None:
     }
     print_facts(console, "", prompts)
     on = f"on {answer.dataset}, {count(answer.images, 'image')}"
+    if answer.groups is not None:
+        on += f" in {count(answer.groups, 'group')}"
     if len(files) > 2:
         _show_seeds(answer, list(files), f"Each seed {on}", console)
         on += f", {len(files) // 2} seeds each (mean ± std)"

@@ -48,6 +48,8 @@ def show(answer: LinearResult | Preview | Comparison, console: Console) -> None:
         )
         facts["chance"] = guessed + describe_majority(answer.majority, "%")
     facts["measured on"] = f"{count(answer.images, 'image')} of {count(answer.classes, 'class', 'classes')}"
+    if answer.groups is not None:
+        facts["measured on"] += f", in {count(answer.groups, 'group')} that the intervals draw whole"
     facts["fitted on"] = count(answer.train_images, "image")
     tried = answer.sweep.c
     chosen_on = "on held-out images" if answer.folds == 1 else f"in {answer.folds} folds"

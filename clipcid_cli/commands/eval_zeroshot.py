@@ -95,6 +95,7 @@ def _show_table(rows: list[ZeroshotResult], console: Console) -> None:
     note = "* the metric usually reported for this data"
     if any(len(names) == 1 and names[0] in one.intervals for names in metrics.values() for one in rows):
         note += "; ± half the 95% bootstrap interval"
+        note += ", of groups of images" if rows[0].groups is not None else ""
     notes = [note, *_describe_chance(rows), *_describe_prompts(rows)]
     console.print(Text(wrap("\n".join(notes), console.width), style="dim"), soft_wrap=True)
 

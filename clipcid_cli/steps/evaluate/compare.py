@@ -38,6 +38,7 @@ from clipcid_cli.steps.evaluate.comparison import (
     MeanDifference,
 )
 from clipcid_cli.steps.evaluate.draws import Draws
+from clipcid_cli.steps.evaluate.image_groups import find_groups
 from clipcid_cli.steps.settings.comparing import ComparingSettings
 
 
@@ -124,13 +125,15 @@ def _compare_sides(
     has_prompts = records[0].task != LINEAR_PROBE and truth.kind != RETRIEVAL
     sidecars = [result.sidecar for result in results]
     prompts = _compare_prompts(sidecars, names if is_pair else files) if has_prompts else None
-    compared = _compare(predictions[:num_seeds], predictions[num_seeds:], settings)
+    groups = find_groups(truth.keys.tolist(), truth.dataset, settings)
+    compared = _compare(predictions[:num_seeds], predictions[num_seeds:], groups, settings)
     metrics = {results[0].prefix + name: metric for name, metric in compared.items()}
     answer = ComparisonResult(
         compared=files if is_pair else [files[:num_seeds], files[num_seeds:]],
         models=models if is_pair else [models[:num_seeds], models[num_seeds:]],
         dataset=truth.dataset,
         images=len(truth),
+        groups=None if groups is None else int(groups.max()) + 1,
         prompts=prompts,
         differences={name: _judge(name, metric, names, settings.margin) for name, metric in metrics.items()},
         files={},
@@ -194,7 +197,7 @@ def _compare_prompts(sidecars: list[EvaluationSidecar | None], names: list[str])
 
 
 def _compare(
-    first: Sequence[Predictions], second: Sequence[Predictions], settings: ComparingSettings
+    first: Sequence[Predictions], second: Sequence[Predictions], groups: Array | None, settings: ComparingSettings
 ) -> dict[str, PairedMetric]:
     """Compare the predictions of both sides, one or more of each."""
     replicates = settings.bootstrap
@@ -202,17 +205,18 @@ def _compare(
     truth = first[0]
     if truth.kind == CLASSIFICATION:
         ranks, other_ranks = ([_class_ranks(predictions) for predictions in side] for side in (first, second))
-        return compare_accuracies(truth.column("label"), ranks, other_ranks, truth.num_classes, replicates, seed)
+        labels = truth.column("label")
+        return compare_accuracies(labels, ranks, other_ranks, truth.num_classes, replicates, seed, groups)
     if truth.kind == MULTI_LABEL:
         metrics, others = (
             [precision_metrics(predictions.matrix("class_scores"), truth.positive) for predictions in side]
             for side in (first, second)
         )
-        return compare(metrics, others, replicates, seed)
+        return compare(metrics, others, replicates, seed, groups_N=groups)
     recalls, other_recalls = ([_retrieval_ranks(predictions) for predictions in side] for side in (first, second))
     captions = torch.from_numpy(truth.lengths("image_ranks"))
     image_of_text = torch.repeat_interleave(torch.arange(len(captions)), captions)
-    return compare_recalls(recalls, other_recalls, image_of_text, replicates, seed)
+    return compare_recalls(recalls, other_recalls, image_of_text, replicates, seed, groups)
 
 
 def _retrieval_ranks(predictions: Predictions) -> Ranks:

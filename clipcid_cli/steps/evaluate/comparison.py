@@ -47,6 +47,7 @@ class ComparisonResult(msgspec.Struct):
     differences: dict[str, Difference]
     files: dict[str, str]
     margin: float | None = None  # in points
+    groups: int | None = None  # of images that the intervals draw together; None where they draw each by itself
 
 
 class MeanDifference(Difference, kw_only=True):

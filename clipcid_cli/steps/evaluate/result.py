@@ -31,6 +31,7 @@ class ZeroshotResult(Metrics, kw_only=True):
     prompts: dict[str, LinesRecord] | None  # ``class_names`` and ``templates``; None for retrieval
     customary: str  # name of the metric usually reported for the data set
     intervals: dict[str, tuple[float, float]]  # the 95 % interval of each metric; none with ``--bootstrap 0``
+    groups: int | None  # of images that the intervals draw together; None where they draw each by itself
     chance: dict[str, float]  # what a guess scores, of the metrics where that is known
     majority: float | None  # share of the images in the largest class, where each has one
     images: int

@@ -186,6 +186,40 @@ def test_several_data_sets_are_compared_on_their_mean(tmp_path: Path) -> None:
         compare_results(EvalZeroshotSettings(model=sides[0], data=(sides[1],), compare=True))
 
 
+def test_images_that_belong_together_are_drawn_together(tmp_path: Path) -> None:
+    files = [write_answers(tmp_path / f"{name}.json", name, right, 1000) for name, right in (("a", 900), ("b", 880))]
+    # The twenty images that one model alone has wrong are copies of each other: one thing that it does not know.
+    groups = [(f"{image:04}", "copies" if 880 <= image < 900 else "") for image in range(1000)]
+    table = tmp_path / "groups.csv"
+
+    def write(rows: list[tuple[str, str]]) -> None:
+        table.write_text("key,concept\n" + "".join(f"{key},{group}\n" for key, group in rows))
+
+    write(groups)
+    alone = EvalZeroshotSettings(model=str(files[0]), data=(str(files[1]),), compare=True)
+    grouped = dataclasses.replace(alone, groups=table, group_column="concept")
+    with heard() as told:
+        answers = [compare_results(settings) for settings in (alone, grouped)]
+    assert [answer.groups for answer in answers if isinstance(answer, ComparisonResult)] == [None, 981]
+    judged = [answer.differences["acc1"] for answer in answers if isinstance(answer, ComparisonResult)]
+    assert [one.difference for one in judged] == [pytest.approx(-0.02)] * 2
+    assert [one.real for one in judged] == [True, False]
+    assert judged[1].p_value is None
+    assert "d: 1,000 images in 981 groups by concept of" in "\n".join(told)
+    for rows, message in (
+        (groups[1:], "has no row for 1 of 1,000 images, such as 0000"),
+        ([*groups, ("0001", "other")], "puts 0001 into two groups, '' and 'other'"),
+        ([(key, "one") for key, _ in groups], "puts all 1,000 images into one group"),
+    ):
+        write(rows)
+        with pytest.raises(ClipcidError, match=message):
+            compare_results(grouped)
+    with pytest.raises(ClipcidError, match="has no column 'component'; it has key, concept"):
+        compare_results(dataclasses.replace(alone, groups=table))
+    with pytest.raises(UsageError, match="--group-column has no effect without --groups"):
+        dataclasses.replace(alone, group_column="concept")
+
+
 def test_the_mean_over_measured_data_sets_has_an_interval() -> None:
     def result(dataset: str, value: float | None, low: float, high: float, task: str = "classification") -> Any:
         return msgspec.convert(
@@ -196,6 +230,7 @@ def test_the_mean_over_measured_data_sets_has_an_interval() -> None:
                 "task": task,
                 "language": "en",
                 "prompts": None,
+                "groups": None,
                 "metrics": {"acc1": value},
                 "customary": "acc1",
                 "intervals": {"acc1": (low, high)},
@@ -366,6 +401,14 @@ def test_zeroshot_results_are_of_these_images_and_outlive_failures(tiny_model: P
 
     first = evaluate(predictions=True)
     assert evaluate().reused
+    keys = pq.read_table(first.files["predictions"])["key"].to_pylist()
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("filepath,pair\n" + "".join(f"{key},{place // 2}\n" for place, key in enumerate(keys)))
+    grouped = evaluate(groups=pairs, group_column="pair")
+    assert (grouped.groups, grouped.reused, grouped.metrics) == (4, False, first.metrics)
+    assert evaluate(groups=pairs, group_column="pair").reused
+    with pytest.raises(ClipcidError, match="has no column 'kind'"):
+        evaluate(groups=pairs, group_column="kind")
     rows = Path(first.files["predictions"])
     said = rows.read_bytes()
     # Other draws keep what was said of each image.
