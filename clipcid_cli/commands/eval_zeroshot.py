@@ -145,13 +145,17 @@ def _cell(one: ZeroshotResult, names: list[str]) -> str:
 
 
 def group_metrics(names: list[str]) -> dict[str, list[str]]:
-    """Put the recalls of one direction into one column, so that a table fits a terminal."""
+    """Put metrics whose titles differ after an @ alone into one column, so that a table fits a terminal."""
     columns: dict[str, list[str]] = {}
     for name in names:
-        direction, recall, _ = name.partition("_retrieval_recall@")
-        at = "/".join(other.rpartition("@")[2] for other in names if other.startswith(direction + recall))
-        columns.setdefault(f"{direction} R@{at}" if recall else shorten_metric(name), []).append(name)
-    return columns
+        columns.setdefault(shorten_metric(name).partition("@")[0], []).append(name)
+    return {_head(column_names): column_names for column_names in columns.values()}
+
+
+def _head(names: list[str]) -> str:
+    """Return the heading of a column of metrics: ``image R@1/5/10``."""
+    first, *others = map(shorten_metric, names)
+    return "/".join([first, *(title.partition("@")[2] for title in others)])
 
 
 command = step_command(

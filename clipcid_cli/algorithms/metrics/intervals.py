@@ -91,7 +91,7 @@ class CellMetrics:
 
 
 def find_cells(values_NV: Array) -> tuple[Array, Array]:
-    """Return the distinct rows of whole numbers, [U, V] in lexicographic order, and which one each image has, int64 [N]."""
+    """Return the distinct rows of numbers, [U, V] in lexicographic order, and which one each image has, int64 [N]."""
     cells_UV, cells_N = np.unique(values_NV, axis=0, return_inverse=True)
     return cells_UV, cells_N.reshape(-1)
 

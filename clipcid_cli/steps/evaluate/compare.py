@@ -14,7 +14,7 @@ import torch
 
 from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compare_accuracies, precision_metrics
 from clipcid_cli.algorithms.metrics.intervals import MIN_SEEDS, Array, PairedMetric, compare, compare_means
-from clipcid_cli.algorithms.metrics.retrieval import Ranks, compare_recalls
+from clipcid_cli.algorithms.metrics.retrieval import Ranks, compare_retrieval
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import RECALL, customary_metric
 from clipcid_cli.formats.results.metrics import (
@@ -216,7 +216,7 @@ def _compare(
     recalls, other_recalls = ([_retrieval_ranks(predictions) for predictions in side] for side in (first, second))
     captions = torch.from_numpy(truth.lengths("image_ranks"))
     image_of_text = torch.repeat_interleave(torch.arange(len(captions)), captions)
-    return compare_recalls(recalls, other_recalls, image_of_text, replicates, seed, groups)
+    return compare_retrieval(recalls, other_recalls, image_of_text, replicates, seed, groups)
 
 
 def _retrieval_ranks(predictions: Predictions) -> Ranks:

@@ -25,7 +25,7 @@ from clipcid_cli.algorithms.metrics.classification import (
 )
 from clipcid_cli.algorithms.metrics.groups import OwnMetric, own_metrics
 from clipcid_cli.algorithms.metrics.intervals import Array, CellMetrics
-from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, recall_metrics, retrieval_ranks
+from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, retrieval_metrics, retrieval_ranks
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import read_metadata
 from clipcid_cli.formats.embeddings.rows import Kind
@@ -237,7 +237,7 @@ def _measure_retrieval(rows: TaskRows, device: torch.device) -> TaskResult:
         return {"image_ranks": [ranks.tolist() for ranks in by_image], "text_rank": text_ranks.numpy()}
 
     return TaskResult(
-        draws=recall_metrics((image_ranks, text_ranks), encoded.owners),
+        draws=retrieval_metrics((image_ranks, text_ranks), encoded.owners),
         columns=columns,
         texts=len(texts),
         chance=guess_captions(encoded.captions.numpy()),

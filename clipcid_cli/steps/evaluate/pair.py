@@ -47,7 +47,7 @@ def evaluate_pair(
     with claim_output(model.context, _identify(model, task, data, path, settings)) as output:
 
         def find_result() -> ZeroshotResult | None:
-            finished = _find_finished(output, path, f"{model.name.spec} on {task.name}", settings)
+            finished = _find_finished(output, path, model, task, settings)
             return None if finished is None else _make_result(finished, task, path, reused=True)
 
         result = model.context.on_rank0(find_result)
@@ -61,8 +61,7 @@ def is_measured(model: EvaluatedModel, task: ZeroshotTask, path: Path, settings:
     """Tell whether a run would find its result there, and say so; on every process, and nothing is written."""
     context = model.context
     spec = _identify(model, task, context.on_rank0(task.fingerprints), path, settings)
-    what = f"{model.name.spec} on {task.name}"
-    return context.on_rank0(lambda: _find_finished(find_output(spec), path, what, settings) is not None)
+    return context.on_rank0(lambda: _find_finished(find_output(spec), path, model, task, settings) is not None)
 
 
 def _identify(
@@ -73,10 +72,20 @@ def _identify(
 
 
 def _find_finished(
-    output: Output[ZeroshotSidecar], path: Path, what: str, settings: EvalZeroshotSettings
+    output: Output[ZeroshotSidecar],
+    path: Path,
+    model: EvaluatedModel,
+    task: ZeroshotTask,
+    settings: EvalZeroshotSettings,
 ) -> ZeroshotSidecar | None:
     """Return the sidecar of a result that is there with all that is asked for, and say so."""
     if output.finished is None or not path.is_file():
+        return None
+    what = f"{model.name.spec} on {task.name}"
+    measured = read_metrics(path).metrics
+    missing = [name for name in task.metric_names if name not in measured]
+    if missing:  # of a version that did not know them
+        reporting.note(f"{path} has no {', '.join(missing)}; measuring {what} again.")
         return None
     if lacks_predictions(path, what, settings):
         return None

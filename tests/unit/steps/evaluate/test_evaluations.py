@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,18 @@ from clipcid_cli.commands.comparison import show_comparison
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.benchmark import hash_lines
 from clipcid_cli.formats.files import write_json
+from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.results.features import ImageFeatures
 from clipcid_cli.formats.results.metrics import (
     EvaluationSidecar,
     LinesRecord,
     Metrics,
     predictions_path,
+    read_metrics,
     write_metrics,
     write_predictions,
 )
+from clipcid_cli.formats.sidecar import seal, sidecar_path
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
@@ -390,6 +394,19 @@ def read_all(folder: Path) -> dict[str, bytes]:
     }
 
 
+def leave_out(result: ZeroshotResult, metric: str) -> None:
+    """Make a result that of a version which did not know a metric."""
+    path = Path(result.files["metrics"])
+    metrics = read_metrics(path)
+    del metrics.metrics[metric]
+    write_metrics(path, metrics)
+    sidecar = sidecar_path(path.parent / "sidecars", path.stem)
+    content = json.loads(sidecar.read_bytes())
+    for file in content["outputs"]:
+        file |= msgspec.to_builtins(record(sidecar.parent / file["path"])) | {"path": file["path"]}
+    write_json(sidecar, seal(content))
+
+
 def test_zeroshot_results_are_of_these_images_and_outlive_failures(tiny_model: Path, tmp_path: Path) -> None:
     data = write_photos(tmp_path / "photos", 0)
 
@@ -432,6 +449,13 @@ def test_zeroshot_results_are_of_these_images_and_outlive_failures(tiny_model: P
     replaced = evaluate(overwrite=True)
     assert not replaced.reused
     assert "predictions" not in replaced.files  # those were of the other images
+    assert evaluate().reused
+
+    # A metric that a later version measures, too.
+    leave_out(replaced, "acc1")
+    with heard() as told:
+        assert evaluate().metrics == replaced.metrics
+    assert any(line.endswith("has no acc1; measuring " + str(tiny_model) + " on photos again.") for line in told), told
     assert evaluate().reused
 
 
