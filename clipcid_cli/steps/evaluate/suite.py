@@ -10,6 +10,7 @@ from statistics import fmean
 
 from clipcid_cli.algorithms.metrics.associations import ASSOCIATION_METRICS
 from clipcid_cli.algorithms.metrics.intervals import interval_of_mean
+from clipcid_cli.algorithms.metrics.retrieval import retrieval_name
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.arrow_tables import find_tables, open_captioned, open_cued
 from clipcid_cli.formats.data.benchmark import KNOWN_DATASETS, RECALL, hash_lines
@@ -34,7 +35,7 @@ from clipcid_cli.steps.models import tell_apart
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
-_RECALLS = ("image_retrieval_recall@1", "text_retrieval_recall@1")
+_RECALLS = tuple(retrieval_name(sought, "recall@1") for sought in ("image", "text"))
 
 
 @dataclasses.dataclass(frozen=True)
