@@ -28,15 +28,19 @@ def show_suite(answer: SuiteResult, console: Console) -> None:
         name: [_with_half(one.groups[name], one.group_intervals.get(name)) for one in answer.models]
         for name in answer.models[0].groups
     }
-    every = f"mean of these {answer.measured}" if answer.missing else f"average of all {answer.datasets}"
+    scored = answer.measured - len(answer.without_metric)
+    lacking = {"missing": answer.missing, "without the metric that counts": answer.without_metric}
+    is_whole = scored == answer.datasets
+    every = f"average of all {answer.datasets}" if is_whole else f"mean of these {scored}"
     means[every] = [_with_half(one.mean_of_measured, one.mean_interval) for one in answer.models]
     shown = [[name, *values] for name, values in means.items()]
     title = "Means, ± half the 95% interval over the images" if answer.models[0].intervals else "Means"
     print_table(console, title, ["", *(["score"] if len(models) == 1 else models)], shown)
-    if answer.missing:
+    if not is_whole:
+        named = "; ".join(f"{what}: {', '.join(titles)}" for what, titles in lacking.items() if titles)
         note = (
-            f"{answer.measured} of {answer.datasets}; missing: {', '.join(answer.missing)}. Without them there is no "
-            f"average, and the mean of these {answer.measured} cannot be compared with one."
+            f"{scored} of {answer.datasets}; {named}. Without them there is no average, and the mean of these {scored} "
+            "cannot be compared with one."
         )
         console.print(Text(wrap(note, console.width), style="yellow"), soft_wrap=True)
     console.print()
