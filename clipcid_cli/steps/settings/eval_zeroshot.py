@@ -60,7 +60,7 @@ class EvalZeroshotSettings(ComparingSettings):
 
     def _validate_suite(self, suite: str) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        changing = ("compare", "task", "classnames", "templates", "split")
+        changing = ("compare", "groups", "task", "classnames", "templates", "split")
         given = [name for name in changing if getattr(self, name) != defaults[name]]
         if given:
             raise UsageError(
