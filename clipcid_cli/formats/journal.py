@@ -7,6 +7,7 @@ Any number of processes may append parts of different names to one folder.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from clipcid_cli.formats.files import LARGEST_TEXT, read_regular, write_json
+from clipcid_cli.formats.sidecar import seal
 
 Part = TypeVar("Part")
 Record = TypeVar("Record", bound=msgspec.Struct)
@@ -56,11 +58,20 @@ def record_journal(folder: Path, kind: type[Record]) -> Journal[Record]:
     """Return the journal of parts with files of their own, each followed by a record in JSON."""
 
     def write(path: Path, record: Record) -> None:
-        write_json(path, msgspec.to_builtins(record))
+        write_json(path, seal(msgspec.to_builtins(record)))
 
     def load(path: Path) -> Record | None:
-        with suppress(OSError, msgspec.DecodeError):  # missing, or damaged
-            return msgspec.json.decode(read_regular(path, LARGEST_TEXT), type=kind)
+        with suppress(OSError):  # missing
+            return parse_record(read_regular(path, LARGEST_TEXT), kind)
         return None
 
     return Journal(folder, ".json", write, load)
+
+
+def parse_record(content: bytes, kind: type[Record]) -> Record | None:
+    """Return the record in a file of `record_journal`; None where it is damaged or was edited."""
+    with suppress(ValueError, AttributeError, RecursionError, msgspec.ValidationError):
+        entries = json.loads(content)
+        if entries.get("checksum") == seal(entries)["checksum"]:
+            return msgspec.convert(entries, kind)
+    return None

@@ -259,9 +259,10 @@ def test_benchmark_shards_and_the_newest_student(clipcid: Clipcid, tiny_model: P
     result = clipcid("eval-linear", *arguments, "--json")
     assert result.json["dataset"] == "bench"
     assert (result.json["train_images"], result.json["images"]) == (40, 20)
-    assert result.json["validation_images"] == 8
+    assert (result.json["folds"], result.json["validation_images"]) == (5, 40)
     # A validation split of its own: all of --train is fitted, and both are at last.
     own = clipcid("eval-linear", *arguments, "--val", tmp_path / "bench" / "val", "--overwrite", "--json").json
     assert (own["train_images"], own["validation_images"], own["images"]) == (52, 12, 20)
+    assert own["folds"] == 1
     assert set(own["skipped"]) == {"train", "test", "val"}
     assert "newest student" in result.stderr

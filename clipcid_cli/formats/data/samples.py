@@ -103,7 +103,7 @@ class ByteRange:
         A TooManyBytesError, which is an OSError too, where there are more than `max_bytes`: they are not read.
         Commands are never run here: a path may come from a file that someone else wrote.
         """
-        problem = "" if self.origin is None else self.origin.find_problem(self.path)
+        problem = "" if self.origin is None else self.origin.why_refused(self.path)
         if problem:  # an index may be someone else's, too
             raise OSError(f"{self.path}{problem}")
         if self.size is not None:

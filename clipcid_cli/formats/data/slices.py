@@ -177,7 +177,10 @@ class Slice(Shard):
     index: int
 
     def read(self, skips: Skips) -> Iterator[Sample]:
-        """Yield the samples of a slice; count rows without a path or a key, and those whose key an earlier one has."""
+        """Yield the samples of a slice; count the rows that are left out.
+
+        These have no path, no key, a key that an earlier one has, or a caption in a file that is too large.
+        """
         if alone := self.images.texts_alone(self.index):
             skips.change("without_image", alone)
         for row_number, row in enumerate(self.images.rows(self.index), self.index * VIRTUAL_SHARD + 1):
@@ -188,6 +191,8 @@ class Slice(Shard):
                 skips.add("no_key", name)
             elif row["repeated"]:
                 skips.add("duplicate_key", name)
+            elif (row["text_size"] or 0) > self.max_sample_bytes:
+                skips.add("too_many_bytes", name)
             else:
                 yield self.images.make_sample(row, skips)
 

@@ -104,7 +104,7 @@ class EmbeddingWriter:
             keys=self._keys,
             without_caption=shard.skipped.without,
             captions=shard.skipped.changed,
-            listed=fingerprint.record(self._skipped_path(index), self.folder) if skipped else None,
+            listed=self._record_skipped(index) if skipped else None,
         )
         self._journal.append(self._label(index), record)
 
@@ -115,11 +115,10 @@ class EmbeddingWriter:
 
     def _find_record(self, index: int) -> ShardRecord | None:
         record = self._journal.read(self._label(index))
-        if record is None or record.identity != self._identities[index]:
+        if record is None or record.identity != self._identities[index] or not record.is_listed:
             return None
-        if record.skipped and not self._skipped_path(index).exists():
-            return None
-        changed = find_changed(self.folder, record.files.values(), self._journal.path(self._label(index)))
+        files = [*record.files.values(), *filter(None, [record.listed])]
+        changed = find_changed(self.folder, files, self._journal.path(self._label(index)))
         return record if changed is None else None
 
     def take(self, folder: Path, records: Sequence[ShardRecord]) -> None:
@@ -142,7 +141,8 @@ class EmbeddingWriter:
             for part, file in earlier.files.items():
                 _link(folder / file.path, self._path(part, index))
                 files[part] = msgspec.structs.replace(file, path=self._name(part, index))
-            self._journal.append(self._label(index), msgspec.structs.replace(earlier, files=files))
+            listed = self._record_skipped(index) if earlier.skipped else None
+            self._journal.append(self._label(index), msgspec.structs.replace(earlier, files=files, listed=listed))
 
     def names(self, index: int, record: ShardRecord) -> list[str]:
         """Name the files of a shard, relative to the folder: its record is the last."""
@@ -153,9 +153,8 @@ class EmbeddingWriter:
 
     def accepts(self, index: int, record: ShardRecord) -> bool:
         """Tell whether a record is one of this shard, as these settings make it."""
-        is_listed = (record.listed is not None) == bool(record.skipped)
         is_ours = record.identity == self._identities[index] and record.keys == self._keys
-        return is_listed and is_ours and self.holds(index, record)
+        return record.is_listed and is_ours and self.holds(index, record)
 
     def holds(self, index: int, record: ShardRecord) -> bool:
         """Tell whether a record has rows and names files of its shard alone, as one that was edited need not."""
@@ -184,10 +183,13 @@ class EmbeddingWriter:
                     metadata = pq.read_table(file)
                 write_parquet(path, self._rename(metadata, prefix))
                 files[METADATA] = fingerprint.record(path, self.folder)
+            listed = None
             if record.skipped:
                 path = self._skipped_path(index)
                 write_skipped(path, [self._rename(pa.concat_tables(read_skipped(path)), prefix)])
-            self._journal.append(self._label(index), msgspec.structs.replace(record, files=files, keys=self._keys))
+                listed = self._record_skipped(index)
+            renamed = msgspec.structs.replace(record, files=files, keys=self._keys, listed=listed)
+            self._journal.append(self._label(index), renamed)
 
     def _rename(self, table: pa.Table, prefix: str) -> pa.Table:
         keys = table["key"]
@@ -223,6 +225,9 @@ class EmbeddingWriter:
 
     def _skipped_path(self, index: int) -> Path:
         return self._journal.folder / f"{self._label(index)}.{SKIPPED}"
+
+    def _record_skipped(self, index: int) -> FileRecord:
+        return fingerprint.record(self._skipped_path(index), self.folder)
 
     def _label(self, index: int) -> str:
         return f"{index:0{self._digits}d}"

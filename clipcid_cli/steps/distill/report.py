@@ -19,6 +19,7 @@ from clipcid_cli.formats.embeddings.rows import Kind, Rows, take_captions
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
 from clipcid_cli.formats.results.run_folder import AVERAGED, read_lines
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
+from clipcid_cli.shown import metric_title
 from clipcid_cli.steps.distill.held_out import HeldOut
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.teachers import OnlineTeacher
@@ -80,6 +81,7 @@ def write_report(trainer: Trainer) -> str:
         scale_figure=_draw("Logit scales", log, scales, ylabel="logit scale"),
         inputs=_list_inputs(plan.inputs),
         settings=output_settings(plan.settings),
+        title=metric_title,
         **measured,
     )
 

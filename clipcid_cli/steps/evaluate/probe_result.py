@@ -32,6 +32,8 @@ class LinearResult(Metrics, kw_only=True):
     intervals: dict[str, tuple[float, float]] = msgspec.field(default_factory=dict)
     metric: str  # by which the strength `c` was chosen
     c: float
+    # In which the images were held out in turn to choose it; 1 where one part of them was, or those of ``--val``.
+    folds: int
     validation_score: float
     sweep: Sweep
     shots: list[FewShot]

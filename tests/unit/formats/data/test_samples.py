@@ -175,6 +175,23 @@ def test_members_that_are_too_large_are_not_read_from_a_stream(tmp_path: Path) -
             assert samples[1].captions == ("a dog",)
 
 
+@pytest.mark.parametrize("suffix", ["txt", "cls", "npy", "json"])
+def test_a_text_that_is_too_large_leaves_its_sample_out(tmp_path: Path, suffix: str) -> None:
+    members = [("0.png", make_image(0)), ("1.png", make_image(1)), (f"1.{suffix}", b"1" * 2_000)]
+    tar = write_tar(tmp_path / "tars" / "0.tar", members)
+    kinds: list[str | Path] = [tar, f"pipe:cat {tar}"]
+    if suffix == "txt":
+        (tmp_path / "folder").mkdir()
+        for name, content in members:
+            (tmp_path / "folder" / name).write_bytes(content)
+        kinds.append(tmp_path / "folder")
+    for data in kinds:
+        skips = Skips()
+        dataset = open_dataset(data, max_sample_bytes=1_999)
+        assert [sample.key for sample in dataset.shards[0].samples(skips)] == ["0"], data
+        assert skips.counts == {"too_many_bytes": 1}, data
+
+
 def test_cells_that_are_too_large_are_skipped(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [make_image(0), LARGE], "title": ["a", "b"]}), tmp_path / "0.parquet")
     samples = list(limited(open_dataset(tmp_path / "0.parquet").shards[0], len(LARGE) - 1).stream())

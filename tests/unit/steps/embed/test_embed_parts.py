@@ -17,6 +17,7 @@ from teaching_data import embed_data
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.parts import DataPart, hold_part
 from clipcid_cli.formats.output import find_works
+from clipcid_cli.formats.sidecar import seal
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -131,11 +132,11 @@ def test_parts_in_an_object_store_are_joined_here(
 
 
 def edit(objects: Objects, ending: str, change: Callable[[Any], Any]) -> None:
-    """Change the JSON of an object."""
+    """Change the JSON of an object, and seal a record again, as whoever means harm would."""
     name = next(name for name in objects if name.endswith(ending))
     content = json.loads(objects[name])
     change(content)
-    objects[name] = json.dumps(content).encode()
+    objects[name] = json.dumps(content if ending == ".run.json" else seal(content)).encode()
 
 
 def lead_out(record: Any) -> None:
@@ -206,7 +207,7 @@ def test_a_record_that_names_a_file_elsewhere_is_refused(data: Path, tiny_model:
     metadata = record["files"]["metadata"]
     (work / metadata["path"]).rename(tmp_path / "elsewhere.parquet")
     metadata["path"] = "../../elsewhere.parquet"
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(seal(record)))
     with pytest.raises(ClipcidError, match=r"Shard 00001 in .* is not what its record says"):
         join(out)
 
