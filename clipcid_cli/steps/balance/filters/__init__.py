@@ -48,7 +48,7 @@ def identify(filters: Sequence[Filter], references: Sequence[Reference]) -> dict
 
 
 def count_dropped(first: Sequence[Dropped], repeats: int, last: Sequence[Dropped]) -> dict[str, int]:
-    """Count images by what drops them, each once, in this order; the reasons of one filter only where it is asked for."""
+    """Count images by what drops them first, in the order in which it does; `far` only where it is asked for."""
     return {"reference": 0, "caption": 0} | _count(first) | {"repeat": repeats, "cluster": 0} | _count(last)
 
 
