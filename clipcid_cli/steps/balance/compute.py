@@ -21,7 +21,7 @@ from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.linkages import OtherLinkage, compare_linkages
+from clipcid_cli.steps.balance.compared_linkage import ComparedLinkage, compare_linkages
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import Audit
@@ -42,7 +42,7 @@ class Outcome:
     dropped_first: list[Dropped]  # by each filter before the search, in their order
     sets: Sets
     forest: Edges
-    other: OtherLinkage | NotComputed
+    compared: ComparedLinkage | NotComputed
     dropped_last: list[Dropped]  # by each filter of what repeats have left
     is_kept: BoolArray  # in the end, bool [N]
     audit: Audit | None
@@ -64,9 +64,8 @@ def begin(plan: BalancePlan, output: Output[BalanceSidecar], context: DistContex
     shared = SharedArrays(context, output.work)
     with timed(plan.seconds, "search"):
         rows = read_rows(shared, plan.embeddings.rows(Kind.IMAGES))
-    planned = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
     return BalanceRun(
-        **planned,
+        **vars(plan),
         context=context,
         output=output,
         shared=shared,
@@ -100,11 +99,11 @@ def compute(plan: BalancePlan, output: Output[BalanceSidecar], context: DistCont
     sets, forest, reused = make_sets(run)
     if reused:
         reporting.note("The forest of these embeddings exists: keep list, curve and report are made from it.")
-    other = compare_linkages(run, sets, forest)
+    compared = compare_linkages(run, sets, forest)
     dropped_last, is_kept = _filter_kept(run, sets.kept)
     audit = _audit(run, sets, is_kept)
     context.barrier()  # until here another process may read what it has mapped
-    return Outcome(run, dropped_first, sets, forest, other, dropped_last, is_kept, audit)
+    return Outcome(run, dropped_first, sets, forest.edges, compared, dropped_last, is_kept, audit)
 
 
 def _filter_rows(run: BalanceRun) -> tuple[BalanceRun, list[Dropped]]:

@@ -60,8 +60,8 @@ class Against(Filter):
         threshold = self.settings.reference_distance
         assert threshold is not None  # the settings have checked it
         references = run.references_of("--against")
-        cutoffs = [[threshold] for _ in references]
-        nearest = compare(run, references, cutoffs, "against").up_to(threshold)
+        distances = [[threshold] for _ in references]
+        nearest = compare(run, references, distances, "against").up_to(threshold)
         near = np.count_nonzero(nearest.is_near)
         reporting.note(f"{near:,} of {len(run.rows):,} images are within {threshold:g} of a reference.")
         return NearReferences(nearest.is_near, nearest)

@@ -114,14 +114,14 @@ def _find_share(run: BalanceRun, share: float) -> Nearest:
     needed = max(1, round(share * run.rows.num_searched))
     sampled_RS = _sample_distances(run)
     nearest_S = np.sort(sampled_RS.min(axis=0))
-    cutoff = first_cutoff(nearest_S, np.ones(len(nearest_S)), share)
-    comparison = _compare(run, cutoff, sampled_RS)
+    searched_to = first_cutoff(nearest_S, np.ones(len(nearest_S)), share)
+    comparison = _compare(run, searched_to, sampled_RS)
     while (count := run.context.on_rank0(partial(_count_near, comparison))) < needed:
         reporting.note(
-            f"{count:,} of the {needed:,} images to keep are within {cutoff:.4f}: farther ones are compared."
+            f"{count:,} of the {needed:,} images to keep are within {searched_to:.4f}: farther ones are compared."
         )
-        cutoff = wider_cutoff(nearest_S, cutoff, count, needed)
-        comparison = _compare(run, cutoff, sampled_RS)
+        searched_to = wider_cutoff(nearest_S, searched_to, count, needed)
+        comparison = _compare(run, searched_to, sampled_RS)
     return comparison.up_to(run.context.on_rank0(lambda: _distance_of(comparison, needed)))
 
 
@@ -141,19 +141,19 @@ def _sample_distances(run: BalanceRun) -> FloatArray:
     return np.stack(distances)
 
 
-def _compare(run: BalanceRun, cutoff: float, sampled_RS: FloatArray) -> Comparison:
-    """Compare with all targets up to a cut-off; one beyond most rows takes little longer than a near one."""
-    cutoffs = [[*_steps_before(cutoff, sampled_S), cutoff] for sampled_S in sampled_RS]
-    return compare(run, run.references_of("--near"), cutoffs, "near")
+def _compare(run: BalanceRun, searched_to: float, sampled_RS: FloatArray) -> Comparison:
+    """Compare with all targets up to a distance; one beyond most rows takes little longer than a near one."""
+    distances = [[*_steps_before(searched_to, sampled_S), searched_to] for sampled_S in sampled_RS]
+    return compare(run, run.references_of("--near"), distances, "near")
 
 
-def _steps_before(cutoff: float, sampled_S: FloatArray) -> list[float]:
-    """Return nearer cut-offs, within which most rows have their nearest one: only the others are compared farther.
+def _steps_before(searched_to: float, sampled_S: FloatArray) -> list[float]:
+    """Return smaller distances, within which most rows have their nearest one: only the others are compared farther.
 
     Within a distance beyond most of the nearest rows there are most other rows, too, and each of them would be a candidate.
     """
     most = np.quantile(sampled_S, (_MOST, 1.0)).astype(np.float32)
-    return [float(step) for step in np.unique(most[most < np.float32(cutoff)])]
+    return [float(step) for step in np.unique(most[most < np.float32(searched_to)])]
 
 
 def _count_near(comparison: Comparison) -> int:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, HalfArray, IntArray, ReadRows, row_type
-from clipcid_cli.algorithms.near.plan import rectangle
+from clipcid_cli.algorithms.near.jobs import rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, map_strings
@@ -30,7 +30,7 @@ from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.pictures import ReportPictures, pair_up
 from clipcid_cli.steps.balance.plan import BalanceInputs, Reference
 from clipcid_cli.steps.balance.result import ReferenceCost, ReferenceResult
-from clipcid_cli.steps.balance.search import Search, run_chunks
+from clipcid_cli.steps.balance.run_search import Search, run_chunks
 from clipcid_cli.steps.data_index import holds_embeddings, open_named, refuse_empty
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embeddings import open_given
@@ -290,24 +290,24 @@ class Comparison:
 
 
 def compare(
-    run: BalanceRun, references: Sequence[Reference], cutoffs: Sequence[Sequence[float]], label: str
+    run: BalanceRun, references: Sequence[Reference], distances: Sequence[Sequence[float]], label: str
 ) -> Comparison:
     """Compare all rows that are to be searched with all references; the same on every process.
 
     What was compared stays for later runs in the folder of `balance`.
 
     Args:
-        cutoffs: Of each reference, ascending: rows that have a near one within one of them are compared no farther.
+        distances: Of each reference, ascending: rows that have a near one within one of them are compared no farther.
     """
     pairs, searches = list[Edges](), set[str]()
-    for reference, reaches in zip(references, cutoffs, strict=True):
+    for reference, ascending in zip(references, distances, strict=True):
         others, read = number_rows(run, reference)
         left = run.rows.unique.astype(others.dtype, copy=False)
         steps = list[Edges]()
-        for reach in reaches:
+        for distance in ascending:
             if not len(left):
                 break
-            nearest, name = _compare(run, reference, left, others, read, reach, label)
+            nearest, name = _compare(run, reference, left, others, read, distance, label)
             steps.append(nearest)
             searches.add(name)
             left = np.setdiff1d(left, nearest.a, assume_unique=True)
@@ -316,11 +316,17 @@ def compare(
 
 
 def _compare(
-    run: BalanceRun, reference: Reference, rows: IntArray, others: IntArray, read: ReadRows, cutoff: float, label: str
+    run: BalanceRun,
+    reference: Reference,
+    rows: IntArray,
+    others: IntArray,
+    read: ReadRows,
+    searched_to: float,
+    label: str,
 ) -> tuple[Edges, str]:
     """Find the nearest row of a reference of each of some rows; return the pairs, and the name that they are saved under."""
-    plan = rectangle(rows, others, run.rows_in_memory)
-    search = Search(label, plan, read, cutoff, lambda: NearestOf(rows), lambda: reference.identity, is_kept=True)
+    jobs = rectangle(rows, others, run.rows_in_memory)
+    search = Search(label, jobs, read, searched_to, lambda: NearestOf(rows), lambda: reference.identity, stays=True)
     return run_chunks(run, search), search.place(run).name
 
 

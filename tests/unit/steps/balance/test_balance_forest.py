@@ -17,14 +17,14 @@ import pytest
 from balance_data import balance, begun, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
 from conftest import run_in_two, start_clipcid
 
-from clipcid_cli.algorithms.near import plan as planning
+from clipcid_cli.algorithms.near import jobs as planning
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import arrays, parquet
 from clipcid_cli.formats import arrays as formats_arrays
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance import partition
-from clipcid_cli.steps.balance import search as searching
+from clipcid_cli.steps.balance import run_search as searching
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 
 FILES = ("keep.parquet", "forest.parquet", "curve.csv", "sets.parquet")
