@@ -48,6 +48,8 @@ def show(answer: LinearResult | Preview | ComparisonResult, console: Console) ->
         )
         facts["chance"] = guessed + describe_majority(answer.majority, "%")
     facts["measured on"] = f"{count(answer.images, 'image')} of {count(answer.classes, 'class', 'classes')}"
+    if answer.repeated_images:
+        facts["measured on"] += f"; {answer.repeated_images:,} are among those of training too"
     facts["fitted on"] = count(answer.train_images, "image")
     tried = answer.sweep.c
     chosen_on = "on held-out images" if answer.folds == 1 else f"in {answer.folds} folds"

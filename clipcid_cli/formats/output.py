@@ -1,5 +1,6 @@
 """The output of a step: one lock, an identity, a work folder, the sidecar last.
 
+Each file appears whole in the work folder (`files.atomic_file`), and all files together in their places (`Output.place`).
 The identity is a hash of the settings and of what the inputs hold. Unfinished work lies in ``.<step>-<identity>/`` in the
 output's folder, with settings and inputs in ``.run.json``: a killed run resumes where that folder exists, and another
 identity there is another run's. A finished output stays whole meanwhile. With its sidecar in the work folder the new one is
@@ -30,7 +31,7 @@ from clipcid_cli.formats.fingerprint import FileRecord, find_changed, find_lost,
 from clipcid_cli.formats.sidecar import (
     LARGEST_SIDECAR,
     AnySidecar,
-    Run,
+    Provenance,
     Sidecar,
     make_sidecar,
     read_sidecar,
@@ -69,8 +70,8 @@ class OutputSpec(Generic[AnySidecar]):
     top: Path | None = None  # a folder above, where further files lie
 
     @property
-    def run(self) -> Run:
-        return Run(settings=redact_all(json.loads(json.dumps(self.settings))), inputs=[*self.inputs])
+    def provenance(self) -> Provenance:
+        return Provenance(settings=redact_all(json.loads(json.dumps(self.settings))), inputs=[*self.inputs])
 
     @property
     def root(self) -> Path:
@@ -83,7 +84,9 @@ class Output(Generic[AnySidecar]):
     """A locked output."""
 
     spec: OutputSpec[AnySidecar]
-    root: Path  # the work folder: the spec's own, or one that a killed run has left
+    # The work folder: the spec's own, or one that a killed run has left. It differs from `work` only where `spec.top` is set
+    # (evaluations, whose metrics files lie above their sidecars).
+    root: Path
     finished: AnySidecar | None = None  # the sidecar when the output is complete and of the same settings and inputs
     earlier: AnySidecar | None = None  # the sidecar of a complete output that differs only as it may
     # How the complete output that is there differs, by setting and input.
@@ -123,11 +126,11 @@ class Output(Generic[AnySidecar]):
             self.work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(self.root, error) from error
-        write_json(self.root / RUN_FILE, msgspec.to_builtins(self.spec.run))
+        write_json(self.root / RUN_FILE, msgspec.to_builtins(self.spec.provenance))
 
     def commit(self, **entries: Any) -> AnySidecar:
         """Write the sidecar with these entries, which makes the output complete, and move everything to its place."""
-        sidecar = make_sidecar(self.spec.kind, self.spec.step, self.spec.run, entries)
+        sidecar = make_sidecar(self.spec.kind, self.spec.step, self.spec.provenance, entries)
         for folder, _, _ in os.walk(self.root):
             sync_folder(Path(folder))
         write_sidecar(sidecar_path(self.work, self.spec.step), sidecar)
@@ -247,8 +250,20 @@ def _removing_empty(folders: Iterable[Path]) -> Iterator[None]:
 
 
 def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
-    """Determine whether an output is finished, unfinished or new; without a lock and writing nothing, as a dry run asks."""
-    folder, step, run = spec.folder, spec.step, spec.run
+    """Determine whether an output is finished, unfinished or new; without a lock and writing nothing, as a dry run asks.
+
+    | what is there                                  | without `overwrite`             | with it    |
+    |------------------------------------------------|---------------------------------|------------|
+    | an output of these settings and inputs         | `finished`                      | `finished` |
+    | such an output, a file of which was changed    | error                           | made anew  |
+    | an output that differs only in `may_differ`    | `earlier`; made anew            | the same   |
+    | an output that differs otherwise               | error                           | made anew  |
+    | unfinished work of these settings and inputs   | `begun`, also in place of error | `begun`    |
+    | work that differs only as work that began may  | `begun`, if there is no other   | the same   |
+    | work that differs otherwise                    | error                           | removed    |
+    | such work without a file of `parts`            | removed                         | removed    |
+    """
+    folder, step, run = spec.folder, spec.step, spec.provenance
     output = Output(spec, spec.root)
     works = find_works(folder, step) if spec.resumes else []
     begun = output.root in works
@@ -262,7 +277,7 @@ def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
     if existing is not None:
         differences, serious = _compare(existing, run, spec.may_differ)
         if serious and not (spec.overwrite or begun):
-            raise other_run_error(f"{folder} holds {step} output", serious, spec.elsewhere)
+            raise other_run_error(f"{folder} holds {step} output", _with_inputs(serious, differences), spec.elsewhere)
         changed = None if differences else _find_changed(existing, folder, path, spec.resumes)
         if changed is not None and not (spec.overwrite or begun):
             raise ClipcidError(changed, "Add --overwrite to replace it.")
@@ -278,10 +293,11 @@ def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
         with lenient:
             other = _read_run(work)
         if other is not None:
-            _, serious = _compare(other, run, {*spec.may_differ, *spec.begun_may_differ})
+            differences, serious = _compare(other, run, {*spec.may_differ, *spec.begun_may_differ})
             is_empty = bool(spec.parts) and next(work.glob(spec.parts), None) is None
             if serious and not spec.overwrite and not is_empty:
-                raise other_run_error(f"{folder} holds unfinished {step} output", serious, spec.elsewhere)
+                shown = _with_inputs(serious, differences)
+                raise other_run_error(f"{folder} holds unfinished {step} output", shown, spec.elsewhere)
             output.begun = output.begun or (None if serious else work)
     return output
 
@@ -296,7 +312,7 @@ def _find_changed(sidecar: Sidecar, folder: Path, path: Path, resumes: bool) -> 
     return find_changed(folder, [file for file in recorded if resumes or (folder / file.path).exists()], path)
 
 
-def unfinished(folder: Path, step: str) -> Run | None:
+def unfinished(folder: Path, step: str) -> Provenance | None:
     """Return settings and inputs of an unfinished run; None when there is none."""
     return next((run for work in find_works(folder, step) if (run := _read_run(work)) is not None), None)
 
@@ -343,11 +359,11 @@ def _find_link(folder: Path) -> Path | None:
     return None
 
 
-def _read_run(work: Path) -> Run | None:
+def _read_run(work: Path) -> Provenance | None:
     if not (work / RUN_FILE).exists():  # killed right after it was made
         return None
     with reading(work / RUN_FILE, "the settings of an unfinished run", f"Remove {work}."):
-        return msgspec.convert(json.loads(read_regular(work / RUN_FILE, LARGEST_SIDECAR)), Run)
+        return msgspec.convert(json.loads(read_regular(work / RUN_FILE, LARGEST_SIDECAR)), Provenance)
 
 
 def other_run_error(holds: str, serious: dict[str, str], elsewhere: str = WORK) -> ClipcidError:
@@ -365,7 +381,7 @@ def list_differences(differences: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _compare(there: Run, now: Run, may_differ: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+def _compare(there: Provenance, now: Provenance, may_differ: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return all differences of two runs, and those that are errors."""
     differences = find_differences(there, now)
     serious = {
@@ -376,29 +392,35 @@ def _compare(there: Run, now: Run, may_differ: Collection[str]) -> tuple[dict[st
     return differences, serious
 
 
+def _with_inputs(serious: dict[str, str], differences: dict[str, str]) -> dict[str, str]:
+    """Return the differences that are errors, after those of inputs, from which settings may follow."""
+    return {name: value for name, value in differences.items() if name in serious or name.startswith("input")}
+
+
 def compare_settings(there: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Return for each setting that differs how: ``{"settings.keep": "0.5 there, 0.6 now"}``."""
     return _compare_values("settings", there, now)
 
 
-def find_differences(there: Run, now: Run) -> dict[str, str]:
-    """Return for each setting and input that differs how, as `compare_settings` does."""
-    differences = compare_settings(there.settings, now.settings)
+def find_differences(there: Provenance, now: Provenance) -> dict[str, str]:
+    """Return for each input and setting that differs how, inputs first, settings as `compare_settings` does."""
+    differences: dict[str, str] = {}
     if len(there.inputs) == len(now.inputs):
         for old, new in zip(there.inputs, now.inputs, strict=True):
             if old.content != new.content:
                 differences[f"input {new.path}"] = _describe_change(old, new)
     else:
-        more = f"{len(there.inputs)} files there, {len(now.inputs)} now"
+        more = f"{len(there.inputs)} files before, {len(now.inputs)} now"
         differences["inputs"] = find_lost(there.inputs, now.inputs) or more
-    return differences
+    return differences | compare_settings(there.settings, now.settings)
 
 
 def _describe_change(old: FileRecord, new: FileRecord) -> str:
+    if old.path != new.path:
+        return f"{old.path} before"
     if old.content[:2] == new.content[:2]:
-        return f"shard {old.shard} there, shard {new.shard} now"
-    sizes = "of the same size" if old.size == new.size else f"of size {old.size:,} there, {new.size:,} now"
-    return f"other content, {sizes}"
+        return f"shard {old.shard} before, shard {new.shard} now"
+    return "changed since"
 
 
 def _compare_values(name: str, old: Any, new: Any) -> dict[str, str]:
@@ -408,7 +430,8 @@ def _compare_values(name: str, old: Any, new: Any) -> dict[str, str]:
     if not (isinstance(old, dict) and isinstance(new, dict)):
         if isinstance(old, str) and isinstance(new, str) and _HASH.fullmatch(old) and _HASH.fullmatch(new):
             return {name: "other content"}
-        return {name: f"{_short(old)} there, {_short(new)} now"}
+        before, after = _short(old), _short(new)
+        return {name: "other content" if before == after else f"{before} there, {after} now"}
     differences: dict[str, str] = {}
     for key in dict.fromkeys([*new, *old]):
         differences |= _compare_values(f"{name}.{key}", old.get(key), new.get(key))
@@ -418,8 +441,16 @@ def _compare_values(name: str, old: Any, new: Any) -> dict[str, str]:
 def _short(value: Any) -> str:
     if isinstance(value, str) and _HASH.fullmatch(value):
         return "given"  # by a file, whose hash tells a person nothing
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(_without_hashes(value), ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _without_hashes(value: Any) -> Any:
+    """Leave out the hashes that stand in lists beside the names of files."""
+    if not isinstance(value, list):
+        return value
+    plain = [_without_hashes(item) for item in value if not (isinstance(item, str) and _HASH.fullmatch(item))]
+    return plain[0] if len(plain) == 1 < len(value) else plain
 
 
 def _lock_name(step: str) -> str:

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from clipcid_cli.formats.data.captions import clean_captions, gather_captions, split_captions
 from clipcid_cli.formats.data.cells import Origin
-from clipcid_cli.formats.data.samples import ByteRange, Sample, clean_captions, gather_captions, split_captions
+from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import ReadOptions, Shard
 from clipcid_cli.formats.files import read_regular
 from clipcid_cli.formats.fingerprint import FileRecord

@@ -1,4 +1,11 @@
-"""Samples in tars: members that agree in their names up to the first dot, as webdataset writes them."""
+"""Samples in tars: members that agree in their names up to the first dot, as webdataset writes them.
+
+open     `open_tars`          wrong flags and damaged tars end the run
+list     `read_members`       headers alone; of a stream the contents too. Damage ends the run and names the shard
+place    `TarShard.read`      a sample's members; one that cannot be a sample is counted by its reason in `Skips`
+read     `ByteRange.read`     an OSError, which `decode.read_image` turns into a reason too
+decode   `decode_image`       a damaged image is a reason, never an error
+"""
 
 from __future__ import annotations
 
@@ -10,18 +17,9 @@ from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_pipe, is_remote, is_url
+from clipcid_cli.formats.data.captions import JSON, MOST_TEXT, TXT, gather_captions, member_of, split_captions
 from clipcid_cli.formats.data.opening import naming_shard
-from clipcid_cli.formats.data.samples import (
-    IMAGE_SUFFIXES,
-    JSON,
-    MOST_TEXT,
-    TXT,
-    ByteRange,
-    Sample,
-    gather_captions,
-    member_of,
-    split_captions,
-)
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Sample
 from clipcid_cli.formats.data.shard import Opened, ReadOptions, Shard
 from clipcid_cli.formats.data.shard_files import name_shards
 from clipcid_cli.formats.data.tars import CutTarError, Group, Member, group_members, read_members, validate_tar

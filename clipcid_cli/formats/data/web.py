@@ -1,4 +1,7 @@
-"""Files behind http and https addresses: of one version, within a time and a size, and not from a network they lead into."""
+"""Files behind http and https addresses: in one version, within a time and a size.
+
+No redirect and no list leads a request into a network that is nearer to this machine than where it came from.
+"""
 
 from __future__ import annotations
 

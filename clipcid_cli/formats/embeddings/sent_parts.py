@@ -26,7 +26,7 @@ from clipcid_cli.formats.embeddings.writer import FINISHED, EmbeddingWriter, Sha
 from clipcid_cli.formats.fingerprint import FileRecord, identity_of
 from clipcid_cli.formats.journal import parse_record
 from clipcid_cli.formats.output import RUN_FILE, find_differences, list_differences
-from clipcid_cli.formats.sidecar import Run
+from clipcid_cli.formats.sidecar import Provenance
 
 _RECORDS = str(Path(FINISHED).parent)
 _WORK = re.compile(r"\.embed-[0-9a-f]{32}")
@@ -94,16 +94,16 @@ def _read_record(store: ObjectStore, name: str, kind: type[Record]) -> Record | 
         return None
 
 
-def _read_run(store: ObjectStore) -> Run | None:
+def _read_run(store: ObjectStore) -> Provenance | None:
     try:
-        return msgspec.json.decode(store.read(RUN_FILE, _LARGEST_RECORD), type=Run)
+        return msgspec.json.decode(store.read(RUN_FILE, _LARGEST_RECORD), type=Provenance)
     except (msgspec.DecodeError, TooManyBytesError):
         return None
 
 
-def read_runs(store: ObjectStore) -> dict[str, Run]:
+def read_runs(store: ObjectStore) -> dict[str, Provenance]:
     """Read settings and data of the embeddings whose parts are in a store, by the names of their folders there."""
-    runs = dict[str, Run]()
+    runs = dict[str, Provenance]()
     for name in sorted(filter(_WORK.fullmatch, store.names())):
         run = _read_run(store.below(name))
         if run is not None and name == f".embed-{identity_of(run.settings, run.inputs)}":
@@ -111,7 +111,7 @@ def read_runs(store: ObjectStore) -> dict[str, Run]:
     return runs
 
 
-def validate_same(store: ObjectStore, work: str, run: Run) -> None:
+def validate_same(store: ObjectStore, work: str, run: Provenance) -> None:
     """Refuse a store that has parts of other settings or other data."""
     for name, other in read_runs(store).items():
         if name != work:

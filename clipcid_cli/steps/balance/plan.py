@@ -40,7 +40,7 @@ class NamedReference:
 
     @property
     def num_rows(self) -> int:
-        return self.rows.num_rows if isinstance(self.rows, Embeddings) else self.rows.images
+        return self.rows.num_rows if isinstance(self.rows, Embeddings) else self.rows.images + self.rows.images_done
 
 
 @dataclasses.dataclass(frozen=True)

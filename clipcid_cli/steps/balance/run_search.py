@@ -145,7 +145,7 @@ def _survey(place: Path) -> dict[str, list[int]]:
     Two files can hold one chunk where a file could not be read for a while, or was merged right before a kill. Only one of
     them counts, that with more chunks.
     """
-    readable = {name: saved["chunks"].tolist() for name, saved in array_journal(place).parts()}
+    readable = {name: saved["chunks"].tolist() for name, saved in array_journal(place).entries()}
     counted = dict[str, list[int]]()
     done = set[int]()
     for name in sorted(readable, key=lambda name: -len(readable[name])):

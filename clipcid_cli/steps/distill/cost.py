@@ -101,7 +101,7 @@ def _make_steps(trainer: Trainer) -> _Steps:
     prepared, trained = list[float](), list[float]()
     began = time.monotonic()
     for dealt in trainer.batches.deal(range(_STEPS)):
-        preparation = time_trial(partial(trainer.batches.make, dealt), warm_up=0)
+        preparation = time_trial(partial(trainer.batches.make_here, dealt), warm_up=0)
         batch = trainer.batches.finish(dealt, preparation.result)
         step = time_trial(partial(trainer.step, batch), context.device, warm_up=0)
         prepared.append(preparation.seconds)

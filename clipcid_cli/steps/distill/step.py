@@ -108,8 +108,8 @@ class TrainStep:
         # Where the cluster loss is small it is the difference of two large terms: TF32 would leave nothing of its gradient.
         with exact_accumulation(self._context.device):
             scale = state.log_scales["student"].exp()
-            features = objective.gather(encoded.features, scale, state.bias, batch)
-            compared = objective.compare(features)
+            loss_batch = objective.make_loss_batch(encoded.features, scale, state.bias, batch)
+            compared = objective.compare(loss_batch)
             state.backward(compared.total)
         student.backward(encoded, before_last=state.averager.watch)
         state.averager.finish()

@@ -59,13 +59,13 @@ class Trainer:
         model = student.model
         teacher = inputs.teacher
         width = model.info.embed_dim
-        space = choose_space(settings, teacher, width, context)
+        space = choose_space(settings, inputs.losses, teacher, width, context)
         clusters = None
         if inputs.clusters is not None:
             table_rows = inputs.training.column("clusters")
             clusters = inputs.clusters.open(settings, teacher, space.axes, table_rows, context.device)
-        teacher.prepare(settings)
-        self.objective = Objective.of(settings, width, teacher, space, context)
+        teacher.prepare(inputs.losses)
+        self.objective = Objective.from_inputs(inputs, width, space, context)
         reporting.note(f"Precision: {student.precision.name} ({student.precision.reason}).")
         self.state = TrainState(
             model.module, self.objective.parameters, plan.recipe, student.precision.dtype, ema=settings.ema
@@ -87,7 +87,7 @@ class Trainer:
         board = None
         if output is not None and context.is_main:
             board = open_board(
-                settings.report_to, plan.folder, self.state.step, output.spec.run.settings, quiet=settings.quiet
+                settings.report_to, plan.folder, self.state.step, output.spec.provenance.settings, quiet=settings.quiet
             )
         self.log = TrainingLog(plan.folder, board, writes=output is not None and context.is_main)
         self.make_step = TrainStep(settings, student, self.objective, self.state, context)

@@ -68,7 +68,7 @@ def _begin(
 ) -> Output[EmbedSidecar]:
     """Make the work folder unless another part has, and hold the part until the stack ends."""
     if place is not None:
-        validate_same(place, spec.root.name, spec.run)
+        validate_same(place, spec.root.name, spec.provenance)
     with open_output(spec, waits=True) as output:  # for a moment: all parts do so when they begin
         if output.finished is None:
             # Starting removes unfinished work of other settings that has no shard yet.

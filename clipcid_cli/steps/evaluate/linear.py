@@ -124,7 +124,7 @@ def _write(
         warn_of_skips(plan.splits[split].name, own.skips)
     images = {split: own.to(model.context.device) for split, own in features.items()}
     test = images["test"]
-    warn_of_repeats(images)
+    repeated = warn_of_repeats(images)
     with timed(seconds, "sweep"):
         fits = ProbeFits(images, plan)
         points, best = fits.sweep()
@@ -158,6 +158,7 @@ def _write(
         "images": len(test),
         "train_images": len(fits.images),
         "validation_images": fits.num_held_out,
+        "repeated_images": repeated,
         "skipped": {split: own.skips.counts for split, own in features.items()},
     }
     result = {
@@ -184,8 +185,8 @@ def _write(
     return _make_result(sidecar, plan.path, reused=False)
 
 
-def warn_of_repeats(images: dict[str, ImageFeatures]) -> None:
-    """Warn of test images that the probe has seen; by their embeddings, since splits often number their keys alike."""
+def warn_of_repeats(images: dict[str, ImageFeatures]) -> int:
+    """Count test images that the probe has seen, with a warning; by their embeddings, since splits number keys alike."""
     test = images["test"].rows
     seen = [find_repeated(test, own.rows) for split, own in images.items() if split != "test"]
     repeated = int(torch.stack(seen).any(dim=0).sum())
@@ -194,6 +195,7 @@ def warn_of_repeats(images: dict[str, ImageFeatures]) -> None:
             f"{repeated:,} of {len(test):,} test images are among those of training too, by their embeddings: the result "
             "flatters the model. Leave them out of one split."
         )
+    return repeated
 
 
 def _make_result(sidecar: LinearSidecar, path: Path, *, reused: bool) -> LinearResult:

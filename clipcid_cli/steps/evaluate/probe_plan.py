@@ -18,8 +18,9 @@ from clipcid_cli.formats.data.benchmark import (
     name_data,
     read_class_names,
 )
+from clipcid_cli.formats.data.classes import read_vector_length
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.samples import Sample, read_vector_length
+from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, LINEAR_PROBE, MULTI_LABEL, metrics_stem
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName

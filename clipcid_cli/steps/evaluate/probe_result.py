@@ -42,6 +42,7 @@ class LinearResult(Metrics, kw_only=True):
     images: int  # of the test split
     train_images: int  # all that the final fit uses
     validation_images: int
+    repeated_images: int = 0  # of the test split, that are among those of training too
     classes: int
     skipped: dict[str, dict[str, int]]  # by split
     seconds: dict[str, float]

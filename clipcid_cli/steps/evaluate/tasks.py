@@ -14,9 +14,10 @@ from clipcid_cli.algorithms.metrics.groups import OwnMetric
 from clipcid_cli.algorithms.metrics.retrieval import RETRIEVAL_METRICS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import ACCURACY, fill_template
+from clipcid_cli.formats.data.classes import read_classes
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
-from clipcid_cli.formats.data.samples import Sample, read_classes
+from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.results.metrics import ASSOCIATION, CLASSIFICATION, MULTI_LABEL, RETRIEVAL, LinesRecord
 from clipcid_cli.formats.skips import Skips

@@ -248,7 +248,7 @@ def test_settings_and_inputs_that_may_differ_need_no_overwrite_and_unfinished_wo
             output.start()
             assert (output.work / "half").read_text() == "of it"
         assert len(left(folder)) == 1
-    with pytest.raises(ClipcidError, match="inputs: 2 files there, 1 now; changed or gone: a"):
+    with pytest.raises(ClipcidError, match="inputs: 2 files before, 1 now; changed or gone: a"):
         open_it(folder, OTHER, [NEW]).__enter__()
     with open_it(folder, overwrite=True) as output:
         assert not output.resumed
@@ -492,3 +492,15 @@ def test_a_hash_that_differs_is_told_as_other_content(tmp_path: Path) -> None:
         pass
     with pytest.raises(ClipcidError, match="given there, null now"), open_it(tmp_path, {"classes": None}):
         pass
+
+
+def test_inputs_come_first_and_by_their_names_alone(tmp_path: Path) -> None:
+    begin(tmp_path, {"against": [["eval", 32 * "a"]]}, inputs=[OLD])
+    told = rf"inputs:\n  input {NEW.path}: {OLD.path} before\n  settings\.against: \[\"eval\"\] there, null now\n"
+    with (
+        pytest.raises(ClipcidError, match=told),
+        open_it(tmp_path, {"against": None}, [NEW], may_differ={"inputs"}),
+    ):
+        pass
+    with pytest.raises(ClipcidError, match=r"against: other content\n"):
+        open_it(tmp_path, {"against": [["eval", 32 * "b"]]}, [OLD]).__enter__()

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from clipcid_cli.algorithms.near.exact import BoolArray, IntArray
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.keep_list import Column
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
@@ -63,5 +64,10 @@ class Against(Filter):
         distances = [[threshold] for _ in references]
         nearest = compare(run, references, distances, "against").up_to(threshold)
         near = np.count_nonzero(nearest.is_near)
+        if near == len(run.rows):
+            raise ClipcidError(
+                f"All {near:,} images are within {threshold:g} of a reference, and would be dropped{nearest.name_equal()}",
+                "Give other references with --against, or a smaller --against-threshold.",
+            )
         reporting.note(f"{near:,} of {len(run.rows):,} images are within {threshold:g} of a reference.")
         return NearReferences(nearest.is_near, nearest)

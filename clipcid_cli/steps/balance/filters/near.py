@@ -91,7 +91,11 @@ class Near(Filter):
             assert self.settings.near_distance is not None  # the settings have checked it
             nearest = _find_within(run, self.settings.near_distance)
         far = FarImages(~nearest.is_near, nearest, run.rows.num_searched)
-        reporting.note(f"{far.num_kept:,} of {far.before:,} images are within {nearest.threshold:g} of a target.")
+        within = f"{far.num_kept:,} of {far.before:,} images are within {nearest.threshold:g} of a target"
+        if far.num_kept == far.before and self.settings.near_keep != 1.0:
+            reporting.warn(f"--near drops nothing: {within}{nearest.name_equal()}")
+        else:
+            reporting.note(f"{within}.")
         return far
 
 

@@ -201,6 +201,14 @@ class Nearest:
         """Which rows are near a reference, bool [N]."""
         return np.asarray(self.owner >= 0)
 
+    def name_equal(self) -> str:
+        """Return the end of a sentence: how many rows are equal to one of the references, which may be the data itself."""
+        equal = int(np.count_nonzero(self.distance == 0))
+        if not equal:
+            return "."
+        names = " or ".join(reference.name for reference in self.references)
+        return f"; {equal:,} are equal to one. Is {names} the data itself?"
+
     def count(self) -> list[ReferenceResult]:
         """Count the rows near each reference."""
         nearest = np.bincount(self.owner[self.is_near], minlength=len(self.references)).tolist()

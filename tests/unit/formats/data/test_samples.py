@@ -24,16 +24,10 @@ from shard_server import serve
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
+from clipcid_cli.formats.data.captions import LONGEST_CAPTION, MOST_TEXT, parse_json, split_captions
+from clipcid_cli.formats.data.classes import read_classes
 from clipcid_cli.formats.data.dataset import open_dataset
-from clipcid_cli.formats.data.samples import (
-    LONGEST_CAPTION,
-    MOST_TEXT,
-    ByteRange,
-    Sample,
-    parse_json,
-    read_classes,
-    split_captions,
-)
+from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.tars import copy_samples, count_samples, split_name
 from clipcid_cli.formats.skips import Skips

@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import pyarrow.parquet as pq
 import pytest
+from balance_data import heard
 from conftest import shard_members, write_tar
 from teaching_data import embed_data
 
@@ -102,7 +103,9 @@ def test_parts_in_a_folder_are_joined_to_what_one_process_writes(
                 again()
     embed_part("0/2")  # in how many parts does not matter
     begun = shutil.copytree(out, tmp_path / "begun")
-    join(out)
+    with heard() as told:
+        join(out, model="ViT-B-32", batch_size=4)
+    assert "since the parts record how they were made: --batch-size, --model." in told[0]
     assert outcome(out) == outcome(one)
     embed_data(data, tiny_model, begun, max_bad_fraction=0.5)  # the next step, say, does without the join
     assert outcome(begun) == outcome(one)
