@@ -7,6 +7,9 @@ identity there is another run's. A finished output stays whole meanwhile. With i
 complete: everything moves from there to its place, the sidecar last, and where a run is killed on the way, the next one
 goes on. Folders are synced before each of the two sidecars, so that it stands for files that outlast a power cut too.
 
+`distill` writes in place, from its first step on: checkpoints, logs and students lie in the output's folder, and its work
+folder holds ``.run.json`` alone, until the sidecar.
+
 Nothing moves through a link, and nothing is removed beyond one: an unpacked folder may hold links that lead anywhere.
 """
 
@@ -111,8 +114,8 @@ class Output(Generic[AnySidecar]):
         """Make the work folder, unless it is there; call it on one process before anything is written.
 
         Args:
-            clear: Removes the files of an earlier output that are written in place, after its sidecar was removed; called
-                where there is nothing to resume.
+            clear: Removes the files of earlier runs that are written in place, once there is no sidecar that stands for
+                them; None where this run goes on with them.
         """
         try:
             for work in find_works(self.folder, self.spec.step):
@@ -120,7 +123,7 @@ class Output(Generic[AnySidecar]):
                     shutil.rmtree(work, ignore_errors=True)
             if self.begun is not None and not self.work_top.exists():
                 self.begun.rename(self.work_top)
-            elif clear is not None and not self.work_top.exists():
+            if clear is not None:
                 sidecar_path(self.folder, self.spec.step).unlink(missing_ok=True)
                 clear()
             self.work.mkdir(parents=True, exist_ok=True)

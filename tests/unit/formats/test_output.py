@@ -341,7 +341,8 @@ def test_an_output_made_in_place_is_cleared_before_its_work_appears(tmp_path: Pa
         output.start((tmp_path / "log").unlink)
     with open_it(tmp_path, OTHER) as output:
         assert output.resumed
-        output.start(die)
+        output.start((tmp_path / "log").touch)
+    assert (tmp_path / "log").exists(), "who writes in place decides what it goes on with"
 
 
 def test_large_files_are_told_apart_by_their_middle(tmp_path: Path) -> None:
