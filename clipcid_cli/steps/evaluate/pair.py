@@ -112,7 +112,7 @@ def _write(
         draws = dataclasses.replace(measured.draws, groups_N=groups)
         intervals = draws.intervals(settings.bootstrap, settings.seed)
     output.start()
-    written = [output.root / path.name]
+    written = [output.work_top / path.name]
     write_metrics(written[0], model.make_metrics(task.name, task.task, measured.draws.values()))
     if wants_predictions(output, path, settings):
         columns = {"key": rows.keys, **measured.columns()}
