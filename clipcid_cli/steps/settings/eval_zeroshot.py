@@ -60,12 +60,17 @@ class EvalZeroshotSettings(ComparingSettings):
 
     def _validate_suite(self, suite: str) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        changing = ("compare", "groups", "task", "classnames", "templates", "split")
+        changing = ("compare", "task", "classnames", "templates", "split")
         given = [name for name in changing if getattr(self, name) != defaults[name]]
         if given:
             raise UsageError(
                 f"--{given[0]} cannot be combined with --suite: a score of {suite} is of its own splits and prompts.",
                 f"Omit --{given[0]}, or name the data sets one by one.",
+            )
+        if self.groups is not None:
+            raise UsageError(
+                f"--groups cannot be combined with --suite: no table has the groups of all data sets of {suite}.",
+                "Omit --groups, or name the data sets one by one.",
             )
 
     @property

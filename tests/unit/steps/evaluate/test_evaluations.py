@@ -465,7 +465,7 @@ def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: 
     write_photos(data / "test", 50)
 
     settings = EvalLinearSettings(
-        model=str(tiny_model), data=str(data), work=tmp_path / "work", workers=0, shot_repeats=1
+        model=str(tiny_model), data=str(data), work=tmp_path / "work", workers=0, shot_repeats=1, val_fraction=0.2
     )
 
     def probe(shots: str | None) -> LinearResult:
