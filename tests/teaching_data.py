@@ -107,9 +107,10 @@ class Run:
 
     def teach(self, batch: TrainingBatch, width: int = 32, online: ClipModel | None = None) -> tuple[Tensor, ...]:
         """Return what the teacher tells a student of some width: rows of images, of captions and of further texts."""
-        teacher = self._taught_by(online).teacher
-        space = choose_space(self.settings, self.inputs.losses, teacher, width, ALONE)
-        teacher.prepare(self.inputs.losses)
+        inputs = self._taught_by(online)
+        teacher = inputs.teacher
+        space = choose_space(inputs, width, ALONE)
+        teacher.prepare(inputs.losses)
         rows = teacher.rows(batch)
         assert isinstance(rows, TeacherRows)
         shared = (None if part is None else project(part.float(), space.axes) for part in rows)
