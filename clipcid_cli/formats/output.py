@@ -7,6 +7,9 @@ identity there is another run's. A finished output stays whole meanwhile. With i
 complete: everything moves from there to its place, the sidecar last, and where a run is killed on the way, the next one
 goes on. Folders are synced before each of the two sidecars, so that it stands for files that outlast a power cut too.
 
+`distill` writes in place, from its first step on: checkpoints, logs and students lie in the output's folder, and its work
+folder holds ``.run.json`` alone, until the sidecar.
+
 Nothing moves through a link, and nothing is removed beyond one: an unpacked folder may hold links that lead anywhere.
 """
 
@@ -74,7 +77,7 @@ class OutputSpec(Generic[AnySidecar]):
         return Provenance(settings=redact_all(json.loads(json.dumps(self.settings))), inputs=[*self.inputs])
 
     @property
-    def root(self) -> Path:
+    def work_top(self) -> Path:
         """The work folder; files lie in it as they will below `top`."""
         return self.folder / f".{self.step}-{identity_of(redact_all(self.settings), self.inputs)}"
 
@@ -86,12 +89,12 @@ class Output(Generic[AnySidecar]):
     spec: OutputSpec[AnySidecar]
     # The work folder: the spec's own, or one that a killed run has left. It differs from `work` only where `spec.top` is set
     # (evaluations, whose metrics files lie above their sidecars).
-    root: Path
+    work_top: Path
     finished: AnySidecar | None = None  # the sidecar when the output is complete and of the same settings and inputs
     earlier: AnySidecar | None = None  # the sidecar of a complete output that differs only as it may
     # How the complete output that is there differs, by setting and input.
     differences: dict[str, str] = dataclasses.field(default_factory=dict)
-    begun: Path | None = None  # unfinished work to continue from: `root`, or of a run that differs only as it may
+    begun: Path | None = None  # unfinished work to continue from: `work_top`, or of a run that differs only as it may
 
     @property
     def folder(self) -> Path:
@@ -100,7 +103,7 @@ class Output(Generic[AnySidecar]):
     @property
     def work(self) -> Path:
         """The folder for unfinished files, named as they will be in `folder`; names that begin with a dot are scratch."""
-        return self.root / self.folder.relative_to(self.spec.top or self.folder)
+        return self.work_top / self.folder.relative_to(self.spec.top or self.folder)
 
     @property
     def resumed(self) -> bool:
@@ -111,27 +114,27 @@ class Output(Generic[AnySidecar]):
         """Make the work folder, unless it is there; call it on one process before anything is written.
 
         Args:
-            clear: Removes the files of an earlier output that are written in place, after its sidecar was removed; called
-                where there is nothing to resume.
+            clear: Removes the files of earlier runs that are written in place, once there is no sidecar that stands for
+                them; None where this run goes on with them.
         """
         try:
             for work in find_works(self.folder, self.spec.step):
-                if work not in (self.begun, self.root):
+                if work not in (self.begun, self.work_top):
                     shutil.rmtree(work, ignore_errors=True)
-            if self.begun is not None and not self.root.exists():
-                self.begun.rename(self.root)
-            elif clear is not None and not self.root.exists():
+            if self.begun is not None and not self.work_top.exists():
+                self.begun.rename(self.work_top)
+            if clear is not None:
                 sidecar_path(self.folder, self.spec.step).unlink(missing_ok=True)
                 clear()
             self.work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise write_error(self.root, error) from error
-        write_json(self.root / RUN_FILE, msgspec.to_builtins(self.spec.provenance))
+            raise write_error(self.work_top, error) from error
+        write_json(self.work_top / RUN_FILE, msgspec.to_builtins(self.spec.provenance))
 
     def commit(self, **entries: Any) -> AnySidecar:
         """Write the sidecar with these entries, which makes the output complete, and move everything to its place."""
         sidecar = make_sidecar(self.spec.kind, self.spec.step, self.spec.provenance, entries)
-        for folder, _, _ in os.walk(self.root):
+        for folder, _, _ in os.walk(self.work_top):
             sync_folder(Path(folder))
         write_sidecar(sidecar_path(self.work, self.spec.step), sidecar)
         sync_folder(self.work)
@@ -139,7 +142,7 @@ class Output(Generic[AnySidecar]):
         return sidecar
 
     def discard(self) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
+        shutil.rmtree(self.work_top, ignore_errors=True)
 
     def place(self) -> None:
         """Move the files of a complete output to their places; also where a killed run has begun to."""
@@ -162,7 +165,7 @@ class Output(Generic[AnySidecar]):
             earlier.unlink(missing_ok=True)
         except OSError as error:
             raise write_error(earlier, error) from error
-        _move(self.root, top, complete)
+        _move(self.work_top, top, complete)
         _rename(complete, earlier)
         sync_folder(spec.folder)
         self.discard()
@@ -220,15 +223,15 @@ def open_output(spec: OutputSpec[AnySidecar], *, waits: bool = False) -> Iterato
         works = find_works(folder, step)
         for work in works:
             _validate_no_links(work)
-        for killed in (Output(spec, root) for root in works):
+        for killed in (Output(spec, work) for work in works):
             if sidecar_path(killed.work, step).exists():
                 killed.place()
         output = find_output(spec)
-        for root in works:  # nothing to resume, or left by a run that was killed while it removed its folder
+        for work in works:  # nothing to resume, or left by a run that was killed while it removed its folder
             if not spec.resumes or (
-                output.finished is not None and (root == output.root or not (root / RUN_FILE).exists())
+                output.finished is not None and (work == output.work_top or not (work / RUN_FILE).exists())
             ):
-                shutil.rmtree(root, ignore_errors=True)
+                shutil.rmtree(work, ignore_errors=True)
         try:
             yield output
         except BaseException:
@@ -264,9 +267,9 @@ def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
     | such work without a file of `parts`            | removed                         | removed    |
     """
     folder, step, run = spec.folder, spec.step, spec.provenance
-    output = Output(spec, spec.root)
+    output = Output(spec, spec.work_top)
     works = find_works(folder, step) if spec.resumes else []
-    begun = output.root in works
+    begun = output.work_top in works
     lenient = suppress(ClipcidError) if spec.overwrite else nullcontext()  # what is replaced need not be readable
 
     path = sidecar_path(folder, step)
@@ -287,8 +290,8 @@ def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
         output.earlier = None if serious or changed is not None else existing
         output.differences = differences
 
-    output.begun = output.root if begun else None
-    for work in [path for path in works if path != output.root]:
+    output.begun = output.work_top if begun else None
+    for work in [path for path in works if path != output.work_top]:
         other = None
         with lenient:
             other = _read_run(work)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,16 +50,20 @@ class Objective:
     def from_inputs(cls, inputs: Inputs, student_width: int, space: SharedSpace, context: DistContext) -> Objective:
         """Make the losses of a run, and say which they are."""
         settings, losses = inputs.settings, inputs.losses
-        weights = {loss.name: weight.at(space.width) for loss, weight in losses.items()}
+        weights = dict[str, float]()
+        functions = dict[LossEntry, Callable[..., Tensor]]()
+        for loss, weight in losses.items():
+            own = settings.own_losses.get(loss.name)
+            weights[loss.name] = weight.at(space.width)
+            functions[loss] = load_loss(loss.name) if own is None else load_own_loss(own)
         why = "" if losses == settings.losses else " (the teacher is near chance)"
         reporting.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + f"{why}.")
         seed = derive_seed("loss parameters", settings.seed)
         parameters = LossParameters(losses, student_width, space, seed).to(context.device)
         local_loss = settings.local_loss and context.size > 1
-        own = {name: load_own_loss(file) for name, file in settings.own_losses.items()}
         return cls(
             weights=weights,
-            functions={loss: own[loss.name] if loss.name in own else load_loss(loss.name) for loss in losses},
+            functions=functions,
             sample_inputs=list_sample_inputs(losses),
             parameters=parameters,
             teacher=inputs.teacher,
@@ -104,19 +107,19 @@ class Objective:
 
     def compare(self, batch: LossBatch) -> Compared:
         """Compute the losses of a step; call it on every process."""
-        terms = [function(batch, **self._arguments(loss, batch)) for loss, function in self.functions.items()]
-        weighted = [weight * term for weight, term in zip(self.weights.values(), terms, strict=True)]
+        terms, weighted = list[Tensor](), list[Tensor]()
+        for loss, function in self.functions.items():
+            arguments = self.parameters.of(loss.name)
+            for name in loss.reads & batch.sample_inputs.keys():
+                arguments[name] = batch.sample_inputs[name]
+            terms.append(function(batch, **arguments))
+            weighted.append(self.weights[loss.name] * terms[-1])
         total = torch.stack(weighted).sum()
         values = torch.stack([term.detach() for term in terms])
         if self.local_loss:
             total = total * self.context.size
             values = self.context.sum_(values)
         return Compared(total, dict(zip(self.weights, values.unbind(), strict=True)))
-
-    def _arguments(self, loss: LossEntry, batch: LossBatch) -> dict[str, Any]:
-        """Return what a loss is called with beside the batch: what it learns, and the numbers of samples that it reads."""
-        read = loss.reads & batch.sample_inputs.keys()
-        return self.parameters.of(loss.name) | {name: batch.sample_inputs[name] for name in read}
 
     def _student_rows(self, features: Features, batch: TrainingBatch) -> dict[str, Tensor]:
         """Return the student's rows by their names in `LossBatch`, and the numbers of samples that losses read."""
@@ -145,15 +148,17 @@ class Objective:
         teacher_rows = self.teacher.rows(batch)
         if teacher_rows is None:
             return {}
-        image, text, extra = (None if rows is None else project(rows.float(), self.space.axes) for rows in teacher_rows)
-        own = {"teacher_image_BD": image, "teacher_text_BD": text}
-        rows = self._exchange({name: rows for name, rows in own.items() if rows is not None})
+        image, text, extra = teacher_rows
+        own = {"teacher_image_BD": project(image.float(), self.space.axes)}
+        if text is not None:
+            own["teacher_text_BD"] = project(text.float(), self.space.axes)
+        rows = self._exchange(own)
         if extra is not None:
-            rows["teacher_extra_text_ED"] = self._gather_compared(extra)
+            rows["teacher_extra_text_ED"] = self._gather_compared(project(extra.float(), self.space.axes))
         return rows
 
     def _exchange(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Collect everybody's rows, as many of each process, of several kinds in one exchange."""
+        """Collect everybody's rows of several kinds in one exchange, as many rows of each kind and process."""
         if self.context.size == 1:
             return own
         together = gather_rows(torch.cat([*own.values()], dim=1))

@@ -84,7 +84,7 @@ def _count_left(plan: EmbedPlan, output: Output[EmbedSidecar]) -> _Left:
     if (output.folder / MANIFEST).exists():
         with suppress(ClipcidError):  # it is damaged: all shards are embedded again
             finished = read_manifest(output.folder, "")
-    work = output.begun or output.root
+    work = output.begun or output.work_top
     deciding = plan.decide_rows(output.spec.settings)
     done = EmbeddingWriter(work, deciding, plan.shards, plan.dataset.keys).find_done(finished)
     total = len(plan.shards)

@@ -142,7 +142,7 @@ def _write(
     probe = {f"lp_{name}": value for name, value in measured.items()}
     guessed, majority = guess_labels(test.labels, len(plan.classes))
     output.start()
-    written = output.root / plan.path.name
+    written = output.work_top / plan.path.name
     write_metrics(written, model.make_metrics(plan.dataset, LINEAR_PROBE, probe | neighbours))
     outputs = [written]
     if wants_predictions(output, plan.path, plan.settings):

@@ -106,7 +106,7 @@ def _write(
         measured = measure(rows, model.context.device)
         intervals = measured.draws.intervals(settings.bootstrap, settings.seed)
     output.start()
-    written = [output.root / path.name]
+    written = [output.work_top / path.name]
     write_metrics(written[0], model.make_metrics(task.name, task.task, measured.draws.values()))
     if wants_predictions(output, path, settings):
         columns = {"key": rows.keys, **measured.columns()}

@@ -184,6 +184,9 @@ def test_a_text_that_is_too_large_leaves_its_sample_out(tmp_path: Path, suffix: 
         dataset = open_dataset(data, max_sample_bytes=1_999)
         assert [sample.key for sample in dataset.shards[0].samples(skips)] == ["0"], data
         assert skips.counts == {"too_many_bytes": 1}, data
+    write_tar(tar, members[1:])
+    with pytest.raises(ClipcidError, match=r"no sample can be used\.\n  1 × file larger than --max-sample-bytes: 0/1"):
+        open_dataset(tar, max_sample_bytes=1_999)
 
 
 def test_cells_that_are_too_large_are_skipped(tmp_path: Path) -> None:
