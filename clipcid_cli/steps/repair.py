@@ -53,8 +53,7 @@ def repair_teacher(settings: KeptSettings, embeddings: Embeddings) -> tuple[Embe
     """
     if settings.repair == "none" or not embeddings.has_texts:
         return embeddings, None
-    folders = [member.folder for member in embeddings.members]
-    folder = WorkDirectory(settings.work).repair(folders, embeddings.weights)
+    folder = settings.work / "repair" / embeddings.slug_in(WorkDirectory(settings.work))
     scale = teacher_scale(embeddings)
     is_there = sidecar_path(folder, STEP).exists()
     decision: RepairSidecar | None = None

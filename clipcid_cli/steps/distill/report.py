@@ -229,7 +229,7 @@ def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
     if isinstance(teacher, OnlineTeacher):
         listed.append(("teacher", f"{teacher.name.spec}, run alongside the student"))
     if teacher.embeddings is not None:
-        listed += [("embeddings", str(member.folder)) for member in teacher.embeddings.members]
+        listed += teacher.embeddings.listed()
     judgement = teacher.judgement
     if judgement.repair is not None:
         listed.append(("repair", describe_repair(judgement.repair)))

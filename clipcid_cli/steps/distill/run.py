@@ -165,6 +165,7 @@ def write(
             *(record(file, folder.path) for file in (folder.held_out, *([folder.skipped] if has_skipped else []))),
         ],
         model={"spec": info.spec, "parameters": info.parameters, "embed_dim": info.embed_dim},
+        teacher=inputs.teacher.model_name,
         data=inputs.dataset.describe(),
         keep_list=None if inputs.keep_list is None else inputs.keep_list.describe(),
         result=result,

@@ -28,6 +28,7 @@ from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.models.views import Processor, apply_colors
 from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.shown import short_name
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
 from clipcid_cli.steps.distill.samples import MatchCounts
@@ -75,6 +76,11 @@ class Teacher:
     num_views: int = 0  # stored views of each image that are replayed, 0 for none
     first_captions: bool = False  # whether a sample may only show its first caption, the only one that is embedded
     extra_texts: ExtraTexts | None = None
+
+    @property
+    def model_name(self) -> str | None:
+        """Its name for people; None where there is no teacher, or nothing records which it is."""
+        return None
 
     @property
     def width(self) -> int | None:
@@ -132,9 +138,13 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTeacher(Teacher):
-    """A teacher that has embedded all that is shown; of several teachers, their rows side by side."""
+    """A teacher that has embedded all that is shown."""
 
     embeddings: Embeddings
+
+    @property
+    def model_name(self) -> str | None:
+        return self.embeddings.model_name
 
     @property
     def width(self) -> int:
@@ -195,6 +205,10 @@ class OnlineTeacher(Teacher):
     def _running(self) -> RunningModel:
         assert self.running is not None, "loaded on every process"
         return self.running
+
+    @property
+    def model_name(self) -> str:
+        return short_name(self.name.spec)
 
     @property
     def width(self) -> int:
