@@ -28,7 +28,8 @@ from photographs import FOREIGN
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from clipcid_cli.algorithms.repair import Pairs, fit_repair
+from clipcid_cli.algorithms.pairing import Pairs
+from clipcid_cli.algorithms.repair import fit_repair
 from clipcid_cli.runtime.randomness import derive_seed
 
 HERE = Path(__file__).resolve().parent
