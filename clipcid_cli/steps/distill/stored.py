@@ -36,8 +36,8 @@ def losses_of_captions(settings: DistillSettings) -> list[str]:
     return [name for name in needing if name in settings.typed_losses] if settings.keeps_text_tower else needing
 
 
-EmbeddedBy = tuple[Path, ...]
-"""Folders of embeddings, by teacher; none where no loss reads any."""
+TeacherFolders = tuple[Path, ...]
+"""The folder of each teacher's embeddings; none where no loss reads any."""
 
 
 def _parse_teachers(settings: DistillSettings) -> list[ModelName]:
@@ -59,7 +59,7 @@ def flags_of_embeddings(settings: DistillSettings) -> dict[str, Any]:
     return {"embeddings": folders, "teacher_weight": settings.teacher_weight}
 
 
-def find_embeddings(settings: DistillSettings, context: DistContext) -> EmbeddedBy | EmbedCost:
+def find_embeddings(settings: DistillSettings, context: DistContext) -> TeacherFolders | EmbedCost:
     """Find the teachers' embeddings, and make them where there are none; none when no loss needs them.
 
     Without ``--teacher`` it is the one whose embeddings the work directory holds.
@@ -104,7 +104,7 @@ def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistCon
     return ensure_embeddings(settings, context, data=settings.data, model=teacher, text=text)
 
 
-def _find_of_online(settings: DistillSettings) -> EmbeddedBy:
+def _find_of_online(settings: DistillSettings) -> TeacherFolders:
     """Find stored embeddings of an online teacher, where there are any.
 
     They name it, and tell the axes of the shared space and how well it pairs images with captions.
@@ -130,12 +130,12 @@ def choose_online(settings: DistillSettings, embeddings: Embeddings | None) -> M
     return parse_model(embeddings.model.spec)
 
 
-def open_stored(settings: DistillSettings, folders: EmbeddedBy, work: Path | None) -> Embeddings:
+def open_stored(settings: DistillSettings, folders: TeacherFolders, work: Path | None) -> Embeddings:
     """Open the teachers' embeddings, check that they made them, and look for the captions that the losses need."""
     opened = [open_teacher(settings, folder, work) for folder in folders]
     if settings.needs_teacher and settings.teacher:
-        for teacher, embeddings in zip(_parse_teachers(settings), opened, strict=True):
-            _validate_made_by(teacher, embeddings, settings)
+        for teacher, member in zip(_parse_teachers(settings), opened, strict=True):
+            _validate_made_by(teacher, member, settings)
     embeddings = opened[0]
     if len(opened) > 1:
         from clipcid_cli.steps.several_teachers import join_teachers, note_missing_bias
