@@ -19,7 +19,7 @@ import torch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_pipe, is_url
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.skips import REASONS, Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.host import count_cores
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
@@ -108,7 +108,9 @@ def validate_samples(dataset: Dataset, context: DistContext, settings: ReadingSe
         raise ClipcidError(f"{looked}: none can be used.\n{bad.describe()}", _advise(dataset, bad))
     if bad.total:
         # A run names what it leaves out at its end.
-        warning = f"{looked}: {bad.total:,} cannot be decoded."
+        reasons = ", ".join(f"{count:,} × {REASONS[reason]}" for reason, count in bad.counts.items())
+        why = "cannot be decoded" if list(bad.counts) == ["unreadable_image"] else f"cannot be used, {reasons}"
+        warning = f"{looked}: {bad.total:,} {why}."
         reporting.warn(f"{warning}\n{bad.describe()}" if dry_run else warning)
     elif dry_run:
         reporting.note(f"{looked}: all can be decoded.")

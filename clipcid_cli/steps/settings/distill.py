@@ -534,8 +534,13 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         return max(divisor, min(batch_size, samples) // divisor * divisor)
 
     def name_losses(self, losses: Mapping[LossEntry, Weight]) -> str:
-        """Name what a run combines: its preset, or the losses that took the place of the default one."""
-        return self.chosen_preset if losses == self.losses else "-".join(NEAR_CHANCE)
+        """Name what a run combines: its preset, the losses that took the place of the default one, or what is left of it."""
+        if losses != self.losses:
+            return "-".join(NEAR_CHANCE)
+        preset = PRESETS[self.chosen_preset]
+        # Of images without captions, for example.
+        lacks_some = self.keeps_text_tower and any(self.typed_losses.get(name) == 0 for name in preset)
+        return "-".join(loss.name for loss in losses) if lacks_some else self.chosen_preset
 
     @cached_property
     def losses(self) -> dict[LossEntry, Weight]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from clipcid_cli.commands.gpu_plan import show
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.devices import DEVICES, Device
 from clipcid_cli.steps.gpu_plan import GpuPlan, run
@@ -40,6 +43,12 @@ def test_figures_of_a_training_follow_from_one_another() -> None:
     assert plan.read_bytes_per_second == pytest.approx(plan.bytes_read / plan.hours / 3600)
     assert 500 < plan.images_per_second / plan.decode_cores < 550
     assert plan.peak_share == pytest.approx(plan.operations / plan.hours / 3600 / (8 * 989e12))
+
+
+def test_the_size_of_images_is_called_assumed_on_screen() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    show(run(EmbedSettings(model="ViT-B-32", images=1000, gpus="8xH100", dry_run=True)), console)
+    assert "25 MB read at 25 kB an image (assumed)" in console.file.getvalue()
 
 
 def test_the_batch_that_fits_fits_and_a_larger_one_does_not() -> None:

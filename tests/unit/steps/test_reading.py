@@ -38,6 +38,7 @@ from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.probe_plan import make_plan
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.preflight import choose_order, choose_workers, validate_samples
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -255,7 +256,9 @@ def test_what_is_missing_of_a_truncated_shard_is_told(context: DistContext, tmp_
     for opened in (dataset, ensure_index(dataset, context, 0)):
         first, *_ = check(opened, context, dry_run=False)
         assert first.startswith(f"Shard {path} is truncated: 000014.png should end at byte ")
-        assert re.search(r"; about \d+\.\d% of the data is missing; its samples before the end are used\.$", first)
+        assert re.search(
+            r"; up to about \d+\.\d% of the data is missing; its samples before the end are used\.$", first
+        )
     again = open_dataset(tmp_path / "data", index_root=tmp_path / "index", max_bad_fraction=0.2)
     assert again.index is not None
     assert again.truncation is not None
@@ -287,10 +290,18 @@ def test_samples_of_which_none_can_be_used_end_a_run(context: DistContext, tmp_p
     assert f"looked for in {tmp_path}, or where --list-root DIR says" in told.value.fix
     with heard() as notes:
         validate_samples(dataset, context, ReadingSettings(max_bad_fraction=0.9), dry_run=False)
-    assert "15 cannot be decoded" in notes[0]
+    assert "15 cannot be used, 15 × file not found." in notes[0]
     for number in range(20):
         (tmp_path / f"{number}.png").write_bytes(make_image(number) if number == 3 else b"no image")
     assert "14 cannot be decoded" in check(dataset, context, dry_run=dry_run)[0]
+
+
+def test_data_in_place_of_a_model_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("test classes").mkdir()
+    with pytest.raises(ClipcidError, match="was read as the model") as refused:
+        choose_model("test classes", tmp_path, positional_of="eval-zeroshot")
+    assert refused.value.fix == "Put the model first: clipcid eval-zeroshot MODEL 'test classes'"
 
 
 def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
