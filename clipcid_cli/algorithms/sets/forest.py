@@ -16,8 +16,10 @@ import numpy as np
 from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
 
-# Edges collected before they are merged into the forest; at least a quarter as many as the forest has.
+# Edges collected before they are merged into the forest; at least a quarter as many as the forest has, and one for so many
+# rows, since a merge passes over all of them.
 _MIN_FOLD = 2**18
+_ROWS_OF_FOLD = 32
 # Small pieces, each three arrays of its own, are put together before they are many.
 _MAX_PIECES = 2**10
 _CURVE_POINTS = 1000
@@ -54,28 +56,29 @@ def _contract(num_rows: int, edges: Edges) -> tuple[IntArray, list[_Round]]:
     Nodes without further edges leave after a round.
     """
     kind = row_type(max(num_rows, len(edges)))
-    none = len(edges)
-    rank = np.arange(none, dtype=kind)
+    rank = np.arange(len(edges), dtype=kind)
     a, b = edges.a, edges.b
     num_nodes = num_rows
     picked = list[IntArray]()
     rounds = list[_Round]()
-    while len(rank):
-        # Ranks ascend, so writing them in reverse leaves the lightest edge at each node.
+    while none := len(rank):
+        # Edges ascend, so writing their places in reverse leaves the lightest edge at each node.
+        place = np.arange(none, dtype=kind)
         lightest = np.full(num_nodes, none, dtype=kind)
-        lightest[a[::-1]] = rank[::-1]
+        lightest[a[::-1]] = place[::-1]
         lightest_b = np.full(num_nodes, none, dtype=kind)
-        lightest_b[b[::-1]] = rank[::-1]
+        lightest_b[b[::-1]] = place[::-1]
         np.minimum(lightest, lightest_b, out=lightest)
         del lightest_b
         has_edge = lightest < none
-        chosen = np.unique(lightest[has_edge])
-        picked.append(chosen)
+        is_chosen = np.zeros(none + 1, np.bool_)  # the last place is that of nodes without an edge
+        is_chosen[lightest] = True
+        chosen = np.flatnonzero(is_chosen[:-1])
+        picked.append(rank[chosen])
         weight = np.full(num_nodes, np.inf, np.float32)
-        weight[has_edge] = edges.weight[lightest[has_edge]]
+        weight[has_edge] = edges.weight[rank[lightest[has_edge]]]
         del lightest
-        position = np.searchsorted(rank, chosen)
-        labels = connected_components(num_nodes, a[position], b[position])
+        labels = connected_components(num_nodes, a[chosen], b[chosen])
         has_edge &= labels == np.arange(num_nodes, dtype=kind)  # the first node of each component
         nodes = np.cumsum(has_edge, dtype=kind)
         num_nodes = int(nodes[-1])
@@ -133,7 +136,7 @@ class ForestSink:
         self._added.append(Edges(a, b, edges.weight))
         self._num_added += len(edges)
         del edges, a, b  # to merge needs their memory
-        if self._num_added >= max(_MIN_FOLD, len(self._forest) // 4):
+        if self._num_added >= max(_MIN_FOLD, len(self._forest) // 4, self._num_rows // _ROWS_OF_FOLD):
             self.result()
         elif len(self._added) >= _MAX_PIECES:
             self._added = [Edges.concatenate(self._added)]
