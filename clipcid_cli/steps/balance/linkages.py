@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.plan import least_of_components
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components
 from clipcid_cli.algorithms.sets.representatives import central_rows, distances_to, ratio_beyond
 from clipcid_cli.algorithms.sets.star import star_curve
@@ -47,11 +48,21 @@ def compare_linkages(run: BalanceRun, sets: Sets, forest: Edges) -> OtherLinkage
         return NotComputed("nothing was to be merged")
     if run.settings.linkage == "star":
         return _compare_single(run, forest, threshold)
-    pairs = find_pairs(run, sets.labels, threshold, _MAX_FOUND, _MAX_COMPARED)
+    pairs = _find_pairs(run, sets, threshold)
     if isinstance(pairs, NotComputed):
         reporting.note(f"What --linkage star would keep at this cut-off is not computed: {pairs.reason}.")
         return pairs
     return run.context.on_rank0(lambda: _star(run.rows, pairs, threshold))
+
+
+def _find_pairs(run: BalanceRun, sets: Sets, threshold: float) -> Edges | NotComputed:
+    # Each copy may leave one row alone with it; of the others no set needs to be looked at to see that they are too many.
+    least = least_of_components(int(sets.table.size.sum()) - 2 * len(run.rows.copies))
+    if least > _MAX_COMPARED:
+        return NotComputed(
+            f"it takes at least {least:,} comparisons within the sets, more than the {_MAX_COMPARED:,} made for a report"
+        )
+    return find_pairs(run, sets.labels, threshold, _MAX_FOUND, _MAX_COMPARED)
 
 
 def _compare_single(run: BalanceRun, forest: Edges, threshold: float) -> OtherLinkage:
