@@ -114,8 +114,19 @@ def _redact_value(part: re.Match[str]) -> str:
     return part[0] if _VARIABLE.fullmatch(part["value"]) else part["name"] + REDACTED
 
 
+# What stands in titles for parts of the names that metrics have in files.
+_IN_TITLES = {
+    "mean_per_class_recall": "mean per class",
+    "mean_average_precision": "mAP",
+    "11_point": "11-point",
+    "_retrieval_recall@": " R@",
+    "_": " ",
+}
+
+
 def metric_title(name: str) -> str:
     """Write a metric's name as people read it: ``mean per class``, ``image R@5``, ``mAP 11-point``."""
-    short = name.removeprefix("lp_").replace("mean_per_class_recall", "mean per class")
-    short = short.replace("mean_average_precision", "mAP").replace("11_point", "11-point")
-    return short.replace("_retrieval_recall@", " R@").replace("_", " ")
+    title = name.removeprefix("lp_")
+    for part, words in _IN_TITLES.items():
+        title = title.replace(part, words)
+    return title

@@ -14,6 +14,8 @@ from typing import Any
 
 TOKEN, ACCOUNT, ORGANISATION = "hf_right", "ann", "acme"
 
+_LARGE = (".safetensors", ".onnx")
+
 
 class HubServer(http.server.ThreadingHTTPServer):
     """Knows one token, whose account may write to one organisation.
@@ -79,7 +81,7 @@ class HubServer(http.server.ThreadingHTTPServer):
             modes = [
                 {
                     "path": file["path"],
-                    "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".onnx")) else "regular",
+                    "uploadMode": "lfs" if file["path"].endswith(_LARGE) else "regular",
                     "shouldIgnore": file["path"] in self.ignored,
                 }
                 for file in json.loads(body)["files"]
@@ -99,12 +101,21 @@ class HubServer(http.server.ThreadingHTTPServer):
             oid = hashlib.sha1(body).hexdigest()
             return 200, {"commitUrl": f"{self.url}/{repository}/commit/{oid}", "commitOid": oid, "success": True}
         if rest.startswith("/tree/"):
-            return 200, [{"type": "file", "path": name, "size": len(files[name]), "oid": "0"} for name in files]
+            return 200, [_describe(name, content) for name, content in files.items()]
         return 200, {"id": repository, "siblings": [{"rfilename": name} for name in files]}
 
     def _read(self, operation: dict[str, Any]) -> bytes:
         value = operation["value"]
         return self.blobs[value["oid"]] if operation["key"] == "lfsFile" else base64.b64decode(value["content"])
+
+
+def _describe(name: str, content: bytes) -> dict[str, Any]:
+    """Describe a file as the hub does: hashed as git hashes it, a large one with its SHA-256."""
+    size = len(content)
+    oid = hashlib.sha1(f"blob {size}\0".encode() + content).hexdigest()
+    entry = {"type": "file", "path": name, "size": size, "oid": oid}
+    large = {"oid": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 134}
+    return entry | ({"lfs": large} if name.endswith(_LARGE) else {})
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, LossEntry, Weight
+from clipcid_cli.algorithms.losses.registry import CLUSTERS, LOSSES, PRESETS, LossEntry, Weight
 from clipcid_cli.cli import COMMANDS, cli
 
 DOCS = Path(__file__).parents[1] / "clipcid_cli" / "docs"
@@ -56,7 +56,7 @@ def render_losses() -> str:
 
 
 def _needs(entry: LossEntry) -> str:
-    return "teacher, clusters" if entry.needs_clusters else "teacher" if entry.needs_teacher else "nothing"
+    return "teacher, clusters" if CLUSTERS in entry.reads else "teacher" if entry.needs_teacher else "nothing"
 
 
 def _term(name: str, weight: Weight) -> str:

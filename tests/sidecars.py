@@ -15,7 +15,7 @@ from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.results.clusters import ClusterSidecar
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.results.run_folder import DistillSidecar
-from clipcid_cli.formats.sidecar import FORMAT_VERSION, Run, sidecar_path
+from clipcid_cli.formats.sidecar import FORMAT_VERSION, Provenance, sidecar_path
 
 MODEL = {"spec": "tiny", "weights_hash": "blake2b:0", "config": {"text_cfg": {}, "vision_cfg": {}}}
 DATA = {"spec": "data", "keys": "sample", "image": "filepath", "caption": "title", "key": "key"}
@@ -89,7 +89,7 @@ def edit_sidecar(path: Path, change: Callable[[dict[str, Any]], object]) -> None
 
 def leave_work(folder: Path, step: str) -> Path:
     """Make the work folder that a run leaves which is killed right after its sidecar."""
-    run = msgspec.convert(json.loads(sidecar_path(folder, step).read_text()), Run)
+    run = msgspec.convert(json.loads(sidecar_path(folder, step).read_text()), Provenance)
     work = folder / f".{step}-{identity_of(run.settings, run.inputs)}"
     work.mkdir()
     (work / ".run.json").write_text(json.dumps(msgspec.to_builtins(run)))

@@ -107,13 +107,13 @@ def captioned(images: int, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def write_winogavil(root: Path) -> Path:
-    """Write cues with 5 to 12 candidates: some images are in the table, others files of the cache."""
+def write_winogavil(root: Path, most: int = 12) -> Path:
+    """Write cues with 5 to 12 candidates, or fewer: some images are in the table, others files of the cache."""
     extracted = root / "hf_cache" / "downloads" / "extracted"
     extracted.mkdir(parents=True)
     rows = []
     for row in range(12):
-        count = (5, 6, 10, 12)[row % 4]
+        count = min((5, 6, 10, 12)[row % 4], most)
         names = [f"{NOUNS[(row + number) % 12]} {number}" for number in range(count)]
         images: list[dict[str, Any]] = []
         for number in range(count):

@@ -99,7 +99,7 @@ class Run:
         maker = BatchMaker(self.settings, inputs, Processor.from_model(student))
         batches = Batches(inputs, maker, None, inputs.training.total, self.settings.seed, ALONE)
         [dealt] = batches.deal(range(epoch, epoch + 1))
-        parts = batches.make(dealt)
+        parts = batches.make_here(dealt)
         for work, part in zip(dealt.work, parts, strict=True):
             taken = sum(value.nbytes for value in vars(part).values() if isinstance(value, Tensor))
             assert maker.count_bytes(len(work.items), len(work.extra_texts)) == taken
@@ -108,8 +108,8 @@ class Run:
     def teach(self, batch: TrainingBatch, width: int = 32, online: ClipModel | None = None) -> tuple[Tensor, ...]:
         """Return what the teacher tells a student of some width: rows of images, of captions and of further texts."""
         teacher = self._taught_by(online).teacher
-        space = choose_space(self.settings, teacher, width, ALONE)
-        teacher.prepare(self.settings)
+        space = choose_space(self.settings, self.inputs.losses, teacher, width, ALONE)
+        teacher.prepare(self.inputs.losses)
         rows = teacher.rows(batch)
         assert isinstance(rows, TeacherRows)
         shared = (None if part is None else project(part.float(), space.axes) for part in rows)

@@ -16,6 +16,9 @@ from clipcid_cli.steps.settings.balance import BalanceSettings
 if TYPE_CHECKING:
     from clipcid_cli.steps.balance.cost import BalanceCost
 
+# Files that only a later `balance` reads: the JSON object names them, too.
+_OWN_FILES = ("row_numbering", "forest_row_numbering", "forest_sidecar")
+
 
 def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> None:
     """Print how much is kept, at which cut-off, and where the files are; the cost of a dry run is in its notes."""
@@ -49,7 +52,7 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
             f"and {other.uncovered_ratio:.1%} of the {repeats} would not be covered"
         )
     elif threshold is not None:
-        facts["with star"] = "not computed"
+        facts["other linkage"] = "not computed"
     if (against := result.against) is not None:
         names = _format_references(against.references)
         facts["against"] = f"{count(against.dropped, 'image')} dropped, within {against.threshold:g}: {names}"
@@ -75,7 +78,8 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
             lacking = f"; {written.not_written:,} are not in the data" if written.not_written else ""
             facts["written"] = f"{count(written.written, 'kept image')}{lacking}"
     facts["time"] = format_phases(result.seconds)
-    print_facts(console, "Balanced", facts, result.files)
+    files = {name: path for name, path in result.files.items() if name not in _OWN_FILES}
+    print_facts(console, "Balanced", facts, files)
 
 
 def _format_references(references: list[ReferenceResult]) -> str:

@@ -221,9 +221,14 @@ def _parse_type(hint: Any) -> tuple[Any, bool]:
 
 
 class _Path(click.Path):
-    """A path, which may begin with ``~``: a shell leaves that of ``--work=~/w``, and a file of settings has no shell."""
+    """A path, which may begin with ``~``: a shell leaves that of ``--work=~/w``, and a file of settings has no shell.
+
+    An empty one, as a shell makes of a variable that is not set, would be the current folder.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value).strip():
+            self.fail("The path is empty. If a shell variable holds it, set that.", param, ctx)
         return super().convert(os.path.expanduser(value), param, ctx)
 
 

@@ -27,6 +27,8 @@ def show(result: Embedded, console: Console) -> None:
             "speed": f"about {result.images_per_second:,.0f} images/s",
             "memory": format_host_memory(result.host_memory_bytes, result.shared_memory_bytes),
         }
+        if result.shards_done:
+            facts["images"] += f" that are left; about {result.images_done:,} in {result.shards_done:,} are done"
         if result.bound_by == "data":
             facts["speed"] += ", bound by decoding"
         if result.bytes > result.free_bytes:

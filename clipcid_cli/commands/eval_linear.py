@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
+from clipcid_cli.commands.comparison import show_comparison
 from clipcid_cli.commands.eval_zeroshot import describe_majority
 from clipcid_cli.commands.summary import count, format_percent, print_facts, print_table, shorten_metric
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 if TYPE_CHECKING:
+    from clipcid_cli.steps.evaluate.comparison import ComparisonResult
     from clipcid_cli.steps.evaluate.draws import Draws
     from clipcid_cli.steps.evaluate.probe_result import LinearResult
     from clipcid_cli.steps.evaluate.result import Preview
@@ -21,10 +23,14 @@ _PER_BAR = 2  # values of C, to fit a terminal
 _DIGITS = 2
 
 
-def show(answer: LinearResult | Preview, console: Console) -> None:
-    """Print the metrics, how the strength was chosen, and the few-shot curve where there is one."""
+def show(answer: LinearResult | Preview | ComparisonResult, console: Console) -> None:
+    """Print the metrics, how the strength was chosen, and the few-shot curve; of a comparison its verdicts."""
+    from clipcid_cli.steps.evaluate.probe_result import LinearResult
     from clipcid_cli.steps.evaluate.result import Preview
 
+    if not isinstance(answer, LinearResult | Preview):
+        show_comparison(answer, console)
+        return
     facts = {"model": answer.model, "data": answer.dataset}
     files = {f"{name} file": path for name, path in answer.files.items()}
     if isinstance(answer, Preview):
@@ -42,11 +48,15 @@ def show(answer: LinearResult | Preview, console: Console) -> None:
         )
         facts["chance"] = guessed + describe_majority(answer.majority, "%")
     facts["measured on"] = f"{count(answer.images, 'image')} of {count(answer.classes, 'class', 'classes')}"
+    if answer.repeated_images:
+        facts["measured on"] += f"; {answer.repeated_images:,} are among those of training too"
     facts["fitted on"] = count(answer.train_images, "image")
     tried = answer.sweep.c
-    facts["C"] = f"{answer.c:.3g}, best of {len(tried)} by {answer.metric} on held-out images{_describe_ties(answer)}"
+    chosen_on = "on held-out images" if answer.folds == 1 else f"in {answer.folds} folds"
+    facts["C"] = f"{answer.c:.3g}, best of {len(tried)} by {answer.metric} {chosen_on}{_describe_ties(answer)}"
     facts["held out"] = (
         f"{format_percent(answer.validation_score, _DIGITS)}% on {count(answer.validation_images, 'image')}"
+        + ("" if answer.folds == 1 else ", each by the fit of the other folds")
     )
     facts["by C"] = f"{tried[0]:.0e} {_sketch(answer.sweep.score)} {tried[-1]:.0e}, best of {_PER_BAR} per bar"
     print_facts(console, "Linear probe", facts, files)
@@ -114,5 +124,6 @@ Examples:
   clipcid eval-linear ViT-B-32 food101/
   clipcid eval-linear ViT-B-32 food101/ --shots 1,2,4,8,16 --knn 10,20
   clipcid eval-linear small/student photos/ --val-fraction 0.1 --json
+  clipcid eval-linear --compare A.json B.json
 """,
 )

@@ -20,6 +20,8 @@ from clipcid_cli.typed import this_command
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+# What PyTorch says of a file in /dev/shm, which ends in the number of the system's error.
+_SHARED_MEMORY = re.compile(r"<?/torch_\w+>?.*: (?P<why>[^:]+) \((?P<code>\d+)\)")
 _OF_GPU = ("CUDA", "CUBLAS", "HIP ")
 # What each command can be told so that it takes less memory, on a GPU or not.
 _LESS_MEMORY = {
@@ -58,6 +60,8 @@ def explain(error: Exception, command: str = "") -> Failure:
         message, fix = _explain_memory(text, command)
     elif isinstance(error, OSError):
         message, fix = _explain_system(error, text)
+    elif shared := _SHARED_MEMORY.search(text):
+        message, fix = _explain_shared_memory(shared["why"], int(shared["code"]))
     else:
         message = f"{type(error).__name__}: {text}"
         fix = "This is a bug in clipcid or a failure of the machine. Add --debug to see where it happened."
@@ -99,6 +103,17 @@ def _explain_memory(text: str, command: str) -> tuple[str, str]:
         less += " or fewer --workers"
     context = "a GPU with more memory" if on_gpu else "a machine with more memory"
     return f"{what}: {text.rstrip('.')}.", f"Use {less}; or use {context}."
+
+
+def _explain_shared_memory(why: str, code: int) -> tuple[str, str]:
+    if code == errno.EFBIG:
+        more = "Allow larger files: ulimit -f unlimited"
+    elif code in (errno.EMFILE, errno.ENFILE):
+        more = "Allow more open files: ulimit -n 4096"
+    else:
+        more = "Give /dev/shm more space"
+    message = f"Workers could not hand over a batch through shared memory (/dev/shm): {why}."
+    return message, f"{more}; or use --workers 0 or a smaller --batch-size."
 
 
 def _explain_system(error: OSError, text: str) -> tuple[str, str]:

@@ -25,17 +25,20 @@ def show_suite(answer: SuiteResult, console: Console) -> None:
     print_table(console, f"Suite {answer.suite}{of}", columns, rows, left=2)
     console.print()
     means = {name: [one.groups[name] for one in answer.models] for name in answer.models[0].groups}
-    if answer.missing:
-        count = f"mean of these {answer.measured}"
-        means[count] = [one.mean_of_measured for one in answer.models]
-    else:
+    scored = answer.measured - len(answer.without_metric)
+    lacking = {"missing": answer.missing, "without the metric that counts": answer.without_metric}
+    is_whole = scored == answer.datasets
+    if is_whole:
         means[f"average of all {answer.datasets}"] = [one.average for one in answer.models]
+    else:
+        means[f"mean of these {scored}"] = [one.mean_of_measured for one in answer.models]
     shown = [[name, *map(format_percent, values)] for name, values in means.items()]
     print_table(console, "Means", ["", *(["score"] if len(models) == 1 else models)], shown)
-    if answer.missing:
+    if not is_whole:
+        named = "; ".join(f"{what}: {', '.join(titles)}" for what, titles in lacking.items() if titles)
         note = (
-            f"{answer.measured} of {answer.datasets}; missing: {', '.join(answer.missing)}. Without them there is no "
-            f"average, and the mean of these {answer.measured} cannot be compared with one."
+            f"{scored} of {answer.datasets}; {named}. Without them there is no average, and the mean of these {scored} "
+            "cannot be compared with one."
         )
         console.print(Text(wrap(note, console.width), style="yellow"), soft_wrap=True)
     console.print()

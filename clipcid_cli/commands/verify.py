@@ -22,7 +22,7 @@ def show(result: VerifyResult, console: Console) -> None:
     if result.unfinished:
         facts["unfinished"] = " ".join(result.unfinished)
     facts["faults"] = f"{len(result.faults):,}, named above" if result.faults else "none"
-    print_facts(console, "Verified", facts)
+    print_facts(console, "Not as it was written" if result.faults else "Verified", facts)
     if result.faults:
         console.print("Restore these files, or make their outputs again with --overwrite.", soft_wrap=True)
 

@@ -85,7 +85,7 @@ def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
 
 
 def array_journal(folder: Path) -> ArrayJournal:
-    """Return the journal of parts that are arrays and numbers by name."""
+    """Return the journal of arrays and numbers by name."""
     return Journal(folder, ".npz", save_arrays, load_arrays)
 
 

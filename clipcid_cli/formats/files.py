@@ -1,9 +1,9 @@
 """How files are read and written: damage is one error that names the file, and what is written is there whole or not at all.
 
-Whatever a library raises over a file that someone else may have damaged becomes that error. What is written goes to a hidden
-sibling, is flushed to the disk, and renamed. The sibling's name is fixed, so the next run removes what a killed one left.
-It is made anew, so a link that lies there is never followed. The lock of the output folder keeps two writers apart, or else
-one of the sibling.
+Whatever a library raises over a file that someone else may have damaged becomes that error. A file is written to a hidden
+sibling, flushed to the disk, and renamed. The sibling's name is fixed, so the next run removes what a killed one left. It is
+made anew, so a link that lies there is never followed. The lock of the output folder keeps two writers apart, or else one of
+the sibling. The files of a step's output appear so in a work folder, from which `output.py` moves them to their places.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -216,11 +217,19 @@ def find_lost(there: Sequence[FileRecord], now: Collection[FileRecord]) -> str:
     names = {file.content[:2]: file.shard for file in now}
     changed = [file for file in there if file.content not in contents]
     renamed = [file for file in changed if file.content[:2] in names]
-    gone = [Path(file.path).name for file in changed if file.content[:2] not in names]
-    summary = f"{len(there)} files there, {len(now)} now"
+    gone = [Path(_name_file(file)).name for file in changed if file.content[:2] not in names]
+    before, after = (len({_name_file(file) for file in files}) for files in (there, now))
+    parts = [f"{before:,} file{'s' * (before != 1)} before, {after:,} now"] if before != after else []
     if renamed:
         first = renamed[0]
-        summary += f"; {len(renamed)} shards were renamed, such as {first.shard}, now {names[first.content[:2]]}"
+        parts.append(f"shards renamed: {len(renamed):,}, first {first.shard}, now {names[first.content[:2]]}")
     if gone:
-        summary += f"; changed or gone: {', '.join(gone[:3])}" + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
-    return summary
+        gone = list(dict.fromkeys(gone))
+        more = f" and {len(gone) - 3:,} more" if len(gone) > 3 else ""
+        parts.append(f"changed or gone: {', '.join(gone[:3])}{more}")
+    return "; ".join(parts) or "in another order"
+
+
+def _name_file(file: FileRecord) -> str:
+    """Return the path of a file; several shards may be parts of one list, as in ``list.csv#00000``."""
+    return re.sub(r"#\d+$", "", file.path)

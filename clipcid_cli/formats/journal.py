@@ -1,12 +1,13 @@
-"""The parts of an output that are done so far, so that a killed run continues with the others.
+"""What is done of an output so far, so that a killed run continues with the rest.
 
-A part is one file, which appears whole when the part is done. A file that is torn, damaged or edited counts as missing.
-Any number of processes may append parts of different names to one folder.
+An entry is one file, which appears whole when what it stands for is done. One that is torn, damaged or edited counts as
+missing. Any number of processes may append entries of different names to one folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,52 +16,62 @@ from typing import Generic, TypeVar
 import msgspec
 
 from clipcid_cli.formats.files import LARGEST_TEXT, read_regular, write_json
+from clipcid_cli.formats.sidecar import seal
 
-Part = TypeVar("Part")
+Entry = TypeVar("Entry")
 Record = TypeVar("Record", bound=msgspec.Struct)
 
 
 @dataclasses.dataclass(frozen=True)
-class Journal(Generic[Part]):
+class Journal(Generic[Entry]):
     """Files of one form in a folder, which need not exist."""
 
     folder: Path
     suffix: str
-    write: Callable[[Path, Part], None]  # whole or not at all
-    load: Callable[[Path], Part | None]  # None for a file that is missing or damaged
+    write: Callable[[Path, Entry], None]  # whole or not at all
+    load: Callable[[Path], Entry | None]  # None for a file that is missing or damaged
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}{self.suffix}"
 
-    def append(self, name: str, part: Part) -> None:
-        """Record that a part is done."""
-        self.write(self.path(name), part)
+    def append(self, name: str, entry: Entry) -> None:
+        """Record what is done."""
+        self.write(self.path(name), entry)
 
-    def read(self, name: str) -> Part | None:
-        """Return a part; None where it is not done."""
+    def read(self, name: str) -> Entry | None:
+        """Return an entry; None where there is none."""
         return self.load(self.path(name))
 
     def forget(self, name: str) -> None:
-        """Let a part be undone, before its files are written again."""
+        """Remove an entry, before the files that it stands for are written again."""
         self.path(name).unlink(missing_ok=True)
 
-    def parts(self) -> Iterator[tuple[str, Part]]:
-        """Yield name and content of each part that is done, in the order of names."""
+    def entries(self) -> Iterator[tuple[str, Entry]]:
+        """Yield the name and the content of each entry, in the order of names."""
         for path in sorted(self.folder.glob(f"[!.]*{self.suffix}")):
-            part = self.load(path)
-            if part is not None:
-                yield path.name.removesuffix(self.suffix), part
+            entry = self.load(path)
+            if entry is not None:
+                yield path.name.removesuffix(self.suffix), entry
 
 
 def record_journal(folder: Path, kind: type[Record]) -> Journal[Record]:
-    """Return the journal of parts with files of their own, each followed by a record in JSON."""
+    """Return the journal of records in JSON, of which each stands for files that were written before it."""
 
     def write(path: Path, record: Record) -> None:
-        write_json(path, msgspec.to_builtins(record))
+        write_json(path, seal(msgspec.to_builtins(record)))
 
     def load(path: Path) -> Record | None:
-        with suppress(OSError, msgspec.DecodeError):  # missing, or damaged
-            return msgspec.json.decode(read_regular(path, LARGEST_TEXT), type=kind)
+        with suppress(OSError):  # missing
+            return parse_record(read_regular(path, LARGEST_TEXT), kind)
         return None
 
     return Journal(folder, ".json", write, load)
+
+
+def parse_record(content: bytes, kind: type[Record]) -> Record | None:
+    """Return the record in a file of `record_journal`; None where it is damaged or was edited."""
+    with suppress(ValueError, AttributeError, RecursionError, msgspec.ValidationError):
+        fields = json.loads(content)
+        if fields.get("checksum") == seal(fields)["checksum"]:
+            return msgspec.convert(fields, kind)
+    return None

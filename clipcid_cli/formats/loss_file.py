@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import hashlib
+from collections.abc import Collection
 from functools import cached_property
 
 from clipcid_cli.errors import UsageError
@@ -12,7 +13,7 @@ from clipcid_cli.formats.files import read_regular
 
 _SUFFIX = ".py"
 # What a loss may learn, and is called with beside its batch.
-_LEARNED = ("scale", "fusion")
+SCALE, FUSION = "scale", "fusion"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class LossFile:
     path: str
     name: str
     source: bytes
-    learned: frozenset[str]  # which of ``scale`` and ``fusion`` it takes
+    arguments: frozenset[str]  # what it takes beside its batch
 
     @cached_property
     def hash(self) -> str:
@@ -35,8 +36,12 @@ def names_loss_file(name: str) -> bool:
     return name.rpartition(":")[0].endswith(_SUFFIX)
 
 
-def read_loss_file(name: str) -> LossFile:
-    """Read ``PATH.py:FUNCTION``, and check without running it that there is such a function, to be called with a batch."""
+def read_loss_file(name: str, sample_inputs: Collection[str] = ()) -> LossFile:
+    """Read ``PATH.py:FUNCTION``, and check without running it that there is such a function, to be called with a batch.
+
+    Args:
+        sample_inputs: Names of the numbers of each sample that it may take.
+    """
     path, _, function = name.rpartition(":")
     try:
         source = read_regular(path)
@@ -57,9 +62,10 @@ def read_loss_file(name: str) -> LossFile:
     arguments = functions[function]
     taken = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     further = [*taken[1:], *(argument.arg for argument in arguments.kwonlyargs)]
-    if not taken or not set(further) <= {*_LEARNED}:
+    allowed = [SCALE, FUSION, *sample_inputs]
+    if not taken or not set(further) <= {*allowed}:
         raise UsageError(
             f"--loss {name}: {function}({', '.join([*taken[:1], *further])}) cannot be called as a loss.",
-            f"Define it as {function}(batch), or with what it learns: {function}(batch, {', '.join(_LEARNED)}).",
+            f"Define it as {function}(batch), or with some of: {', '.join(allowed)}.",
         )
     return LossFile(path, function, source, frozenset(further))

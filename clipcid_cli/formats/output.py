@@ -1,10 +1,14 @@
 """The output of a step: one lock, an identity, a work folder, the sidecar last.
 
+Each file appears whole in the work folder (`files.atomic_file`), and all files together in their places (`Output.place`).
 The identity is a hash of the settings and of what the inputs hold. Unfinished work lies in ``.<step>-<identity>/`` in the
 output's folder, with settings and inputs in ``.run.json``: a killed run resumes where that folder exists, and another
 identity there is another run's. A finished output stays whole meanwhile. With its sidecar in the work folder the new one is
 complete: everything moves from there to its place, the sidecar last, and where a run is killed on the way, the next one
 goes on. Folders are synced before each of the two sidecars, so that it stands for files that outlast a power cut too.
+
+`distill` writes in place, from its first step on: checkpoints, logs and students lie in the output's folder, and its work
+folder holds ``.run.json`` alone, until the sidecar.
 
 Nothing moves through a link, and nothing is removed beyond one: an unpacked folder may hold links that lead anywhere.
 """
@@ -30,7 +34,7 @@ from clipcid_cli.formats.fingerprint import FileRecord, find_changed, find_lost,
 from clipcid_cli.formats.sidecar import (
     LARGEST_SIDECAR,
     AnySidecar,
-    Run,
+    Provenance,
     Sidecar,
     make_sidecar,
     read_sidecar,
@@ -69,11 +73,11 @@ class OutputSpec(Generic[AnySidecar]):
     top: Path | None = None  # a folder above, where further files lie
 
     @property
-    def run(self) -> Run:
-        return Run(settings=redact_all(json.loads(json.dumps(self.settings))), inputs=[*self.inputs])
+    def provenance(self) -> Provenance:
+        return Provenance(settings=redact_all(json.loads(json.dumps(self.settings))), inputs=[*self.inputs])
 
     @property
-    def root(self) -> Path:
+    def work_top(self) -> Path:
         """The work folder; files lie in it as they will below `top`."""
         return self.folder / f".{self.step}-{identity_of(redact_all(self.settings), self.inputs)}"
 
@@ -83,12 +87,14 @@ class Output(Generic[AnySidecar]):
     """A locked output."""
 
     spec: OutputSpec[AnySidecar]
-    root: Path  # the work folder: the spec's own, or one that a killed run has left
+    # The work folder: the spec's own, or one that a killed run has left. It differs from `work` only where `spec.top` is set
+    # (evaluations, whose metrics files lie above their sidecars).
+    work_top: Path
     finished: AnySidecar | None = None  # the sidecar when the output is complete and of the same settings and inputs
     earlier: AnySidecar | None = None  # the sidecar of a complete output that differs only as it may
     # How the complete output that is there differs, by setting and input.
     differences: dict[str, str] = dataclasses.field(default_factory=dict)
-    begun: Path | None = None  # unfinished work to continue from: `root`, or of a run that differs only as it may
+    begun: Path | None = None  # unfinished work to continue from: `work_top`, or of a run that differs only as it may
 
     @property
     def folder(self) -> Path:
@@ -97,7 +103,7 @@ class Output(Generic[AnySidecar]):
     @property
     def work(self) -> Path:
         """The folder for unfinished files, named as they will be in `folder`; names that begin with a dot are scratch."""
-        return self.root / self.folder.relative_to(self.spec.top or self.folder)
+        return self.work_top / self.folder.relative_to(self.spec.top or self.folder)
 
     @property
     def resumed(self) -> bool:
@@ -108,27 +114,27 @@ class Output(Generic[AnySidecar]):
         """Make the work folder, unless it is there; call it on one process before anything is written.
 
         Args:
-            clear: Removes the files of an earlier output that are written in place, after its sidecar was removed; called
-                where there is nothing to resume.
+            clear: Removes the files of earlier runs that are written in place, once there is no sidecar that stands for
+                them; None where this run goes on with them.
         """
         try:
             for work in find_works(self.folder, self.spec.step):
-                if work not in (self.begun, self.root):
+                if work not in (self.begun, self.work_top):
                     shutil.rmtree(work, ignore_errors=True)
-            if self.begun is not None and not self.root.exists():
-                self.begun.rename(self.root)
-            elif clear is not None and not self.root.exists():
+            if self.begun is not None and not self.work_top.exists():
+                self.begun.rename(self.work_top)
+            if clear is not None:
                 sidecar_path(self.folder, self.spec.step).unlink(missing_ok=True)
                 clear()
             self.work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise write_error(self.root, error) from error
-        write_json(self.root / RUN_FILE, msgspec.to_builtins(self.spec.run))
+            raise write_error(self.work_top, error) from error
+        write_json(self.work_top / RUN_FILE, msgspec.to_builtins(self.spec.provenance))
 
     def commit(self, **entries: Any) -> AnySidecar:
         """Write the sidecar with these entries, which makes the output complete, and move everything to its place."""
-        sidecar = make_sidecar(self.spec.kind, self.spec.step, self.spec.run, entries)
-        for folder, _, _ in os.walk(self.root):
+        sidecar = make_sidecar(self.spec.kind, self.spec.step, self.spec.provenance, entries)
+        for folder, _, _ in os.walk(self.work_top):
             sync_folder(Path(folder))
         write_sidecar(sidecar_path(self.work, self.spec.step), sidecar)
         sync_folder(self.work)
@@ -136,7 +142,7 @@ class Output(Generic[AnySidecar]):
         return sidecar
 
     def discard(self) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
+        shutil.rmtree(self.work_top, ignore_errors=True)
 
     def place(self) -> None:
         """Move the files of a complete output to their places; also where a killed run has begun to."""
@@ -159,7 +165,7 @@ class Output(Generic[AnySidecar]):
             earlier.unlink(missing_ok=True)
         except OSError as error:
             raise write_error(earlier, error) from error
-        _move(self.root, top, complete)
+        _move(self.work_top, top, complete)
         _rename(complete, earlier)
         sync_folder(spec.folder)
         self.discard()
@@ -217,15 +223,15 @@ def open_output(spec: OutputSpec[AnySidecar], *, waits: bool = False) -> Iterato
         works = find_works(folder, step)
         for work in works:
             _validate_no_links(work)
-        for killed in (Output(spec, root) for root in works):
+        for killed in (Output(spec, work) for work in works):
             if sidecar_path(killed.work, step).exists():
                 killed.place()
         output = find_output(spec)
-        for root in works:  # nothing to resume, or left by a run that was killed while it removed its folder
+        for work in works:  # nothing to resume, or left by a run that was killed while it removed its folder
             if not spec.resumes or (
-                output.finished is not None and (root == output.root or not (root / RUN_FILE).exists())
+                output.finished is not None and (work == output.work_top or not (work / RUN_FILE).exists())
             ):
-                shutil.rmtree(root, ignore_errors=True)
+                shutil.rmtree(work, ignore_errors=True)
         try:
             yield output
         except BaseException:
@@ -247,11 +253,23 @@ def _removing_empty(folders: Iterable[Path]) -> Iterator[None]:
 
 
 def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
-    """Determine whether an output is finished, unfinished or new; without a lock and writing nothing, as a dry run asks."""
-    folder, step, run = spec.folder, spec.step, spec.run
-    output = Output(spec, spec.root)
+    """Determine whether an output is finished, unfinished or new; without a lock and writing nothing, as a dry run asks.
+
+    | what is there                                  | without `overwrite`             | with it    |
+    |------------------------------------------------|---------------------------------|------------|
+    | an output of these settings and inputs         | `finished`                      | `finished` |
+    | such an output, a file of which was changed    | error                           | made anew  |
+    | an output that differs only in `may_differ`    | `earlier`; made anew            | the same   |
+    | an output that differs otherwise               | error                           | made anew  |
+    | unfinished work of these settings and inputs   | `begun`, also in place of error | `begun`    |
+    | work that differs only as work that began may  | `begun`, if there is no other   | the same   |
+    | work that differs otherwise                    | error                           | removed    |
+    | such work without a file of `parts`            | removed                         | removed    |
+    """
+    folder, step, run = spec.folder, spec.step, spec.provenance
+    output = Output(spec, spec.work_top)
     works = find_works(folder, step) if spec.resumes else []
-    begun = output.root in works
+    begun = output.work_top in works
     lenient = suppress(ClipcidError) if spec.overwrite else nullcontext()  # what is replaced need not be readable
 
     path = sidecar_path(folder, step)
@@ -262,7 +280,7 @@ def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
     if existing is not None:
         differences, serious = _compare(existing, run, spec.may_differ)
         if serious and not (spec.overwrite or begun):
-            raise other_run_error(f"{folder} holds {step} output", serious, spec.elsewhere)
+            raise other_run_error(f"{folder} holds {step} output", _with_inputs(serious, differences), spec.elsewhere)
         changed = None if differences else _find_changed(existing, folder, path, spec.resumes)
         if changed is not None and not (spec.overwrite or begun):
             raise ClipcidError(changed, "Add --overwrite to replace it.")
@@ -272,16 +290,17 @@ def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
         output.earlier = None if serious or changed is not None else existing
         output.differences = differences
 
-    output.begun = output.root if begun else None
-    for work in [path for path in works if path != output.root]:
+    output.begun = output.work_top if begun else None
+    for work in [path for path in works if path != output.work_top]:
         other = None
         with lenient:
             other = _read_run(work)
         if other is not None:
-            _, serious = _compare(other, run, {*spec.may_differ, *spec.begun_may_differ})
+            differences, serious = _compare(other, run, {*spec.may_differ, *spec.begun_may_differ})
             is_empty = bool(spec.parts) and next(work.glob(spec.parts), None) is None
             if serious and not spec.overwrite and not is_empty:
-                raise other_run_error(f"{folder} holds unfinished {step} output", serious, spec.elsewhere)
+                shown = _with_inputs(serious, differences)
+                raise other_run_error(f"{folder} holds unfinished {step} output", shown, spec.elsewhere)
             output.begun = output.begun or (None if serious else work)
     return output
 
@@ -296,7 +315,7 @@ def _find_changed(sidecar: Sidecar, folder: Path, path: Path, resumes: bool) -> 
     return find_changed(folder, [file for file in recorded if resumes or (folder / file.path).exists()], path)
 
 
-def unfinished(folder: Path, step: str) -> Run | None:
+def unfinished(folder: Path, step: str) -> Provenance | None:
     """Return settings and inputs of an unfinished run; None when there is none."""
     return next((run for work in find_works(folder, step) if (run := _read_run(work)) is not None), None)
 
@@ -343,11 +362,11 @@ def _find_link(folder: Path) -> Path | None:
     return None
 
 
-def _read_run(work: Path) -> Run | None:
+def _read_run(work: Path) -> Provenance | None:
     if not (work / RUN_FILE).exists():  # killed right after it was made
         return None
     with reading(work / RUN_FILE, "the settings of an unfinished run", f"Remove {work}."):
-        return msgspec.convert(json.loads(read_regular(work / RUN_FILE, LARGEST_SIDECAR)), Run)
+        return msgspec.convert(json.loads(read_regular(work / RUN_FILE, LARGEST_SIDECAR)), Provenance)
 
 
 def other_run_error(holds: str, serious: dict[str, str], elsewhere: str = WORK) -> ClipcidError:
@@ -365,7 +384,7 @@ def list_differences(differences: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _compare(there: Run, now: Run, may_differ: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+def _compare(there: Provenance, now: Provenance, may_differ: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return all differences of two runs, and those that are errors."""
     differences = find_differences(there, now)
     serious = {
@@ -376,29 +395,35 @@ def _compare(there: Run, now: Run, may_differ: Collection[str]) -> tuple[dict[st
     return differences, serious
 
 
+def _with_inputs(serious: dict[str, str], differences: dict[str, str]) -> dict[str, str]:
+    """Return the differences that are errors, after those of inputs, from which settings may follow."""
+    return {name: value for name, value in differences.items() if name in serious or name.startswith("input")}
+
+
 def compare_settings(there: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Return for each setting that differs how: ``{"settings.keep": "0.5 there, 0.6 now"}``."""
     return _compare_values("settings", there, now)
 
 
-def find_differences(there: Run, now: Run) -> dict[str, str]:
-    """Return for each setting and input that differs how, as `compare_settings` does."""
-    differences = compare_settings(there.settings, now.settings)
+def find_differences(there: Provenance, now: Provenance) -> dict[str, str]:
+    """Return for each input and setting that differs how, inputs first, settings as `compare_settings` does."""
+    differences: dict[str, str] = {}
     if len(there.inputs) == len(now.inputs):
         for old, new in zip(there.inputs, now.inputs, strict=True):
             if old.content != new.content:
                 differences[f"input {new.path}"] = _describe_change(old, new)
     else:
-        more = f"{len(there.inputs)} files there, {len(now.inputs)} now"
+        more = f"{len(there.inputs)} files before, {len(now.inputs)} now"
         differences["inputs"] = find_lost(there.inputs, now.inputs) or more
-    return differences
+    return differences | compare_settings(there.settings, now.settings)
 
 
 def _describe_change(old: FileRecord, new: FileRecord) -> str:
+    if old.path != new.path:
+        return f"{old.path} before"
     if old.content[:2] == new.content[:2]:
-        return f"shard {old.shard} there, shard {new.shard} now"
-    sizes = "of the same size" if old.size == new.size else f"of size {old.size:,} there, {new.size:,} now"
-    return f"other content, {sizes}"
+        return f"shard {old.shard} before, shard {new.shard} now"
+    return "changed since"
 
 
 def _compare_values(name: str, old: Any, new: Any) -> dict[str, str]:
@@ -408,7 +433,8 @@ def _compare_values(name: str, old: Any, new: Any) -> dict[str, str]:
     if not (isinstance(old, dict) and isinstance(new, dict)):
         if isinstance(old, str) and isinstance(new, str) and _HASH.fullmatch(old) and _HASH.fullmatch(new):
             return {name: "other content"}
-        return {name: f"{_short(old)} there, {_short(new)} now"}
+        before, after = _short(old), _short(new)
+        return {name: "other content" if before == after else f"{before} there, {after} now"}
     differences: dict[str, str] = {}
     for key in dict.fromkeys([*new, *old]):
         differences |= _compare_values(f"{name}.{key}", old.get(key), new.get(key))
@@ -418,8 +444,16 @@ def _compare_values(name: str, old: Any, new: Any) -> dict[str, str]:
 def _short(value: Any) -> str:
     if isinstance(value, str) and _HASH.fullmatch(value):
         return "given"  # by a file, whose hash tells a person nothing
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(_without_hashes(value), ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _without_hashes(value: Any) -> Any:
+    """Leave out the hashes that stand in lists beside the names of files."""
+    if not isinstance(value, list):
+        return value
+    plain = [_without_hashes(item) for item in value if not (isinstance(item, str) and _HASH.fullmatch(item))]
+    return plain[0] if len(plain) == 1 < len(value) else plain
 
 
 def _lock_name(step: str) -> str:

@@ -27,14 +27,14 @@ LARGEST_SIDECAR = 2**30
 AnySidecar = TypeVar("AnySidecar", bound="Sidecar")
 
 
-class Run(msgspec.Struct, kw_only=True):
+class Provenance(msgspec.Struct, kw_only=True):
     """What decides an output: the settings, as JSON values, and the contents of the inputs."""
 
     settings: dict[str, Any]
     inputs: list[FileRecord]
 
 
-class Sidecar(Run, kw_only=True):
+class Sidecar(Provenance, kw_only=True):
     """What every sidecar holds."""
 
     format_version: int
@@ -121,12 +121,12 @@ def seal(content: dict[str, Any]) -> dict[str, Any]:
     return plain | {"checksum": f"blake2b:{digest.hexdigest()}"}
 
 
-def make_sidecar(kind: type[AnySidecar], step: str, run: Run, entries: dict[str, Any]) -> AnySidecar:
+def make_sidecar(kind: type[AnySidecar], step: str, run: Provenance, entries: dict[str, Any]) -> AnySidecar:
     """Return the sidecar of a run, as `read_sidecar` will."""
     content = {"format_version": FORMAT_VERSION, "tool": "clipcid", "tool_version": __version__, "step": step}
     seconds = {phase: round(value, 3) for phase, value in entries["seconds"].items()}
     content |= {"settings": run.settings, "inputs": run.inputs, **entries, "seconds": seconds}
     content["command"] = this_command()
-    assert content.keys() <= {*kind.__struct_fields__}, content.keys() - {*kind.__struct_fields__}
+    assert content.keys() <= {*kind.__struct_encode_fields__}, content.keys() - {*kind.__struct_encode_fields__}
     plain = msgspec.to_builtins(content, enc_hook=lambda number: number.item())  # NumPy's numbers
     return msgspec.convert(redact_all(plain), kind)

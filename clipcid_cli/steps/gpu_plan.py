@@ -157,7 +157,7 @@ def _describe_student(settings: DistillSettings) -> tuple[Clip, int]:
 
 def _count_candidates(settings: DistillSettings, images: int) -> int:
     """Return how many centroids the cluster loss compares a sample with, of the default number of clusters."""
-    if "cluster" not in settings.losses():
+    if not settings.needs_clusters:
         return 0
     clusters = _default_clusters(images)
     return min(clusters, max(settings.min_candidates, round(settings.candidate_ratio * clusters)))

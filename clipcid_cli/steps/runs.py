@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from statistics import fmean, stdev
@@ -40,6 +41,7 @@ from clipcid_cli.formats.sidecar import Sidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.shown import metric_title
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.outdated import find_outdated
 from clipcid_cli.steps.settings.runs import RunsSettings
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ _HELD_OUT = {
 }
 _NAMED = ("acc1", "image_retrieval_recall@1", "mean_average_precision")
 _MOST_FIGURES = 6
+_UNREADABLE = (ClipcidError, OSError, LookupError, TypeError, ValueError)  # raised by files of strangers
 _STYLES = ("-", "--", ":")
 _MOST_DRAWN = len(PALETTE) * len(_STYLES)
 _MOST_POINTS = 500
@@ -69,6 +72,7 @@ class Made(msgspec.Struct):
     name: str  # of its folder in the work directory
     about: str
     report: str | None  # relative to the work directory
+    outdated: list[str] = []  # ``other embeddings`` or ``another keep list`` than is there now, from which it was made
 
 
 class Spread(msgspec.Struct):
@@ -209,7 +213,7 @@ class _Reader:
         """Return what is read; None where it cannot be."""
         try:
             return read()
-        except (ClipcidError, OSError, LookupError, TypeError, ValueError) as error:
+        except _UNREADABLE as error:
             why = error.message if isinstance(error, ClipcidError) else f"{type(error).__name__}: {error}"
             self.unreadable.append(Unreadable(self.work.name_of(path), why))
             return None
@@ -226,8 +230,11 @@ class _Reader:
         for step, pattern, kind, describe in _MADE:
             for folder, sidecar in self.sidecars(pattern, kind):
                 about = self.attempt(folder, functools.partial(describe, sidecar))
+                outdated: list[str] = []
+                with suppress(*_UNREADABLE):  # what cannot be read is listed by its own name
+                    outdated = find_outdated(self.work, sidecar)
                 if about is not None:
-                    yield self._describe(step, folder, about)
+                    yield self._describe(step, folder, about, outdated)
         summary = self.work.eval_summary / SUMMARY_REPORT
         if summary.exists():
             yield self._describe("eval-zeroshot", summary.parent, "examples and classes of the last evaluation")
@@ -235,9 +242,12 @@ class _Reader:
             if not sidecar_path(folder, step).exists() and unfinished(folder, step) is not None:
                 yield self._describe(step, folder, "unfinished: the same command resumes it")
 
-    def _describe(self, step: str, folder: Path, about: str) -> Made:
+    def _describe(self, step: str, folder: Path, about: str, outdated: Sequence[str] = ()) -> Made:
         report = folder / "report.html"
-        return Made(step, self.work.name_of(folder), about, self.work.name_of(report) if report.exists() else None)
+        if outdated:
+            about += f"; outdated: made from {' and '.join(outdated)} than lies there now"
+        shown = self.work.name_of(report) if report.exists() else None
+        return Made(step, self.work.name_of(folder), about, shown, [*outdated])
 
     def runs(self) -> list[_Run]:
         """Return the runs of `distill`, finished or not."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from clipcid_cli.algorithms.costs import Clip
+from clipcid_cli.algorithms.losses.registry import MASKED_IMAGES, MASKED_PATCHES, TOKENS
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 SHARE_OF_DEFAULT = 0.8
@@ -59,15 +60,15 @@ def training_memory(
         extra_texts: Further texts for each sample.
         teachers: Models that run alongside the student.
     """
-    losses = settings.loss_entries()
+    read = frozenset[str]().union(*(loss.reads for loss in settings.losses))
     encoded = float(_ENCODED_PIXEL * clip.image_bytes)
     if not settings.freeze_image:
-        seen = 1 + max((1 - loss.masked_patches for loss in losses if loss.masked_patches), default=0)
+        seen = 2 - MASKED_PATCHES if MASKED_IMAGES in read else 1
         encoded += seen * clip.image.kept_bytes(mixed=mixed, recomputed=settings.grad_checkpointing)
     if settings.trains_text:
         texts = 1 + extra_texts
         encoded += texts * clip.text.kept_bytes(mixed=mixed, recomputed=settings.grad_checkpointing)
-    if any(loss.reads_tokens for loss in losses):
+    if TOKENS in read:
         encoded += _BYTES_OF_FEATURE * clip.embed_dim * (clip.image.tokens + clip.text.tokens)
     fixed += sum(teacher.encoder_bytes(_TEACHER_SAMPLES) for teacher in teachers)
     return TrainingMemory(fixed, _READ_PIXEL * clip.image_bytes + encoded / settings.accum_freq)

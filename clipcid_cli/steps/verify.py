@@ -151,6 +151,9 @@ def _find_problem_of_data(shard: Shard, record: ShardRecord, skipped: Set[str], 
                 sample.image.read()
         except OSError:
             unread += 1
+    # By this run's limit, which may be smaller.
+    too_large = {key for key, _, reason in shard.locate(skips).listed if reason == "too_many_bytes"}
+    unread += len(too_large - skipped)
     assert result.samples is not None
     result.samples += samples
     if samples + skips.total != record.read:

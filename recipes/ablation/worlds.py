@@ -68,11 +68,17 @@ CONTENDERS = (
     Contender("default without trust", ()),
     Contender("fd-instance, clip=1", ("--preset", "fd-instance", "--repair", "none")),
     Contender("cid", ("--preset", "cid", "--repair", "none")),
+    Contender("default, text tower kept", ("--text-tower", "teacher")),
 )
-# An idea that is tried after these.
-WITH_TD = Contender("fd-instance, td=1", ("--preset", "fd-instance", "--loss", "td=1", "--repair", "none"))
-# The default with another text tower.
-KEPT_TEXTS = Contender("default, text tower kept", ("--text-tower", "teacher"))
+# The default with one thing changed, tried where it is furthest behind.
+IDEAS = (
+    Contender("default, icl=1", ("--loss", "icl=1")),
+    Contender("default, instance=0", ("--loss", "instance=0")),
+    Contender("default, crd=1", ("--loss", "crd=1")),
+    Contender("default, td=1", ("--loss", "td=1", "--ema", "0.99")),
+    Contender("default, instance=1", ("--loss", "instance=1")),
+)
+TRIED_IN = "clothes, good teacher"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +90,8 @@ class World:
         pairs: What the teacher embeds.
         small: The same pairs, as students read them.
         read: Flags by which `clipcid` reads the captions of the pairs.
-        report: The evaluation set, a CLIP_benchmark folder or a folder of classes.
+        tune: What ideas are chosen on, a CLIP_benchmark folder or a folder of classes.
+        report: The evaluation set, like it.
     """
 
     name: str
@@ -93,6 +100,7 @@ class World:
     small: Path
     teacher: Path
     student: Path
+    tune: Path
     report: Path
     steps: int
     read: tuple[str, ...] = ()
@@ -122,8 +130,8 @@ class Worlds:
         pairs, small = out / "train", out / "small"
         shrink(pairs, small)
         foreign = FOREIGN / "teacher"
-        student, report = FOREIGN / "student.json", out / "report"
-        base = World("flickr", "flickr", pairs, small, foreign, student, report, PHOTOGRAPH_STEPS, ("--caption-lines",))
+        student, sets = FOREIGN / "student.json", (out / "tune", out / "report")
+        base = World("flickr", "flickr", pairs, small, foreign, student, *sets, PHOTOGRAPH_STEPS, ("--caption-lines",))
         yield base
         yield dataclasses.replace(base, name="flickr, good teacher", teacher=self.good_teacher(base))
         yield dataclasses.replace(base, name="flickr, teacher of drawings", teacher=TEACHER)
@@ -135,8 +143,8 @@ class Worlds:
         lists = self.work / "clothes.csv", self.work / "clothes-small.csv"
         for folder, captions in zip((source / "train", out), lists, strict=True):
             subprocess.run([sys.executable, FOREIGN / "captions.py", folder, captions], check=True)
-        foreign = FOREIGN / "teacher"
-        base = World("clothes", "clothes", *lists, foreign, FOREIGN / "student.json", source / "test", PHOTOGRAPH_STEPS)
+        foreign, student, sets = FOREIGN / "teacher", FOREIGN / "student.json", (source / "validation", source / "test")
+        base = World("clothes", "clothes", *lists, foreign, student, *sets, PHOTOGRAPH_STEPS)
         yield dataclasses.replace(base, name="clothes, teacher of drawings", teacher=TEACHER)
         yield base
         yield dataclasses.replace(base, name="clothes, good teacher", teacher=self.good_teacher(base))
@@ -145,8 +153,9 @@ class Worlds:
         """Return the world of the ablation's drawings: the teacher was trained on those reported, students were not."""
         work = self.work / "drawings"
         cut_sets(work)
-        pairs, report = work / "pairs", work / "sets" / "report-drawings-retrieval"
-        return World("drawings", "drawings", pairs, pairs, TEACHER, QUICKSTART / "student.json", report, DRAWING_STEPS)
+        pairs, student = work / "pairs", QUICKSTART / "student.json"
+        sets = (work / "sets" / f"{side}-drawings-retrieval" for side in ("tune", "report"))
+        return World("drawings", "drawings", pairs, pairs, TEACHER, student, *sets, DRAWING_STEPS)
 
     def good_teacher(self, world: World) -> Path:
         """Return the folder of a teacher that matches these images to captions well: its head is fitted to these pairs."""
@@ -180,18 +189,20 @@ class Worlds:
         return work / "clusters"
 
     def run(self) -> None:
-        """Train all contenders everywhere with one seed, measure the teachers, then take the next seed."""
+        """Train all contenders everywhere with one seed, measure the teachers, try the ideas, then take the next seed."""
         for seed in SEEDS:
-            for contenders in (CONTENDERS, (KEPT_TEXTS, WITH_TD)):
-                for world in self.worlds:
-                    for contender in contenders:
-                        self.once(world.run(contender, seed), partial(self.train, world, contender, seed))
+            for world in self.worlds:
+                for contender in CONTENDERS:
+                    self.once(world.run(contender, seed), partial(self.train, world, contender, seed))
             for world in self.worlds:
                 self.once(f"{world.name}/teacher", partial(self.measure_teacher, world))
+            for world in (world for world in self.worlds if world.name == TRIED_IN):
+                for idea in IDEAS:
+                    self.once(world.run(idea, seed), partial(self.train, world, idea, seed))
 
     def measure_teacher(self, world: World) -> dict[str, Any]:
         """Measure a world's teacher."""
-        return {"world": world.name} | measure(world, world.teacher, self.work)
+        return {"world": world.name} | measure(world.report, world.teacher, self.work)
 
     def once(self, run: str, do: Callable[[], dict[str, Any]]) -> None:
         """Do a run and log what it returns, unless the log has it."""
@@ -214,6 +225,7 @@ class Worlds:
         if contender.has_clusters:
             arguments += ["--clusters", self.cluster(world)]
         result = clipcid("distill", *arguments)
+        student = work / "distill" / "run" / "student"
         return {
             "world": world.name if contender.is_taught else world.data,
             "contender": contender.name,
@@ -225,16 +237,15 @@ class Worlds:
             "losses": result["losses"],
             "seconds": result["seconds"],
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            **measure(world, work / "distill" / "run" / "student", self.work),
+            "tuning": measure(world.tune, student, self.work),
+            **measure(world.report, student, self.work),
         }
 
 
-def measure(world: World, model: Path, work: Path) -> dict[str, Any]:
-    """Return a model's metrics on what a world reports, and what each item gave."""
+def measure(data: Path, model: Path, work: Path) -> dict[str, Any]:
+    """Return a model's metrics on an evaluation set, and what each item gave."""
     folder = work / "evaluated"
-    answer = clipcid(
-        "eval-zeroshot", model, world.report, "--bootstrap", 0, "--predictions", "--overwrite", "--work", folder
-    )
+    answer = clipcid("eval-zeroshot", model, data, "--bootstrap", 0, "--predictions", "--overwrite", "--work", folder)
     entry = {"metrics": answer["metrics"], "items": read_items(Path(answer["files"]["predictions"]))}
     shutil.rmtree(folder)
     return entry

@@ -23,13 +23,27 @@ CONTENDERS = {
     "default": "earlier default",
     "fd-instance": "the same, `fd` near chance too",
     "default, text tower kept": "default, `--text-tower teacher`",
+    "clip-kd, repair auto": "`clip-kd`, repaired",
+}
+DEFAULT = "default without trust"
+# What was changed in the default for a trial, by its name in the log.
+IDEAS = {
+    "default, icl=1": "`--loss icl=1`",
+    "default, instance=0": "`--loss instance=0`",
+    "default, instance=1": "`--loss instance=1`",
+    "default, crd=1": "`--loss crd=1`",
+    "default, td=1": "`--loss td=1`",
+    "default, td=1, averaged": "`--loss td=1 --ema 0.99`, the averaged weights",
 }
 # Share of wrong captions.
 _EXCHANGED = 0.5
 # In a world with a smaller span there is nothing to share.
 _SMALLEST_SPAN = 0.01
-# Where the default would be the same run as another: no repair is taken, or the teacher is near chance.
-_SAME_RUN = {"good teacher": "fd-instance, clip=1", "teacher of drawings": "default"}
+# What would be the same run as another: no repair is taken, or the teacher is near chance.
+_SAME_RUN = {
+    "good teacher": {DEFAULT: "fd-instance, clip=1", "clip-kd, repair auto": "clip-kd"},
+    "teacher of drawings": {DEFAULT: "default"},
+}
 # What is compared in a world of these data: recall at so many, the mean of both directions, or 0 for accuracy.
 RECALL_AT = {"flickr": 5, "clothes": 0, "drawings": 1}
 NOTES = (
@@ -67,8 +81,8 @@ class World:
         return self.level(self.best) - self.level("clip")
 
     def regret(self, contender: str) -> table.Gap:
-        """Return how far a contender is below the best, over the seeds of both; the best itself by 0 without an error."""
-        if contender == self.best:
+        """Return how far a contender is below the best, over the seeds of both; the same runs by 0 without an error."""
+        if self.values[contender] is self.values[self.best]:
             return table.Gap(len(self.values[contender]), 0.0, (0.0, 0.0))
         best, ours = self.values[self.best], self.values[contender]
         seeds = [seed for seed in best if seed in ours]
@@ -77,19 +91,31 @@ class World:
 
 def trained_worlds(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[World]:
     """Yield the worlds of worlds.py; students that no teacher taught are the same in all worlds of their data."""
-    runs = [entry for entry in entries.values() if "contender" in entry]
-    for name in dict.fromkeys(entry["world"] for entry in entries.values()):
-        data = name.split(",")[0]
-        at = RECALL_AT[data]
-        values: dict[str, dict[int, table.Array]] = {}
-        for entry in runs:
-            if entry["world"] == (data if entry["contender"] == "clip" else name):
-                values.setdefault(entry["contender"], {})[entry["seed"]] = item_values(entry["items"], at)
-        same = _SAME_RUN.get(name.partition(", ")[2])
-        if same in values:
-            values["default without trust"] = values[same]
+    for name in names_of_worlds(entries):
+        values = {label: by_seed for label, by_seed in students(entries, name).items() if label in CONTENDERS}
+        at = RECALL_AT[name.split(",")[0]]
         if len(values) > 1 and "clip" in values:
             yield World(name, f"R@{at}" if at else "acc1", values)
+
+
+def names_of_worlds(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the names of the worlds in a log."""
+    return list(dict.fromkeys(entry["world"] for entry in entries.values()))
+
+
+def students(
+    entries: Mapping[str, Mapping[str, Any]], world: str, *, tuning: bool = False
+) -> dict[str, dict[int, table.Array]]:
+    """Return by contender and seed what each item of a world gave: of those reported, or of those to tune on."""
+    data = world.split(",")[0]
+    values: dict[str, dict[int, table.Array]] = {}
+    for entry in entries.values():
+        contender = entry.get("contender")
+        measured = entry.get("tuning") if tuning else entry
+        if contender and measured and entry["world"] == (data if contender == "clip" else world):
+            values.setdefault(contender, {})[entry["seed"]] = item_values(measured["items"], RECALL_AT[data])
+    same = _SAME_RUN.get(world.partition(", ")[2], {})
+    return values | {contender: values[other] for contender, other in same.items() if other in values}
 
 
 def item_values(items: str, at: int) -> table.Array:
@@ -165,13 +191,40 @@ def regret_cell(world: World, contender: str) -> str:
     """Write a contender's regret in points, with its interval, and as a share of the span."""
     if contender not in world.values:
         return ""
-    if contender == world.best:
+    if world.values[contender] is world.values[world.best]:
         return "best"
     regret = world.regret(contender)
     share = f", {regret.mean / world.span:.0%}" if world.span > _SMALLEST_SPAN else ""
-    low, high = (100 * end for end in regret.interval)
-    note = f"{low:.1f}…{high:.1f}" if regret.has_verdict else "one seed" if regret.seeds == 1 else "two seeds"
-    return f"{100 * regret.mean:.1f} ({note}){share}"
+    return f"{100 * regret.mean:.1f} ({note_of(regret)}){share}"
+
+
+def ideas(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return how far each trial is above the default."""
+    rows = []
+    for world in names_of_worlds(entries):
+        reported, tuned = students(entries, world), students(entries, world, tuning=True)
+        rows += [
+            [world, label, gain_cell(tuned, idea), gain_cell(reported, idea)]
+            for idea, label in IDEAS.items()
+            if idea in reported
+        ]
+    return as_table(("world", "default with", "above it, on what is tuned on", "on what is reported"), rows)
+
+
+def gain_cell(values: Mapping[str, Mapping[int, table.Array]], idea: str) -> str:
+    """Write how many points a trial is above the default, over the seeds of both."""
+    ours, theirs = values.get(DEFAULT, {}), values.get(idea, {})
+    seeds = [seed for seed in theirs if seed in ours]
+    if not seeds:
+        return ""
+    gap = table.gap_of(np.array([theirs[seed] - ours[seed] for seed in seeds]))
+    return f"{100 * gap.mean:+.1f} ({note_of(gap)})"
+
+
+def note_of(gap: table.Gap) -> str:
+    """Write a difference's interval, or that there are too few seeds for one."""
+    low, high = (100 * end for end in gap.interval)
+    return f"{low:.1f}…{high:.1f}" if gap.has_verdict else "one seed" if gap.seeds == 1 else "two seeds"
 
 
 def largest(worlds: Sequence[World]) -> list[str]:
@@ -218,6 +271,9 @@ def tabulate(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "## Largest regrets",
         "",
         *largest(worlds),
+        "## Changes of the default that were tried",
+        "",
+        *ideas(entries),
     ]
 
 

@@ -130,7 +130,7 @@ def test_another_result_is_replaced_and_told_apart(clipcid: Clipcid, rows: np.nd
         assert replaced not in clipcid(*call).said
     told = clipcid(*call, "--against", "eval").said
     assert replaced in told
-    assert 'settings.against: null there, [["eval"' in told
+    assert 'settings.against: null there, ["eval"] now' in told
     np.save(folder / "img_emb" / "img_emb_1.npy", rows[200:])
     keys = pd.DataFrame({"key": [f"{row:06d}" for row in range(200, NUM_ROWS)]})
     keys.to_parquet(folder / "metadata" / "metadata_1.parquet")

@@ -129,14 +129,14 @@ def test_killed_processes_go_on_to_the_same_bits(torchrun: Clipcid, distill_plac
 
 def stop_at_step(patch: pytest.MonkeyPatch, number: int) -> None:
     """Let training end with an error before a step."""
-    step = Trainer.step
+    make_step = Trainer.make_step
 
     def stop(trainer: Trainer, batch: TrainingBatch) -> None:
         if trainer.state.step == number:
             raise ClipcidError("The run ends early.", "")
-        step(trainer, batch)
+        make_step(trainer, batch)
 
-    patch.setattr(Trainer, "step", stop)
+    patch.setattr(Trainer, "make_step", stop)
 
 
 def test_there_is_a_checkpoint_after_some_minutes_whatever_the_steps(

@@ -107,7 +107,7 @@ def test_added_shards_are_embedded_alone(clipcid: Clipcid, tiny_shards: Path, ti
     assert hash_rows(tmp_path / "out") == hash_rows(tmp_path / "whole")
     assert not list((tmp_path / "out").glob(".embed-*"))
     (tmp_path / "data" / "00000.tar").unlink()
-    assert "3 files there, 2 now; changed or gone: 00000.tar" in clipcid(*call, code=1).said
+    assert "3 files before, 2 now; changed or gone: 00000.tar" in clipcid(*call, code=1).said
 
 
 def test_other_keys_keep_the_rows(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_shards_with_other_names_are_refused(clipcid: Clipcid, tiny_model: Path,
     write_tar(tmp_path / "redcaps" / "00000.tar", shard_members(5, 5))
     clipcid("embed", "laion", "--model", tiny_model)
     told = clipcid("embed", "laion::redcaps", "--model", tiny_model, code=1).said
-    assert "1 files there, 2 now; 1 shards were renamed, such as 00000, now laion/00000" in told
+    assert "1 file before, 2 now; shards renamed: 1, first 00000, now laion/00000" in told
     (tmp_path / "redcaps" / "00000.tar").rename(tmp_path / "redcaps" / "1.tar")
     assert "1 of 2 shards are already embedded." in clipcid("embed", "laion::redcaps", "--model", tiny_model).stderr
 

@@ -191,7 +191,7 @@ def test_splits_are_named_in_any_form(clipcid: Clipcid, tiny_model: Path, tmp_pa
     for name, first in (("a", 0), ("b", 24), ("c", 36)):
         write_tar(tmp_path / f"{name}.tar", shard_members(first, 24, classes=3))
     run = clipcid("eval-linear", tiny_model, "--train", "a.tar::b.tar", "--test", "pipe:cat c.tar", "--json")
-    assert (run.json["train_images"], run.json["images"]) == (48, 24)
+    assert [run.json[f"{split}images"] for split in ("train_", "", "repeated_")] == [48, 24, 12]
     assert "12 of 24 test images are among those of training too" in run.said
     for split, data in (("train", "none.tar"), ("test", f"pipe:cat {300 * 'x'}")):
         given = {"train": "a.tar", "test": "c.tar"} | {split: data}
@@ -259,9 +259,10 @@ def test_benchmark_shards_and_the_newest_student(clipcid: Clipcid, tiny_model: P
     result = clipcid("eval-linear", *arguments, "--json")
     assert result.json["dataset"] == "bench"
     assert (result.json["train_images"], result.json["images"]) == (40, 20)
-    assert result.json["validation_images"] == 8
+    assert (result.json["folds"], result.json["validation_images"]) == (5, 40)
     # A validation split of its own: all of --train is fitted, and both are at last.
     own = clipcid("eval-linear", *arguments, "--val", tmp_path / "bench" / "val", "--overwrite", "--json").json
     assert (own["train_images"], own["validation_images"], own["images"]) == (52, 12, 20)
+    assert own["folds"] == 1
     assert set(own["skipped"]) == {"train", "test", "val"}
     assert "newest student" in result.stderr

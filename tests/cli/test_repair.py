@@ -91,21 +91,26 @@ def test_cluster_and_distill_take_one_repair(clustered: Run) -> None:
 
 def test_the_repaired_rows_teach(clustered: Run) -> None:
     told = {
-        name: run_clipcid(*DISTILL, "--name", name, *flags, cwd=clustered.cwd).said
-        for name, flags in (("repaired", ()), ("raw", ("--repair", "none")))
+        name: run_clipcid(*DISTILL, *flags, cwd=clustered.cwd).said
+        for name, flags in (("repaired", ("--name", "repaired")), ("raw", ("--repair", "none")))
     }
     work = clustered.cwd / "clipcid-work"
     assert "Loss: 1·clip + 0.333333·instance + " in told["repaired"]
-    assert losses(work / "distill" / "repaired") != losses(work / "distill" / "raw")
+    (raw,) = (work / "distill").glob("*-clip-instance-s0*")  # not fd-instance: it has no part in the run
+    assert losses(work / "distill" / "repaired") != losses(raw)
     # What a run says of the teacher is of the rows that teach.
     assert "Teacher on these captions, after its repair: median rank" in told["repaired"]
     assert "Loss: 1·clip + 1·instance (the teacher is near chance)." in told["raw"]
-    assert "near chance, so its features are not followed (no fd). Try --teacher none." in told["raw"]
-    report, sidecar = ((work / "distill" / "raw" / name).read_text() for name in ("report.html", "distill.json"))
+    changes = "(no fd, instance at 1 instead of 0.333)"
+    assert f"near chance, so its features are not followed {changes}. Try --teacher none." in told["raw"]
+    report, sidecar = ((raw / name).read_text() for name in ("report.html", "distill.json"))
     assert "near chance; try --teacher none" in report
     assert json.loads(sidecar)["result"]["pairing"]["near_chance"]
-    typed = run_clipcid(*DISTILL, "--loss", "fd=3", "--repair", "none", "--dry-run", "--json", cwd=clustered.cwd)
-    assert "near chance, but followed, as --loss fd=3 says. Try --teacher none." in typed.said
+    assert json.loads(sidecar)["settings"]["preset"] == "clip-instance"
+    typed = run_clipcid(
+        *DISTILL, "--loss", "fd=3", "--repair", "none", "--name", "fd", "--dry-run", "--json", cwd=clustered.cwd
+    )
+    assert "near chance, but followed, as --loss fd=3 says. Try --teacher none without --loss fd=3." in typed.said
     assert "Loss: 1·clip + 1·instance + 3·fd (the teacher is near chance)." in typed.said
     pairing = typed.json["pairing"]
     assert (pairing["pairs"], pairing["candidates"], pairing["repaired"]) == (397, 394, False)

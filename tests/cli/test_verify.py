@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Clipcid, make_image, run_clipcid
+from conftest import Clipcid, make_image, run_clipcid, write_tar
 from sidecars import edit_sidecar
+from teaching_data import embed_data
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.steps.settings.verify import VerifySettings
@@ -75,6 +76,13 @@ def test_images_that_were_skipped_need_not_be_there(clipcid: Clipcid, tiny_model
     assert fault.problem == "has 1 images in 00000 that cannot be read"
     large = VerifySettings(folder=tmp_path / "clipcid-work", read_data=True, max_sample_bytes=1)
     assert run(large).faults[0].problem == "has 3 images in 00000 that cannot be read"
+
+
+def test_captions_above_the_limit_are_not_verified(tiny_model: Path, tmp_path: Path) -> None:
+    members = [("0.png", make_image(0)), ("0.txt", b"a dog"), ("1.png", make_image(1)), ("1.txt", b"a " * 900)]
+    embed_data(write_tar(tmp_path / "0.tar", members), tiny_model, tmp_path / "rows")
+    settings = VerifySettings(folder=tmp_path / "rows", read_data=True, max_sample_bytes=1_000)
+    assert [fault.problem for fault in run(settings).faults] == ["has 1 images in 0 that cannot be read"]
 
 
 def test_a_recorded_command_is_not_run(distill_place: Path, tmp_path: Path) -> None:

@@ -85,6 +85,20 @@ def test_a_local_list_may_name_local_files(place: Place, tiny_model: Path) -> No
     assert outcome.json["images"] == 4, outcome
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["169.254.169.254", "inner.test", "2852039166", "0xa9fea9fe"])
+def test_a_local_list_asks_no_link_local_server(place: Place, tiny_model: Path, host: str) -> None:
+    """By its address, by a name that leads there, and by other spellings of the address."""
+    with serve_lies() as server:
+        server.answers["/a.png"] = whole(make_image(1))
+        names = dict.fromkeys((host, "inner.test"), "169.254.169.254")
+        internet = {"169.254.169.254:80": server.server_port}
+        path = write_list(place, f"http://{host}/a.png")
+        outcome = place.run("embed", path, "--model", tiny_model, *_ANY, names=names, internet=internet)
+        assert not server.requests, outcome
+    assert outcome.json["skipped"] == {"http_error": 1}, outcome
+
+
 @pytest.mark.parametrize(
     "target",
     few(2, ["http://169.254.169.254/a.png", "{private}/a.png", "http://10.0.0.7/a.png", "http://inner.test/a.png"]),

@@ -47,8 +47,9 @@ class LossBatch:
 
     What no loss of the run needs is None; so are features and clusters of a tower that the teacher lacks.
 
-    Every loss returns its **share**: the sum over the own rows as queries, divided by B. The shares of all processes add up
-    to the loss of the global batch; with all rows the share is that loss. Own rows are compared with all rows.
+    Every loss returns its **share**: the sum over the own rows as queries, divided by the number of rows of all processes.
+    That is B; in a mean over texts that takes those without images, too, B + `num_extra`. The shares of all processes add
+    up to the loss of the global batch; with all rows the share is that loss. Own rows are compared with all rows.
     """
 
     image_Bd: Tensor
@@ -72,6 +73,8 @@ class LossBatch:
     # Student features v' of texts without images: this process's own, all where `own` is all.
     extra_text_ED: Tensor | None = None
     teacher_extra_text_ED: Tensor | None = None  # the teacher's features u of the same texts
+    # Numbers of each sample by name, float32 [B] each; a loss is called with those that it reads.
+    sample_inputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     num_extra: int = 0  # texts without images in the global batch
     trains_text: bool = True  # whether there is a text tower that the pairs of single rows can train
     # The rows whose queries this process takes, step 1; all by default.

@@ -8,13 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 # Where CLIP's logit scale starts.
 CLIP_SCALE = 1 / 0.07
 # MobileCLIP and TinyCLIP sharpen the teacher's similarities with the largest scale CLIP training reaches.
 AFFINITY_SCALE = 100.0
+
+
+# What a loss may read beside features, by its name in `LossEntry.reads`.
+TOKENS = "tokens"  # the student's features of patches and of caption tokens
+MASKED_IMAGES = "masked images"  # its features of images in a further pass, in which most patches are hidden
+CLUSTERS = "clusters"  # the teacher's
+TEACHER_SCALE = "teacher scale"
+TEACHER_BIAS = "teacher bias"
+# Numbers of each sample, with which a loss is called: computed by the functions of these names in
+# `steps/distill/sample_inputs.py`.
+SAMPLE_INPUTS = ("width", "height")
+
+MASKED_PATCHES = 0.75
+"""Share of an image's patches that are hidden in the further pass."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +38,18 @@ class LossEntry:
     name: str
     # What it compares, for docs/distill.md.
     summary: str
-    # ``module:function`` in this folder, called as ``f(batch)`` with what it learns itself: ``scale``, ``fusion``.
+    # ``module:function`` in this folder, called as ``f(batch)`` with what it learns itself (``scale``, ``fusion``), and with
+    # the numbers of each sample that it reads.
     function: str
     scale: float | None = None  # where a logit scale of its own starts, which is kept in 1 … 100
     fuses: bool = False  # whether it learns layers that join student and teacher, one for images and one for captions
-    # Share of an image's patches that are hidden in a further pass of the student's image tower, whose features the
-    # loss reads.
-    masked_patches: float = 0.0
-    reads_tokens: bool = False  # whether it reads the student's features of patches and of caption tokens
+    reads: frozenset[str] = frozenset()  # names of the above
     needs_teacher: bool = True
-    needs_teacher_scale: bool = False
-    needs_clusters: bool = False
     needs_bias: bool = False  # whether it trains the student's own ``logit_bias``
-    # Whether it is a distance of single features, student to teacher: such losses allow a higher learning rate, and
-    # also teach texts without images (``--extra-texts``).
+    # Whether it is a distance of single features, student to teacher: such losses allow a higher learning rate, and by
+    # default a teacher near chance is not followed by them.
     compares_features: bool = False
+    teaches_extra_texts: bool = False  # whether it also teaches texts without images (``--extra-texts``)
     one_tower: bool = False  # whether a teacher of images alone, or of captions alone, can serve it
     image_alone: bool = False  # whether it can train an image tower without captions, by the teacher's image rows
     # Where features are compared: ``own`` compares student with student only, ``teacher`` compares across and so needs
@@ -86,7 +97,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "student image against the teacher's clusters: label and soft assignment",
             "cluster:cluster",
             scale=CLIP_SCALE,
-            needs_clusters=True,
+            reads=frozenset({CLUSTERS}),
             one_tower=True,
             image_alone=True,
         ),
@@ -95,6 +106,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "squared distance of student and teacher features, summed over the width",
             "features:feature_distance",
             compares_features=True,
+            teaches_extra_texts=True,
             one_tower=True,
             image_alone=True,
         ),
@@ -102,8 +114,9 @@ LOSSES: Mapping[str, LossEntry] = {
             "mfd",
             "`fd` in a further pass, where the student sees a quarter of each image's patches",
             "features:masked_feature_distance",
-            masked_patches=0.75,
+            reads=frozenset({MASKED_IMAGES}),
             compares_features=True,
+            teaches_extra_texts=True,
             one_tower=True,
             image_alone=True,
         ),
@@ -118,14 +131,14 @@ LOSSES: Mapping[str, LossEntry] = {
             "crd",
             "divergence of the student's in-batch similarities from the teacher's",
             "relations:relation_divergence",
-            needs_teacher_scale=True,
+            reads=frozenset({TEACHER_SCALE}),
             space="own",
         ),
         LossEntry(
             "gd",
             "squared distance of the contrastive loss's gradients by student and by teacher features",
             "relations:gradient_distance",
-            needs_teacher_scale=True,
+            reads=frozenset({TEACHER_SCALE}),
         ),
         LossEntry(
             "afd",
@@ -139,8 +152,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "td",
             "distance of selected patches and tokens of the student from the teacher, by its confidence",
             "features:token_distance",
-            reads_tokens=True,
-            needs_teacher_scale=True,
+            reads=frozenset({TOKENS, TEACHER_SCALE}),
         ),
         LossEntry(
             "vrd",
@@ -163,8 +175,8 @@ LOSSES: Mapping[str, LossEntry] = {
             "siglip-kd",
             "`siglip`, with the teacher's probability that a pair matches as its target",
             "relations:sigmoid_relation",
+            reads=frozenset({TEACHER_SCALE, TEACHER_BIAS}),
             needs_bias=True,
-            needs_teacher_scale=True,
             space="own",
         ),
     )
@@ -206,23 +218,25 @@ PRESETS: Mapping[str, Mapping[str, Weight]] = {
 
 # With a teacher: the preset of the least largest regret in recipes/ablation/worlds.md.
 DEFAULT_PRESET = "fd-instance"
-# In its place where the teacher's features would teach nothing.
-_WITHOUT_FEATURES = {"clip": Weight(1.0), "instance": Weight(1.0)}
+# In its place where the teacher is near chance: without features, and `instance` at full weight.
+NEAR_CHANCE: Mapping[str, Weight] = {"clip": Weight(1.0), "instance": Weight(1.0)}
 
 
-def select_losses(preset: str, overrides: Mapping[str, float], *, follows_features: bool = True) -> dict[str, Weight]:
-    """Return a run's losses in registry order: the preset's with the weights of `overrides`, without those of weight 0.
+def select_losses(preset: Mapping[str, Weight], typed: Mapping[str, float]) -> dict[str, Weight]:
+    """Return a preset's losses in registry order, with the weights that were typed, without those of weight 0.
 
-    Losses that are not in the registry come last.
-
-    Args:
-        follows_features: Whether `fd` is part of the default preset; the other presets are as they are.
+    Losses that are not in the registry come last. A run's data may lack what some need (`drop_losses_of_captions`), and its
+    teacher may be near chance (`choose_losses`): what is left is in `Inputs.losses`.
     """
-    replaced = preset == DEFAULT_PRESET and not follows_features
-    weights = dict(_WITHOUT_FEATURES if replaced else PRESETS[preset])
-    weights |= {name: Weight(value) for name, value in overrides.items()}
+    weights = dict(preset) | {name: Weight(value) for name, value in typed.items()}
     own = [name for name in weights if name not in LOSSES]
     return {name: weights[name] for name in (*LOSSES, *own) if name in weights and weights[name].value > 0.0}
+
+
+def list_sample_inputs(losses: Iterable[LossEntry]) -> list[str]:
+    """List the numbers of each sample that some losses read, in the order of `SAMPLE_INPUTS`."""
+    read = frozenset[str]().union(*(loss.reads for loss in losses))
+    return [name for name in SAMPLE_INPUTS if name in read]
 
 
 def load_loss(name: str) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ class LossParameters(nn.Module):
     None where that is not learned.
     """
 
-    def __init__(self, entries: Sequence[LossEntry], student_width: int, space: SharedSpace, seed: int) -> None:
+    def __init__(self, entries: Collection[LossEntry], student_width: int, space: SharedSpace, seed: int) -> None:
         """Make the parameters that some losses learn; the seed decides the layers' first weights."""
         super().__init__()
         self.log_scales = nn.ParameterDict(

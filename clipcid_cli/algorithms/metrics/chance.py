@@ -9,7 +9,7 @@ import numpy as np
 
 from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K
 from clipcid_cli.algorithms.metrics.intervals import Array
-from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT
+from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, retrieval_name
 
 
 def guess_classes(num_classes: int) -> dict[str, float]:
@@ -32,13 +32,17 @@ def guess_order(positive_NC: Array) -> dict[str, float]:
 
 
 def guess_captions(captions_N: Array) -> dict[str, float]:
-    """Return what a random order scores by the names of `recall_metrics`; `captions_N` counts each image's captions."""
+    """Return what a random order scores by the names of `retrieval_metrics`; `captions_N` counts each image's captions."""
     num_images, num_captions = len(captions_N), int(captions_N.sum())
-    images = {f"image_retrieval_recall@{k}": min(1.0, k / num_images) for k in RECALL_AT}
     texts = dict[str, float]()
     for k in RECALL_AT:
         # All k captions that come first are of other images, one after the other.
         drawn_K = np.arange(min(k, num_captions))
         missed_NK = (num_captions - captions_N[:, None] - drawn_K) / (num_captions - drawn_K)
-        texts[f"text_retrieval_recall@{k}"] = float(1 - missed_NK.clip(min=0).prod(axis=1).mean())
-    return images | texts
+        texts[retrieval_name("text", f"recall@{k}")] = float(1 - missed_NK.clip(min=0).prod(axis=1).mean())
+    return guess_own("image", num_images) | texts
+
+
+def guess_own(sought: str, count: int) -> dict[str, float]:
+    """Return what a random order of so many candidates scores, of which one is right, by the names of `score_ranks`."""
+    return {retrieval_name(sought, f"recall@{k}"): min(1.0, k / count) for k in RECALL_AT}

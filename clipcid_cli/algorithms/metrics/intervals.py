@@ -66,7 +66,7 @@ class CellMetrics:
 
 
 def count_cells(values_NV: Array) -> tuple[Array, Array]:
-    """Return the distinct rows of whole numbers, [U, V] in lexicographic order, and how many images have each, int64 [U]."""
+    """Return the distinct rows of numbers, [U, V] in lexicographic order, and how many images have each, int64 [U]."""
     cells_UV, images_U = np.unique(values_NV, axis=0, return_counts=True)
     return cells_UV, images_U
 

@@ -1,12 +1,12 @@
-"""Retrieval between images and their captions: recall at k in both directions, without the whole similarity matrix.
+"""Retrieval between images and their captions, in both directions, without the whole similarity matrix.
 
 Shape letters beside those of the map: U cells of :mod:`.intervals`; Q queries, R candidates and P pairs of them that belong
-together; B queries and p pairs of a chunk; S seeds.
+together; B queries and p pairs of a chunk; S seeds; K measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -23,6 +23,23 @@ from clipcid_cli.algorithms.metrics.intervals import (
 )
 
 RECALL_AT = (1, 5, 10)
+
+
+def _is_within(k: int, ranks_Q: torch.Tensor) -> torch.Tensor:
+    return ranks_Q < k
+
+
+# By the name of a measure what a query scores, in [0, 1], by the wrong answers before the first right one, int64 [Q].
+MEASURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {f"recall@{k}": partial(_is_within, k) for k in RECALL_AT}
+
+
+def retrieval_name(sought: str, measure: str) -> str:
+    """Return CLIP_benchmark's name of a metric: a measure of the search for an ``image`` or a ``text``."""
+    return f"{sought}_retrieval_{measure}"
+
+
+RETRIEVAL_METRICS = tuple(retrieval_name(sought, measure) for sought in ("image", "text") for measure in MEASURES)
+
 # Similarities held at once: 2^25 float32 are 128 MB, and three tensors of that shape live together.
 _CHUNK_ENTRIES = 2**25
 
@@ -70,58 +87,64 @@ def _rank_own(
     return torch.cat(ranks)
 
 
-def recall_metrics(ranks: Ranks, image_of_text_M: torch.Tensor) -> CellMetrics:
-    """Measure how often a caption finds its image, and an image one of its captions, among the k most similar.
+def score_ranks(sought: str, ranks_Q: torch.Tensor) -> dict[str, float]:
+    """Return the mean of each measure over queries, by its name."""
+    return {
+        retrieval_name(sought, measure): float(score(ranks_Q).double().mean()) for measure, score in MEASURES.items()
+    }
+
+
+def retrieval_metrics(ranks: Ranks, image_of_text_M: torch.Tensor) -> CellMetrics:
+    """Measure how well a caption finds its image, and an image one of its captions.
 
     Images are drawn, each with all its captions: captions of one image are not independent.
 
     Returns:
-        ``image_retrieval_recall@k`` (mean over captions) and ``text_retrieval_recall@k`` (mean over images) for each
-        k of `RECALL_AT`, in [0, 1].
+        `RETRIEVAL_METRICS`, in [0, 1]: ``image_retrieval_recall@k``, the share of the captions whose image is among the k
+        most similar ones, and ``text_retrieval_recall@k``, the share of the images of which one caption is.
 
     Source: LAION-AI/CLIP_benchmark 1.6.2, metrics/zeroshot_retrieval.py, names and definitions; equal similarities
         rank in row order here, where its ``torch.topk`` promises no order.
     """
-    cells_UV, images_U = count_cells(_count_hits(ranks, image_of_text_M))
-    return CellMetrics(images_U, partial(_recalls, cells_UV))
+    cells_UV, images_U = count_cells(_sum_scores(ranks, image_of_text_M))
+    return CellMetrics(images_U, partial(_mean_scores, cells_UV))
 
 
-def compare_recalls(
+def compare_retrieval(
     first_S: Sequence[Ranks], second_S: Sequence[Ranks], image_of_text_M: torch.Tensor, replicates: int, seed: int
 ) -> dict[str, PairedMetric]:
-    """Compare `recall_metrics` of two models, or of seeds of each.
+    """Compare `retrieval_metrics` of two models, or of seeds of each.
 
-    McNemar's test is of images alone, since captions are not independent.
+    McNemar's test is of images alone, since captions are not independent, and of recalls, which are right or wrong.
     """
-    hits = [_count_hits(ranks, image_of_text_M) for ranks in (*first_S, *second_S)]
-    cells_UW, images_U = count_cells(np.concatenate(hits, axis=1))
-    models = [CellMetrics(images_U, partial(_recalls, cells_UV)) for cells_UV in np.hsplit(cells_UW, len(hits))]
+    scores = [_sum_scores(ranks, image_of_text_M) for ranks in (*first_S, *second_S)]
+    cells_UW, images_U = count_cells(np.concatenate(scores, axis=1))
+    models = [CellMetrics(images_U, partial(_mean_scores, cells_UV)) for cells_UV in np.hsplit(cells_UW, len(scores))]
     num_seeds = len(first_S)
     p_values = None
     if num_seeds == 1:
         (_, first_N), (_, second_N) = first_S[0], second_S[0]
         p_values = {
-            f"text_retrieval_recall@{k}": mcnemar((first_N < k).numpy(), (second_N < k).numpy()) for k in RECALL_AT
+            retrieval_name("text", f"recall@{k}"): mcnemar((first_N < k).numpy(), (second_N < k).numpy())
+            for k in RECALL_AT
         }
     return compare(models[:num_seeds], models[num_seeds:], replicates, seed, p_values)
 
 
-def _count_hits(ranks: Ranks, image_of_text_M: torch.Tensor) -> Array:
-    """Count each image's captions, those that find it, and whether it finds one, at each k: int64 [N, V = 1 + K + K]."""
+def _sum_scores(ranks: Ranks, image_of_text_M: torch.Tensor) -> Array:
+    """Return each image's number of captions, the sums of their scores, and its own: float64 [N, V = 1 + K + K]."""
     image_ranks_M, text_ranks_N = ranks
     num_images = len(text_ranks_N)
-    captions_N = torch.bincount(image_of_text_M, minlength=num_images)
-    found_by = [torch.bincount(image_of_text_M[image_ranks_M < k], minlength=num_images) for k in RECALL_AT]
-    return torch.stack([captions_N, *found_by, *((text_ranks_N < k).long() for k in RECALL_AT)], dim=1).numpy()
+    captions_N = torch.bincount(image_of_text_M, minlength=num_images).double()
+    of_captions = [
+        torch.bincount(image_of_text_M, score(image_ranks_M).double(), num_images) for score in MEASURES.values()
+    ]
+    of_images = [score(text_ranks_N).double() for score in MEASURES.values()]
+    return torch.stack([captions_N, *of_captions, *of_images], dim=1).numpy()
 
 
-def _recalls(cells_UV: Array, draws_BU: Array) -> dict[str, Array]:
-    captions_U, *hits = cells_UV.T
-    count = len(RECALL_AT)
-    images = {
-        f"image_retrieval_recall@{k}": ratio(draws_BU, hits_U, captions_U)
-        for k, hits_U in zip(RECALL_AT, hits[:count], strict=True)
-    }
-    return images | {
-        f"text_retrieval_recall@{k}": ratio(draws_BU, hits_U) for k, hits_U in zip(RECALL_AT, hits[count:], strict=True)
-    }
+def _mean_scores(cells_UV: Array, draws_BU: Array) -> dict[str, Array]:
+    captions_U, *sums = cells_UV.T
+    of_captions = [ratio(draws_BU, sums_U, captions_U) for sums_U in sums[: len(MEASURES)]]
+    of_images = [ratio(draws_BU, sums_U) for sums_U in sums[len(MEASURES) :]]
+    return dict(zip(RETRIEVAL_METRICS, of_captions + of_images, strict=True))

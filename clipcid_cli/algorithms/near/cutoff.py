@@ -40,9 +40,6 @@ FARTHEST = 2.0 * LONGEST_ROW
 # 5 of 1,200 searches for 5 to 44 % of the rows fell short, against 56 where F reached twice the share or half way to 1.
 _SAMPLE_ROWS = 512
 _DEVIATIONS = 2.0
-# Stars drop fewer rows than there are edges: F must be 1.40 to 1.76 times the share up to 0.44, and 0.90 to 0.94 of all rows
-# at 0.7 (measured).
-_FACTOR_OF_STARS = 1.8
 # Rows compared with the sample at once.
 _ROWS_AT_ONCE = 2048
 
@@ -151,13 +148,14 @@ class CutoffEstimator:
     Args:
         num_rows: N, the rows to search, at least 2, no two of them equal.
         find_nearest: Finds the nearest neighbour of each sampled row, given their places among the rows, ascending.
-        for_stars: Whether a star cover is to drop as many rows, which takes a larger distance.
+        rows_near: How many rows must have a neighbour within the first search for each that is to be dropped; None where
+            every forest edge drops one.
     """
 
-    def __init__(self, num_rows: int, find_nearest: Callable[[IntArray], Neighbours], for_stars: bool) -> None:
+    def __init__(self, num_rows: int, find_nearest: Callable[[IntArray], Neighbours], rows_near: float | None) -> None:
         self._num_rows = num_rows
         self._find_nearest = find_nearest
-        self._for_stars = for_stars
+        self._rows_near = rows_near
 
     def choose(self, searched: float, edges: int, needed: int) -> float:
         """Return the distance of the next search, after one to `searched` (0: none) that found some of those needed."""
@@ -171,8 +169,8 @@ class CutoffEstimator:
         sample = draw_sample(self._num_rows, _SAMPLE_ROWS, seed=0)
         nearest = self._find_nearest(sample)
         order = np.argsort(nearest.squared, kind="stable")
-        if self._for_stars:
-            return nearest.distance[order], np.full(len(sample), 1.0 / _FACTOR_OF_STARS)
+        if self._rows_near is not None:
+            return nearest.distance[order], np.full(len(sample), 1.0 / self._rows_near)
         # Of every second row by distance: it stands for the next one, too.
         seconds = order[::2]
         others, which = np.unique(nearest.other[seconds], return_inverse=True)

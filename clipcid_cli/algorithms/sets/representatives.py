@@ -27,7 +27,7 @@ from clipcid_cli.algorithms.near.exact import (
     row_type,
     squared_lengths,
 )
-from clipcid_cli.algorithms.sets.star import is_kept
+from clipcid_cli.algorithms.sets.star import is_own_representative
 
 # Temporary copies of this many rows stay in the cache.
 _ROWS_AT_ONCE = 1024
@@ -104,7 +104,7 @@ def random_scores(rows: IntArray, seed: int) -> DoubleArray:
 def distances_to(read: ReadRows, representatives: IntArray) -> FloatArray:
     """Return the exact distance of each row to its representative, integers [N]: float32 [N], 0 for its own."""
     distances = np.zeros(len(representatives), np.float32)
-    others = np.flatnonzero(~is_kept(representatives)).astype(representatives.dtype)
+    others = np.flatnonzero(~is_own_representative(representatives)).astype(representatives.dtype)
     for at in range(0, len(others), _ROWS_READ):
         part = others[at : at + _ROWS_READ]
         a, b = (torch.from_numpy(read(some)) for some in (part, representatives[part]))

@@ -63,13 +63,13 @@ def _keep_in_order(num_rows: int, place: IntArray, pairs: Edges) -> BoolArray:
 
 
 class StarCover(NamedTuple):
-    """A cut-off ε, and the representative of each row, itself where it is kept, int64 [N]."""
+    """A threshold ε, and the representative of each row, itself where it is kept, int64 [N]."""
 
-    cutoff: float
+    threshold: float
     representatives: IntArray
 
 
-def find_star_cutoff(
+def find_star_threshold(
     pairs: Edges,
     copies: IntArray,
     num_kept: int,
@@ -95,8 +95,8 @@ def find_star_cutoff(
     while high - low > 1:
         on_cover(float(distances[low]) if low >= 0 else above, float(distances[high]))
         middle = (low + high) // 2
-        cutoff = float(distances[middle])
-        cover = StarCover(cutoff, star_cover(pairs.up_to(cutoff), copies))
+        threshold = float(distances[middle])
+        cover = StarCover(threshold, star_cover(pairs.up_to(threshold), copies))
         if count_kept(cover.representatives) <= num_kept:
             high, best = middle, cover
         else:
@@ -104,14 +104,14 @@ def find_star_cutoff(
     return best
 
 
-def is_kept(representatives: IntArray) -> BoolArray:
-    """Tell which rows are kept, each its own representative, bool [N]."""
+def is_own_representative(representatives: IntArray) -> BoolArray:
+    """Tell which rows represent themselves, and are thus kept, bool [N]."""
     return np.asarray(representatives == np.arange(len(representatives), dtype=representatives.dtype))
 
 
 def count_kept(representatives: IntArray) -> int:
     """Count the rows that are kept."""
-    return int(np.count_nonzero(is_kept(representatives)))
+    return int(np.count_nonzero(is_own_representative(representatives)))
 
 
 def label_by_smallest(representatives: IntArray) -> IntArray:

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.captions import clean_captions
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.samples import ByteRange, Sample, clean_captions
+from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_files import name_shards
 from clipcid_cli.formats.files import describe

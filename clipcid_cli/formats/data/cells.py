@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 from functools import cached_property
+from urllib.parse import unquote
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import (
@@ -19,13 +20,18 @@ from clipcid_cli.formats.data.addresses import (
 )
 
 _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
+_SEPARATOR = re.compile(r"[/\\]")
+_CONTROL = re.compile(r"[\x00-\x1f]")  # of which some are dropped where addresses are read, so that `.\t.` means `..`
+_MOST_QUOTED = 3  # times that `%25` may stand for `%`
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """The list or folder that names images, which decides what a name may be.
 
-    A list on a disk may name files on it and images at web addresses; a list from elsewhere no files; a folder only files.
+    A list on this disk may name any file of the disk, also by `..`, and any web address but a link-local one. A list from
+    elsewhere may name what is beside it, and web addresses that are no nearer to this machine than the list itself (see
+    `web.network_of_list`). Either may name addresses of other schemes where the user allows these. A folder names files.
     """
 
     source: str  # a path, a URL, or a ``pipe:`` command whose output it is
@@ -53,22 +59,22 @@ class Origin:
             path = name
         elif self.url is None:
             path = os.path.join(self.folder, name)
-        elif self._is_beside(name) and name == cell:
+        elif self._is_beside(f"{self.folder}/{name}") and name == cell:
             path = f"{self.folder}/{name}"
         else:
             raise ClipcidError(
                 f"List {self.source} names {cell!r}, and a list that is not on this disk may name no file on it.",
                 "Name images by http(s) addresses, or relative to the list; or copy the list to a local folder.",
             )
-        problem = self.find_problem(path)
+        problem = self.why_refused(path)
         if problem:
             raise ClipcidError(f"List {self.source} names {cell!r}{problem}", self._fix(path))
         return path
 
-    def _is_beside(self, name: str) -> bool:
-        """Tell whether a name of a list from elsewhere stays below the folder that relative names are relative to."""
+    def _is_beside(self, path: str) -> bool:
+        """Tell whether a path or URL is below the folder that a list from elsewhere names images by."""
         has_folder = is_url(self.folder) or self.root is not None
-        return has_folder and not name.startswith(("/", "~")) and ".." not in name.split("/")
+        return has_folder and path.startswith(f"{self.folder}/") and _stays_below(path.removeprefix(f"{self.folder}/"))
 
     def is_plain(self, cell: str) -> bool:
         """Tell whether a cell, or each of several in one text, is a local path beyond question, as most are."""
@@ -79,14 +85,13 @@ class Origin:
         name = path.removeprefix(f"{self.folder}/")
         return name if self.url is None and _DRIVE.match(name) else ""
 
-    def find_problem(self, path: str) -> str:
+    def why_refused(self, path: str) -> str:
         """Say why what a name led to is not opened, as the end of a sentence; empty where it is."""
         if not is_url(path):
-            return "" if self.url is None or self.root is not None else ", a file on this disk."
+            return "" if self.url is None or self._is_beside(path) else ", a file on this disk."
         if is_chain(path):
             return ", which holds `::`: file systems read one through the other."
-        is_beside = self.url is not None and path.startswith(f"{self.folder}/")
-        if is_beside or scheme_of(path) in self.schemes:
+        if scheme_of(path) in self.schemes or (self.url is not None and self._is_beside(path)):
             return ""
         return f": the scheme {scheme_of(path)} is not read from lists."
 
@@ -94,6 +99,15 @@ class Origin:
         if is_chain(path):
             return "Name images by http(s) addresses, or by files beside the list."
         return f"If you trust the list, allow it: --allow-scheme {scheme_of(path)}"
+
+
+def _stays_below(name: str) -> bool:
+    """Tell whether a name leads to no place outside its folder, however servers and file systems read it."""
+    for _ in range(_MOST_QUOTED):
+        name = unquote(name)
+    if _CONTROL.search(name) or name != unquote(name):
+        return False
+    return name[:1] not in ("/", "\\", "~") and ".." not in _SEPARATOR.split(name)
 
 
 def origin_of_list(source: str, allowed: tuple[str, ...], root: str | None = None) -> Origin:

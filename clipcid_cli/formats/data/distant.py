@@ -7,7 +7,7 @@ from functools import lru_cache
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_pipe, is_url
 from clipcid_cli.formats.data.image_column import read_copied, read_row
-from clipcid_cli.formats.data.remote import RemoteImageError, read_image, read_remote
+from clipcid_cli.formats.data.remote import RemoteImageError, fetch_listed, read_remote
 from clipcid_cli.formats.data.samples import ByteRange, Handle
 from clipcid_cli.formats.data.shard_cache import ShardCopy
 from clipcid_cli.formats.files import read_part
@@ -45,7 +45,7 @@ def _read_copy(place: ByteRange, copy: ShardCopy) -> bytes:
 
 def _read_whole(place: ByteRange) -> bytes:
     try:
-        return read_image(place.path, place.max_bytes, None if place.origin is None else place.origin.url)
+        return fetch_listed(place.path, place.max_bytes, None if place.origin is None else place.origin.source)
     except ClipcidError as error:  # one image of a list, not a shard
         raise RemoteImageError(error) from error
 

@@ -106,6 +106,10 @@ def validate_shards(name: str, shards: Sequence[Shard], *, has_index: bool) -> N
         if next(shard.stream(skips), None) is not None:
             break
     else:
+        if "too_many_bytes" in skips.counts:
+            raise ClipcidError(
+                f"{name}: no sample can be used.\n{skips.describe()}", "Allow more by --max-sample-bytes."
+            )
         looked = "it" if len(shards) <= _LOOKED_AT else f"the first {_LOOKED_AT} of its shards"
         without = skips.examples.get("no_image")
         seen = f" ({skips.total} without one, first {without[0]})" if without else ""

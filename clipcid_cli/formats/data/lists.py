@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import without_query
+from clipcid_cli.formats.data.captions import cut_cell, read_cell
 from clipcid_cli.formats.data.cells import Origin, origin_of_list
 from clipcid_cli.formats.data.opening import local_file
-from clipcid_cli.formats.data.samples import ListFormat, cut_cell, read_cell
+from clipcid_cli.formats.data.samples import ListFormat
 from clipcid_cli.formats.data.shard import Opened, ReadOptions
 from clipcid_cli.formats.data.slices import VIRTUAL_SHARD, Images, ListedImages, cut
 from clipcid_cli.formats.files import describe, open_regular

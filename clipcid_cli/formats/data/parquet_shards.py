@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_remote
+from clipcid_cli.formats.data.captions import clean_captions, cut_cell, gather_captions, read_cell
 from clipcid_cli.formats.data.image_column import (
     count_rows,
     have_images,
@@ -23,17 +24,7 @@ from clipcid_cli.formats.data.image_column import (
     read_batches,
     read_group,
 )
-from clipcid_cli.formats.data.samples import (
-    IMAGE_SUFFIXES,
-    MAX_SAMPLE_BYTES,
-    ByteRange,
-    Columns,
-    Sample,
-    clean_captions,
-    cut_cell,
-    gather_captions,
-    read_cell,
-)
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, ByteRange, Columns, Sample
 from clipcid_cli.formats.data.shard import Opened, ReadOptions, Shard
 from clipcid_cli.formats.data.shard_files import is_parquet, name_shards
 from clipcid_cli.formats.files import atomic_file

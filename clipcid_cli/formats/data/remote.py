@@ -53,6 +53,10 @@ class ChangedError(ValueError):
     """A file is no longer the version of which parts have been read."""
 
 
+class NearerNetworkError(ValueError):
+    """A server or a list led from its own network into one nearer to this machine."""
+
+
 class _UnansweredError(ClipcidError):
     """A server did not answer, however often it was asked, or answered that it is overloaded."""
 
@@ -81,7 +85,10 @@ class RemoteImageError(OSError):
         status = _status_of(cause) if isinstance(cause, Exception) else None
         if status is None and isinstance(cause, FileNotFoundError) and cause.__cause__ is None:
             status = 404  # fsspec's error for it
-        self.answer = "no answer" if status is None else f"HTTP {status}"
+        if isinstance(cause, NearerNetworkError):
+            self.answer = f"not asked: {cause}"
+        else:
+            self.answer = "no answer" if status is None else f"HTTP {status}"
         """What the server said: ``HTTP 403``."""
 
 
@@ -181,8 +188,8 @@ class _CommandOutput:
     def __init__(self, path: str) -> None:
         # By the shell, as webdataset does. Only what the user typed comes here: `open_described` refuses commands that a
         # file records, a pattern's names are no patterns again (`shard_files`), a page lists addresses below its own alone
-        # (`web.list_links`), and cells of lists, redirects and indexes are read by `read_image` and `ByteRange.read`, which
-        # know no commands.
+        # (`web.list_links`), and cells of lists, redirects and indexes are read by `fetch_listed` and
+        # `ByteRange.read`, which know no commands.
         self._process = subprocess.Popen(command_of(path), shell=True, stdout=subprocess.PIPE, bufsize=0)
 
     def read(self, size: int) -> bytes:
@@ -218,13 +225,14 @@ def read_remote(url: str, offset: int, size: int) -> bytes:
     return data
 
 
-def read_image(url: str, max_bytes: int, listed_in: str | None = None) -> bytes:
+def fetch_listed(url: str, max_bytes: int, listed_in: str | None = None) -> bytes:
     """Read an image of a list, of which some may be missing: its server is not waited for long.
 
     A TooManyBytesError where it has more than `max_bytes`, of which no more is read.
 
     Args:
-        listed_in: The URL of the list, from whose network an image may not lead into a nearer one; None for a local list.
+        listed_in: The path or URL of the list, from whose network an image may not lead into a nearer one; None where the
+            user typed the address.
     """
 
     def read(filesystem: Any, inner: str) -> bytes:

@@ -1,6 +1,6 @@
 """Shards: some thousands of samples that are read together. Each kind of data has its own, in a module of its own.
 
-tars.py             tars of a webdataset, also behind URLs and from commands
+tar_shards.py       tars of a webdataset, also behind URLs and from commands
 parquet_shards.py   parquet files with the images in them
 slices.py           slices of a folder of images or of a list
 """

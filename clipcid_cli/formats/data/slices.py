@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from clipcid_cli.formats.data.captions import clean_captions, gather_captions, split_captions
 from clipcid_cli.formats.data.cells import Origin
-from clipcid_cli.formats.data.samples import ByteRange, Sample, clean_captions, gather_captions, split_captions
+from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import ReadOptions, Shard
 from clipcid_cli.formats.files import read_regular
 from clipcid_cli.formats.fingerprint import FileRecord
@@ -177,7 +178,10 @@ class Slice(Shard):
     index: int
 
     def read(self, skips: Skips) -> Iterator[Sample]:
-        """Yield the samples of a slice; count rows without a path or a key, and those whose key an earlier one has."""
+        """Yield the samples of a slice; count the rows that are left out.
+
+        These have no path, no key, a key that an earlier one has, or a caption in a file that is too large.
+        """
         if alone := self.images.texts_alone(self.index):
             skips.change("without_image", alone)
         for row_number, row in enumerate(self.images.rows(self.index), self.index * VIRTUAL_SHARD + 1):
@@ -188,6 +192,8 @@ class Slice(Shard):
                 skips.add("no_key", name)
             elif row["repeated"]:
                 skips.add("duplicate_key", name)
+            elif (row["text_size"] or 0) > self.max_sample_bytes:
+                skips.add("too_many_bytes", name)
             else:
                 yield self.images.make_sample(row, skips)
 

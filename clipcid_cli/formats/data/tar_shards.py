@@ -1,4 +1,11 @@
-"""Samples in tars: members that agree in their names up to the first dot, as webdataset writes them."""
+"""Samples in tars: members that agree in their names up to the first dot, as webdataset writes them.
+
+open     `open_tars`          wrong flags and damaged tars end the run
+list     `read_members`       headers alone; of a stream the contents too. Damage ends the run and names the shard
+place    `TarShard.read`      a sample's members; one that cannot be a sample is counted by its reason in `Skips`
+read     `ByteRange.read`     an OSError, which `decode.read_image` turns into a reason too
+decode   `decode_image`       a damaged image is a reason, never an error
+"""
 
 from __future__ import annotations
 
@@ -10,18 +17,9 @@ from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_pipe, is_remote, is_url
+from clipcid_cli.formats.data.captions import JSON, MOST_TEXT, TXT, gather_captions, member_of, split_captions
 from clipcid_cli.formats.data.opening import naming_shard
-from clipcid_cli.formats.data.samples import (
-    IMAGE_SUFFIXES,
-    JSON,
-    MOST_TEXT,
-    TXT,
-    ByteRange,
-    Sample,
-    gather_captions,
-    member_of,
-    split_captions,
-)
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Sample
 from clipcid_cli.formats.data.shard import Opened, ReadOptions, Shard
 from clipcid_cli.formats.data.shard_files import name_shards
 from clipcid_cli.formats.data.tars import CutTarError, Group, Member, group_members, read_members, validate_tar
@@ -29,6 +27,7 @@ from clipcid_cli.formats.skips import Skips
 
 _CLASS = re.compile(rb"[+-]?[0-9]{1,9}")
 _MOST_OF_CLASS = 1_024  # bytes of a ``.cls``
+_OTHERS = ("cls", "npy", JSON)  # members that are read beside image and captions
 _PROBED = 100  # samples of a tar behind a URL, whose places tell how many it has
 _SAMPLES_OF_COMMAND = 10_000  # as img2dataset makes shards
 
@@ -73,12 +72,14 @@ class TarShard(Shard):
     is_cut: bool = False  # whether it ends too early, and the samples before the end are used
 
     def read(self, skips: Skips) -> Iterator[Sample]:
-        """Yield the samples in order, and count keys without an image or that occur earlier.
+        """Yield the samples in order; count keys without an image, that occur earlier, or with a text that is too large.
 
+        An image that is too large is counted where images are read.
         What is behind a URL or a command is read once, and the samples come with their bytes. Of a local file only the
         headers, captions and classes are read.
         """
         seen: set[str] = set()
+        texts = (*map(member_of, self.caption_keys), *_OTHERS)
         with naming_shard(self.source):
             members = read_members(self.source, self.max_sample_bytes, allow_cut=self.is_cut)
             for group in group_members(members):
@@ -93,6 +94,8 @@ class TarShard(Shard):
                     skips.add("duplicate_key", where)
                 elif image is None:
                     skips.add("no_image", where)
+                elif any(group.members[text].size > self.max_sample_bytes for text in texts if text in group.members):
+                    skips.add("too_many_bytes", where)
                 else:
                     yield self._make_sample(group, image, skips)
                 seen.add(group.key)

@@ -24,6 +24,7 @@ from clipcid_cli.formats.files import atomic_file, open_regular
 
 _BLOCK = tarfile.BLOCKSIZE
 _READ = 2**17  # of a stream at a time
+_LISTS = {".csv", ".tsv"}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 _OCTAL = re.compile(rb"[ ]*[0-7]+[ ]*(\0.*)?", re.DOTALL)
 _SIZE = re.compile(rb"\x80.*|[ ]*[0-7]*[ ]*(\0.*)?", re.DOTALL)  # GNU's binary form of a large number, or octal digits
@@ -192,6 +193,10 @@ def validate_tar(path: Path) -> None:
         file.seek(max(0, size - 2 * _BLOCK))
         tail = file.read()
     for magic, form in _COMPRESSED.items():
+        if head.startswith(magic) and _LISTS & {*path.suffixes}:
+            raise ClipcidError(
+                f"{path} is a compressed list ({form}), which is not read.", "Unpack it, and give the list."
+            )
         if head.startswith(magic):
             raise ClipcidError(
                 f"Shard {path} is compressed ({form}), so samples cannot be read from it one by one.",

@@ -1,4 +1,7 @@
-"""Files behind http and https addresses: of one version, within a time and a size, and not from a network they lead into."""
+"""Files behind http and https addresses: in one version, within a time and a size.
+
+No redirect and no list leads a request into a network that is nearer to this machine than where it came from.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ from urllib.parse import urljoin, urlsplit
 import aiohttp
 import fsspec.asyn
 
-from clipcid_cli.formats.data.addresses import WEB_SCHEMES
-from clipcid_cli.formats.data.remote import ChangedError
+from clipcid_cli.formats.data.addresses import WEB_SCHEMES, is_remote
+from clipcid_cli.formats.data.remote import ChangedError, NearerNetworkError
 from clipcid_cli.formats.files import validate_size
 
 CONNECT_SECONDS = 10.0
@@ -47,6 +50,13 @@ class Network(IntEnum):
     LINK_LOCAL = 3  # where clouds hand out credentials
 
 
+_CALLED = {
+    Network.PUBLIC: "a public address",
+    Network.PRIVATE: "a private address",
+    Network.LOOPBACK: "this machine",
+    Network.LINK_LOCAL: "a link-local address",
+}
+
 # The network of the list that names what is asked for; None where the user does.
 _named_from: contextvars.ContextVar[Network | None] = contextvars.ContextVar("_named_from", default=None)
 # The outermost network that had a part in where this task's request goes next.
@@ -54,10 +64,6 @@ _sent_from: contextvars.ContextVar[Network | None] = contextvars.ContextVar("_se
 
 _ADDRESS_SECONDS = 60.0  # for which the addresses of a name are remembered
 _NAMES = 1000  # of which they are
-
-
-class NearerNetworkError(ValueError):
-    """A server, or a list behind an address, led from its own network into one nearer to this machine."""
 
 
 def network_of(address: str) -> Network:
@@ -74,9 +80,14 @@ def network_of(address: str) -> Network:
 
 
 @lru_cache(maxsize=1024)
-def network_of_list(url: str) -> Network:
-    """Tell in which network the server of a list is; of one that cannot be looked up, or is a cloud's, the public one."""
-    parts = urlsplit(url)
+def network_of_list(source: str) -> Network:
+    """Tell in which network a list is: one on this disk is on this machine.
+
+    The server of one that cannot be looked up, or is a cloud's, is in the public network.
+    """
+    if not is_remote(source):
+        return Network.LOOPBACK
+    parts = urlsplit(source)
     if parts.scheme.lower() not in WEB_SCHEMES or parts.hostname is None:
         return Network.PUBLIC
     try:
@@ -90,14 +101,14 @@ def validate_hop(source: Network, address: str) -> None:
     """Refuse a way from one network to an IP address that is nearer to this machine."""
     network = network_of(address)
     if network > source:
-        here, there = (place.name.lower().replace("_", "-") for place in (source, network))
-        raise NearerNetworkError(f"it leads from a {here} address to {address}, which is {there}")
+        there = _CALLED[network]
+        raise NearerNetworkError(f"it leads from {_CALLED[source]} to {address}, which is {there}")
 
 
 @contextmanager
-def named_by(url: str | None) -> Iterator[None]:
-    """Hold the requests inside the block to be named by the list behind `url`; None where the user named them."""
-    token = _named_from.set(None if url is None else network_of_list(url))
+def named_by(source: str | None) -> Iterator[None]:
+    """Hold the requests inside the block to be named by the list at a path or URL; None where the user named them."""
+    token = _named_from.set(None if source is None else network_of_list(source))
     try:
         yield
     finally:
@@ -113,7 +124,9 @@ class _Connector(aiohttp.TCPConnector):
 
     async def connect(self, req: Any, *args: Any, **more: Any) -> Any:
         source = _sent_from.get()
-        if source is not None:
+        if source is not None and (source < Network.LOOPBACK or _is_ip_address(req.url.host)):
+            # Not of names in a list on this disk, which would all be looked up twice: few lead to a link-local address, and
+            # of those nothing is asked once they are connected.
             await self._validate(source, req.url)
         connection = await super().connect(req, *args, **more)
         transport = None if req.proxy else connection.transport  # a proxy decides where it connects to
@@ -144,6 +157,14 @@ class _Connector(aiohttp.TCPConnector):
             self._addresses[url.host] = now, addresses
         for address in addresses:
             validate_hop(source, address)
+
+
+def _is_ip_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
 
 
 async def _begin_chain(*_: object) -> None:

@@ -269,9 +269,10 @@ class Embeddings:
         """Refuse keys of two rows; `embed` has checked its own."""
 
     def find_bad_rows(self, *, texts: bool) -> npt.NDArray[np.int64]:
-        """Find rows that are zero or not finite, int64, ascending: their distances to others are undefined.
+        """Return the rows that are zero or not finite, int64, ascending: their distances to others are undefined.
 
-        With `texts` the text embeddings count too, where there are any. `embed` leaves such rows out.
+        There are none, since `embed` leaves them out; embeddings of other tools are searched for them, with `texts` those of
+        captions too.
         """
         return np.empty(0, dtype=np.int64)
 

@@ -52,6 +52,11 @@ class ShardRecord(msgspec.Struct, frozen=True):
     captions: dict[str, int] = {}
     listed: FileRecord | None = None
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether the list of its skipped samples is recorded, where it has some."""
+        return (self.listed is not None) == bool(self.skipped)
+
 
 def read_manifest(folder: Path, fix: str) -> list[ShardRecord]:
     """Read the manifest of a folder."""

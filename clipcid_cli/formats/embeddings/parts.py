@@ -28,7 +28,7 @@ from clipcid_cli.formats.embeddings.manifest import ShardRecord
 from clipcid_cli.formats.embeddings.sidecar import EmbedFacts
 from clipcid_cli.formats.files import lock, write_error
 from clipcid_cli.formats.journal import Journal, record_journal
-from clipcid_cli.formats.sidecar import Run
+from clipcid_cli.formats.sidecar import Provenance
 
 PARTS = ".parts"
 _LOCK = re.compile(r"(\d{1,9})-of-(\d{1,9})\.lock")
@@ -119,7 +119,9 @@ def _running_error(work: Path, part: DataPart) -> ClipcidError:
     )
 
 
-def validate_complete(place: str, parts: Sequence[PartRecord], records: dict[int, ShardRecord], run: Run) -> None:
+def validate_complete(
+    place: str, parts: Sequence[PartRecord], records: dict[int, ShardRecord], run: Provenance
+) -> None:
     """Refuse parts that do not agree, of which some are missing, or whose shards are not the data that was recorded."""
     if not parts:
         raise ClipcidError(f"{place} has no record of a part.", "Run the parts first: clipcid embed DATA --part I/N")

@@ -24,8 +24,9 @@ from clipcid_cli.formats.embeddings.manifest import ShardRecord
 from clipcid_cli.formats.embeddings.parts import PARTS, PartRecord
 from clipcid_cli.formats.embeddings.writer import FINISHED, EmbeddingWriter, ShardRows
 from clipcid_cli.formats.fingerprint import FileRecord, identity_of
+from clipcid_cli.formats.journal import parse_record
 from clipcid_cli.formats.output import RUN_FILE, find_differences, list_differences
-from clipcid_cli.formats.sidecar import Run
+from clipcid_cli.formats.sidecar import Provenance
 
 _RECORDS = str(Path(FINISHED).parent)
 _WORK = re.compile(r"\.embed-[0-9a-f]{32}")
@@ -72,7 +73,7 @@ def read_sent(store: ObjectStore, wanted: set[int] | None = None) -> dict[int, S
         int(match[1]): match[0] for name in store.below(_RECORDS).names() if (match := _RECORD_NAME.fullmatch(name))
     }
     indexes = sorted(names if wanted is None else wanted & names.keys())
-    read = partial(_read, store.below(_RECORDS), kind=ShardRecord)
+    read = partial(_read_record, store.below(_RECORDS), kind=ShardRecord)
     with ThreadPoolExecutor(_THREADS) as pool:
         records = pool.map(read, [names[index] for index in indexes])
         return {index: record for index, record in zip(indexes, records, strict=True) if record is not None}
@@ -82,28 +83,35 @@ def read_sent_parts(store: ObjectStore) -> list[PartRecord]:
     """Read the records of the parts in a store."""
     names = sorted(filter(_PART_NAME.fullmatch, store.below(PARTS).names()))
     with ThreadPoolExecutor(_THREADS) as pool:
-        records = pool.map(partial(_read, store.below(PARTS), kind=PartRecord), names)
+        records = pool.map(partial(_read_record, store.below(PARTS), kind=PartRecord), names)
         return [record for record in records if record is not None]
 
 
-def _read(store: ObjectStore, name: str, kind: type[Record]) -> Record | None:
+def _read_record(store: ObjectStore, name: str, kind: type[Record]) -> Record | None:
     try:
-        return msgspec.json.decode(store.read(name, _LARGEST_RECORD), type=kind)
+        return parse_record(store.read(name, _LARGEST_RECORD), kind)
+    except TooManyBytesError:
+        return None
+
+
+def _read_run(store: ObjectStore) -> Provenance | None:
+    try:
+        return msgspec.json.decode(store.read(RUN_FILE, _LARGEST_RECORD), type=Provenance)
     except (msgspec.DecodeError, TooManyBytesError):
         return None
 
 
-def read_runs(store: ObjectStore) -> dict[str, Run]:
+def read_runs(store: ObjectStore) -> dict[str, Provenance]:
     """Read settings and data of the embeddings whose parts are in a store, by the names of their folders there."""
-    runs = dict[str, Run]()
+    runs = dict[str, Provenance]()
     for name in sorted(filter(_WORK.fullmatch, store.names())):
-        run = _read(store.below(name), RUN_FILE, Run)
+        run = _read_run(store.below(name))
         if run is not None and name == f".embed-{identity_of(run.settings, run.inputs)}":
             runs[name] = run
     return runs
 
 
-def validate_same(store: ObjectStore, work: str, run: Run) -> None:
+def validate_same(store: ObjectStore, work: str, run: Provenance) -> None:
     """Refuse a store that has parts of other settings or other data."""
     for name, other in read_runs(store).items():
         if name != work:
@@ -151,7 +159,8 @@ def _fetch_shard(store: ObjectStore, writer: EmbeddingWriter, index: int, record
         return fingerprint.record(writer.folder / file.path, writer.folder)
 
     files_here = {part: here(file) for part, file in record.files.items()}
-    writer.record_shard(index, msgspec.structs.replace(record, files=files_here))
+    listed_here = None if record.listed is None else here(record.listed)
+    writer.record_shard(index, msgspec.structs.replace(record, files=files_here, listed=listed_here))
 
 
 def _edited_error(store: ObjectStore, record: str, problem: str) -> ClipcidError:

@@ -50,7 +50,7 @@ class EmbedSidecar(Sidecar, kw_only=True):
     model: ModelRecord
     images_per_second: float | None
     data: DataSpec
-    run: dict[str, Any] = msgspec.field(default_factory=dict)
+    machine: dict[str, Any] = msgspec.field(name="run", default_factory=dict)
 
     @property
     def made(self) -> EmbedMade:

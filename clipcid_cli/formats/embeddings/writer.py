@@ -85,10 +85,10 @@ class EmbeddingWriter:
             else:
                 self._path(kind, index).unlink(missing_ok=True)
         given = self._inputs[index]
-        parts: list[str] = [*shard.rows]
+        kinds: list[str] = [*shard.rows]
         if Kind.IMAGES in shard.rows:
             write_parquet(self._path(METADATA, index), _make_metadata(str(given.shard), shard))
-            parts.append(METADATA)
+            kinds.append(METADATA)
         skipped = [
             Skipped(reason, count, [_printable(name) for name in shard.skipped.examples.get(reason, [])])
             for reason, count in sorted(shard.skipped.counts.items())
@@ -100,26 +100,25 @@ class EmbeddingWriter:
             rows=len(shard.keys),
             **shard.adapted,
             skipped=skipped,
-            files={part: fingerprint.record(self._path(part, index), self.folder) for part in parts},
+            files={kind: fingerprint.record(self._path(kind, index), self.folder) for kind in kinds},
             keys=self._keys,
             without_caption=shard.skipped.without,
             captions=shard.skipped.changed,
-            listed=fingerprint.record(self._skipped_path(index), self.folder) if skipped else None,
+            listed=self._record_skipped(index) if skipped else None,
         )
         self._journal.append(self._label(index), record)
 
     def read_record(self, index: int) -> ShardRecord | None:
-        """Read the outcome of a shard; None when it is unfinished, was changed or damaged, or is of another plan."""
+        """Read the record of a shard; None where it is not finished by these settings, or a file was changed since."""
         record = self._find_record(index)
         return record if record is not None and record.keys == self._keys else None
 
     def _find_record(self, index: int) -> ShardRecord | None:
         record = self._journal.read(self._label(index))
-        if record is None or record.identity != self._identities[index]:
+        if record is None or record.identity != self._identities[index] or not record.is_listed:
             return None
-        if record.skipped and not self._skipped_path(index).exists():
-            return None
-        changed = find_changed(self.folder, record.files.values(), self._journal.path(self._label(index)))
+        files = [*record.files.values(), *filter(None, [record.listed])]
+        changed = find_changed(self.folder, files, self._journal.path(self._label(index)))
         return record if changed is None else None
 
     def take(self, folder: Path, records: Sequence[ShardRecord]) -> None:
@@ -139,28 +138,36 @@ class EmbeddingWriter:
             if find_changed(folder, earlier.files.values(), folder / MANIFEST) is not None:
                 continue
             files: dict[str, FileRecord] = {}
-            for part, file in earlier.files.items():
-                _link(folder / file.path, self._path(part, index))
-                files[part] = msgspec.structs.replace(file, path=self._name(part, index))
-            self._journal.append(self._label(index), msgspec.structs.replace(earlier, files=files))
+            for kind, file in earlier.files.items():
+                _link(folder / file.path, self._path(kind, index))
+                files[kind] = msgspec.structs.replace(file, path=self._name(kind, index))
+            listed = self._record_skipped(index) if earlier.skipped else None
+            self._journal.append(self._label(index), msgspec.structs.replace(earlier, files=files, listed=listed))
+
+    def find_done(self, earlier: Sequence[ShardRecord]) -> list[int]:
+        """Return the shards that a run would not embed again: those finished here, or of an `earlier` folder."""
+        there = {record.identity for record in earlier}
+        done = (
+            identity in there or self._find_record(index) is not None for index, identity in enumerate(self._identities)
+        )
+        return [index for index, is_done in enumerate(done) if is_done]
 
     def names(self, index: int, record: ShardRecord) -> list[str]:
         """Name the files of a shard, relative to the folder: its record is the last."""
-        parts = [part for part in (*Kind, METADATA) if part in record.files]
+        kinds = [kind for kind in (*Kind, METADATA) if kind in record.files]
         listed = [self._skipped_path(index)] if record.skipped else []
-        paths = [*(self._path(part, index) for part in parts), *listed, self._journal.path(self._label(index))]
+        paths = [*(self._path(kind, index) for kind in kinds), *listed, self._journal.path(self._label(index))]
         return [str(path.relative_to(self.folder)) for path in paths]
 
     def accepts(self, index: int, record: ShardRecord) -> bool:
         """Tell whether a record is one of this shard, as these settings make it."""
-        is_listed = (record.listed is not None) == bool(record.skipped)
         is_ours = record.identity == self._identities[index] and record.keys == self._keys
-        return is_listed and is_ours and self.holds(index, record)
+        return record.is_listed and is_ours and self.holds(index, record)
 
     def holds(self, index: int, record: ShardRecord) -> bool:
         """Tell whether a record has rows and names files of its shard alone, as one that was edited need not."""
-        paths = {part: file.path for part, file in record.files.items()}
-        own = {part: self._name(part, index) for part in (*Kind, METADATA) if part in paths}
+        paths = {kind: file.path for kind, file in record.files.items()}
+        own = {kind: self._name(kind, index) for kind in (*Kind, METADATA) if kind in paths}
         return {Kind.IMAGES, METADATA} <= paths.keys() and paths == own
 
     def record_shard(self, index: int, record: ShardRecord) -> None:
@@ -184,10 +191,13 @@ class EmbeddingWriter:
                     metadata = pq.read_table(file)
                 write_parquet(path, self._rename(metadata, prefix))
                 files[METADATA] = fingerprint.record(path, self.folder)
+            listed = None
             if record.skipped:
                 path = self._skipped_path(index)
                 write_skipped(path, [self._rename(pa.concat_tables(read_skipped(path)), prefix)])
-            self._journal.append(self._label(index), msgspec.structs.replace(record, files=files, keys=self._keys))
+                listed = self._record_skipped(index)
+            renamed = msgspec.structs.replace(record, files=files, keys=self._keys, listed=listed)
+            self._journal.append(self._label(index), renamed)
 
     def _rename(self, table: pa.Table, prefix: str) -> pa.Table:
         keys = table["key"]
@@ -204,7 +214,7 @@ class EmbeddingWriter:
         assert len(finished) == len(records), "every shard was written by one of the processes"
         skipped = (self._skipped_path(index) for index, record in enumerate(finished) if record.skipped)
         write_skipped(self.folder / SKIPPED, (table for path in skipped for table in read_skipped(path)))
-        parts = [part for part in (*Kind, METADATA) if any(part in record.files for record in finished)]
+        kinds = [kind for kind in (*Kind, METADATA) if any(kind in record.files for record in finished)]
         schema = pa.schema(
             {
                 "input": _INPUT,
@@ -212,7 +222,7 @@ class EmbeddingWriter:
                 **dict.fromkeys(("read", "rows", "laid_on_white", "from_16_bit"), _NUMBER),
                 "keys": _TEXT,
                 "skipped": _SKIPPED,
-                "files": pa.struct([(part, _FILE) for part in parts]),
+                "files": pa.struct([(kind, _FILE) for kind in kinds]),
             }
         )
         write_parquet(self.folder / MANIFEST, pa.Table.from_pylist(msgspec.to_builtins(finished), schema))
@@ -224,15 +234,18 @@ class EmbeddingWriter:
     def _skipped_path(self, index: int) -> Path:
         return self._journal.folder / f"{self._label(index)}.{SKIPPED}"
 
+    def _record_skipped(self, index: int) -> FileRecord:
+        return fingerprint.record(self._skipped_path(index), self.folder)
+
     def _label(self, index: int) -> str:
         return f"{index:0{self._digits}d}"
 
-    def _path(self, part: str, index: int) -> Path:
-        return self.folder / self._name(part, index)
+    def _path(self, kind: str, index: int) -> Path:
+        return self.folder / self._name(kind, index)
 
-    def _name(self, part: str, index: int) -> str:
-        form = "parquet" if part == METADATA else "npy"
-        return f"{part}/{part}_{self._label(index)}.{form}"
+    def _name(self, kind: str, index: int) -> str:
+        form = "parquet" if kind == METADATA else "npy"
+        return f"{kind}/{kind}_{self._label(index)}.{form}"
 
 
 def _make_metadata(shard: str, rows: ShardRows) -> pa.Table:
@@ -255,13 +268,13 @@ def _make_metadata(shard: str, rows: ShardRows) -> pa.Table:
 def read_unfinished(folder: Path, step: str) -> list[FileRecord]:
     """Return the shards that an unfinished run of a folder has embedded, in order, whatever its settings are."""
     journals = (record_journal(work / _RECORDS, ShardRecord) for work in find_works(folder, step))
-    records = [named for journal in journals for named in journal.parts()]
+    records = [named for journal in journals for named in journal.entries()]
     return [record.input for _, record in sorted(records, key=lambda named: natural_key(named[0]))]
 
 
 def read_finished(work: Path) -> dict[int, ShardRecord]:
     """Return the records of the finished shards in a work folder, by the shards' numbers."""
-    records = record_journal(work / _RECORDS, ShardRecord).parts()
+    records = record_journal(work / _RECORDS, ShardRecord).entries()
     return {int(name): record for name, record in records if name.isdecimal()}
 
 

@@ -1,4 +1,4 @@
-"""Frozen image features with their classes, kept so that a model encodes a data set once.
+"""Frozen image features with their keys and classes, kept so that a model encodes a data set once.
 
 A file's name identifies its content, so that it never changes: it needs neither a lock nor a sidecar.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class ImageFeatures:
     rows: torch.Tensor  # unit rows, float32 [N, D]
     labels: torch.Tensor  # class of each image, int64 [N], or whether it has each class, bool [N, C]
     skips: Skips = dataclasses.field(default_factory=Skips)
+    keys: Sequence[str] = ()  # of a whole split
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -37,7 +39,7 @@ class ImageFeatures:
         return ImageFeatures(self.rows[chosen], self.labels[chosen])
 
     def to(self, device: torch.device) -> ImageFeatures:
-        return ImageFeatures(self.rows.to(device), self.labels.to(device))
+        return ImageFeatures(self.rows.to(device), self.labels.to(device), keys=self.keys)
 
 
 def features_path(folder: Path, model_slug: str, identity: dict[str, Any]) -> Path:
@@ -48,16 +50,19 @@ def features_path(folder: Path, model_slug: str, identity: dict[str, Any]) -> Pa
 def write_features(path: Path, features: ImageFeatures) -> None:
     """Write features, whole or not at all."""
     skips = json.dumps(dataclasses.asdict(features.skips))
-    save_arrays(path, {"rows": features.rows.numpy(), "labels": features.labels.numpy(), "skips": skips})
+    rows, labels = features.rows.numpy(), features.labels.numpy()
+    keys = json.dumps([*features.keys])  # which may end with NULs, as NumPy's texts cannot
+    save_arrays(path, {"rows": rows, "labels": labels, "keys": keys, "skips": skips})
 
 
 def read_features(path: Path) -> ImageFeatures | None:
     """Read features; None where there are none, or they are damaged: the data set is then encoded again."""
     arrays = load_arrays(path)
-    if arrays is None or not {"rows", "labels", "skips"}.issubset(arrays):
+    if arrays is None or not {"rows", "labels", "keys", "skips"}.issubset(arrays):
         return None
     rows, labels = (torch.from_numpy(arrays[name]) for name in ("rows", "labels"))
     lengths = torch.linalg.vector_norm(rows, dim=-1)
     if rows.ndim != 2 or len(rows) != len(labels) or not bool(((lengths - 1).abs() < _LENGTH_TOLERANCE).all()):
         return None
-    return ImageFeatures(rows, labels, Skips(**json.loads(str(arrays["skips"]))))
+    keys = json.loads(str(arrays["keys"]))
+    return ImageFeatures(rows, labels, Skips(**json.loads(str(arrays["skips"]))), keys)

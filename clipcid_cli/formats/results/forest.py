@@ -1,8 +1,8 @@
 """The single-linkage forest, and its sets at the cut-off.
 
-``forest.parquet``, and files of like names for other searches, hold the edges; ``rows.parquet`` the files of embeddings
-through which rows are numbered, of which each forest has a copy; ``sets.parquet`` the sets of near images; ``curve.csv`` how
-many images each cut-off keeps.
+``forest.parquet``, and files of like names for other searches, hold the edges; ``rows.parquet`` the row numbering, which is
+the files of embeddings in the order of the rows; ``forest-rows.parquet`` a copy of it, of the forest; ``sets.parquet`` the
+sets of near images; ``curve.csv`` how many images each cut-off keeps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from clipcid_cli.formats.output import OutputSpec, open_output
 from clipcid_cli.formats.parquet import read_columns, read_rows, write_row_groups
 from clipcid_cli.formats.sidecar import Sidecar, read_sidecar, sidecar_path
 
-ROW_FILES = "rows.parquet"
+ROW_NUMBERING = "rows.parquet"
 SET_TABLE = "sets.parquet"
 CURVE = "curve.csv"
 
@@ -37,7 +37,7 @@ _STEPS = {
     "partitioned-filtered": "forest-partitioned-filtered",
 }
 _EDGES = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("distance", pa.float32())])
-_ROW_FILES = pa.schema([("path", pa.string()), ("rows", pa.int64()), ("size", pa.int64()), ("hash", pa.string())])
+_ROW_NUMBERING = pa.schema([("path", pa.string()), ("rows", pa.int64()), ("size", pa.int64()), ("hash", pa.string())])
 _SETS = pa.schema(
     {
         "component": pa.int64(),
@@ -60,14 +60,19 @@ class ForestSidecar(Sidecar, kw_only=True):
     cutoff: float
 
 
-def forest_path(folder: Path, neighbors: str) -> Path:
-    """Return where a forest lies in the folder of `balance`."""
-    return folder / f"{_STEPS[neighbors]}.parquet"
+def forest_path(folder: Path, kind: str) -> Path:
+    """Return where the forest of a kind lies in the folder of `balance`."""
+    return folder / f"{_STEPS[kind]}.parquet"
 
 
-def row_files_path(folder: Path, neighbors: str) -> Path:
-    """Return where the files lie through which a forest's rows are numbered."""
-    return folder / f"{_STEPS[neighbors]}-rows.parquet"
+def row_numbering_path(folder: Path, kind: str) -> Path:
+    """Return where the row numbering of a forest lies."""
+    return folder / f"{_STEPS[kind]}-rows.parquet"
+
+
+def forest_sidecar_path(folder: Path, kind: str) -> Path:
+    """Return where the sidecar of a forest lies."""
+    return sidecar_path(folder, _STEPS[kind])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,19 +82,17 @@ class StoredForest:
     a: IntArray  # the smaller row of each edge
     b: IntArray  # the larger one
     distance: npt.NDArray[np.float32]  # ascending
-    cutoff: float  # the distance up to which it was searched
+    searched_to: float  # the distance up to which it is complete
     num_rows: int
 
 
-def forest_spec(
-    folder: Path, inputs: Sequence[FileRecord], neighbors: str, *, overwrite: bool
-) -> OutputSpec[ForestSidecar]:
+def forest_spec(folder: Path, inputs: Sequence[FileRecord], kind: str, *, overwrite: bool) -> OutputSpec[ForestSidecar]:
     """Ask for the forest of some embeddings in the folder of `balance`; one of others is replaced without a word."""
     return OutputSpec(
         folder,
-        _STEPS[neighbors],
+        _STEPS[kind],
         ForestSidecar,
-        settings={"neighbors": neighbors},
+        settings={"neighbors": kind},
         inputs=inputs,
         may_differ=("inputs",),
         overwrite=overwrite,
@@ -97,22 +100,22 @@ def forest_spec(
 
 
 def write_forest(
-    spec: OutputSpec[ForestSidecar], forest: StoredForest, row_files: Path, seconds: dict[str, float]
+    spec: OutputSpec[ForestSidecar], forest: StoredForest, row_numbering: Path, seconds: dict[str, float]
 ) -> None:
-    """Write ``forest.parquet``, a copy of `row_files` and their sidecar ``forest.json``, or those of another kind."""
-    neighbors = spec.settings["neighbors"]
+    """Write ``forest.parquet``, a copy of `row_numbering` and their sidecar ``forest.json``, or those of another kind."""
+    kind = spec.settings["neighbors"]
     with open_output(spec) as output:
         output.start()
-        path = forest_path(output.work, neighbors)
+        path = forest_path(output.work, kind)
         columns = forest.a, forest.b, forest.distance
         write_row_groups(path, _EDGES, len(forest.a), lambda part: [column[part] for column in columns])
-        own = row_files_path(output.work, neighbors)
-        write_bytes(own, row_files.read_bytes())
+        own = row_numbering_path(output.work, kind)
+        write_bytes(own, row_numbering.read_bytes())
         output.commit(
             counts={"images": forest.num_rows, "edges": len(forest.a)},
             seconds=seconds,
             outputs=[record(file, output.work) for file in (path, own)],
-            cutoff=forest.cutoff,
+            cutoff=forest.searched_to,
         )
 
 
@@ -134,9 +137,9 @@ def read_forest(spec: OutputSpec[ForestSidecar]) -> StoredForest | None:
     return StoredForest(a.astype(kind), b.astype(kind), distance, sidecar.cutoff, num_rows)
 
 
-def is_forest_damaged(folder: Path, neighbors: str) -> bool:
+def is_forest_damaged(folder: Path, kind: str) -> bool:
     """Tell whether the files of the forest in a folder, or its sidecar, are not as they were written."""
-    path = sidecar_path(folder, _STEPS[neighbors])
+    path = forest_sidecar_path(folder, kind)
     try:
         sidecar = read_sidecar(path, ForestSidecar)
     except ClipcidError:
@@ -150,22 +153,22 @@ def find_earlier(spec: OutputSpec[ForestSidecar]) -> ForestSidecar | None:
         return output.earlier
 
 
-class RowFile(FileRecord, frozen=True):
+class NumberedFile(FileRecord, frozen=True):
     """A file of embeddings, in the order of the rows; of a file of image embeddings with the number of its rows."""
 
     rows: int | None = None
 
 
-def write_row_files(path: Path, files: Sequence[RowFile]) -> None:
-    """Write the files, a row each."""
-    write_parquet(path, pa.Table.from_pylist(msgspec.to_builtins(files), _ROW_FILES))
+def write_row_numbering(path: Path, files: Sequence[NumberedFile]) -> None:
+    """Write the files through which rows are numbered, a row each."""
+    write_parquet(path, pa.Table.from_pylist(msgspec.to_builtins(files), _ROW_NUMBERING))
 
 
-def read_row_files(path: Path, fix: str) -> list[RowFile]:
-    """Read the files."""
+def read_row_numbering(path: Path, fix: str) -> list[NumberedFile]:
+    """Read the files through which rows are numbered."""
     rows = read_rows(path, fix)
     with reading(path, "a list of files of embeddings", fix):
-        return msgspec.convert(rows, list[RowFile])
+        return msgspec.convert(rows, list[NumberedFile])
 
 
 @dataclasses.dataclass(frozen=True)

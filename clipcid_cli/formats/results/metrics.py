@@ -12,6 +12,8 @@ Predictions are parquet, one row per image, compared with other models' rows by 
 | retrieval | ``key``, ``image_ranks`` (list int64: for each caption, the images before its own), ``text_rank`` (int64: the captions before the first of its own) |
 | association | ``key``, ``cue`` (int32), ``associated``, ``chosen`` (bool), ``score`` (float32, cosine of image and cue) |
 
+Of a linear probe, a classification, ``scores`` are its logits.
+
 Shape letters: N images, M captions, C classes, K = min(5, C).
 
 Source: LAION-AI/CLIP_benchmark 1.6.2, cli.py (`eval` writes the metrics files, `build` makes a table of them).
@@ -50,6 +52,9 @@ CLASSIFICATION = "classification"
 MULTI_LABEL = "multilabel"
 RETRIEVAL = "retrieval"
 ASSOCIATION = "association"
+
+LINEAR_PROBE = "linear_probe"
+"""The task of a probe, whose predictions are of a classification."""
 
 _INT = pa.int32()
 _INTS = pa.list_(pa.int32())
@@ -220,16 +225,16 @@ def write_predictions(
     write_parquet(path, table.replace_schema_metadata({_ABOUT: json.dumps(about).encode()}))
 
 
-def read_predictions(path: Path) -> Predictions:
-    """Read a file, ordered by key."""
+def read_predictions(path: Path, command: str) -> Predictions:
+    """Read a file, ordered by key; `command` makes such files, ``clipcid eval-linear``."""
     import pyarrow.parquet as pq  # only --compare needs it
 
     if not os.path.exists(path):  # pathlib raises where a name is too long
         raise ClipcidError(
             f"There are no predictions for each image: {path} is missing.",
-            "Run eval-zeroshot for that model and data set again, with --predictions.",
+            f"Run {command} for that model and data set again, with --predictions.",
         )
-    with reading(path, "predictions of clipcid", "Remove it and run eval-zeroshot --predictions."):
+    with reading(path, "predictions of clipcid", f"Remove it and run {command} --predictions."):
         table = pq.read_table(path)
         about = json.loads(table.schema.metadata[_ABOUT])
         types = {"key": pa.string(), **_COLUMNS[about["kind"]]}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import socket
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub.constants as hub
 
@@ -16,7 +17,7 @@ from clipcid_cli.errors import ClipcidError, in_one_line
 from clipcid_cli.runtime.libraries import quiet_libraries
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo, HfApi
+    from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
 _TOKEN_FIX = "Run hf auth login, or set HF_TOKEN, with a token that may write: https://huggingface.co/settings/tokens."
 
@@ -81,26 +82,42 @@ def upload(repository: str, folder: Path, names: Sequence[str], message: str) ->
         api.create_repo(repository, private=True, exist_ok=True)
         files = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
         commit = api.create_commit(repository, files, commit_message=message)
-    there = _list_committed(api, repository, commit)
-    if missing := sorted({*names} - {*there}):  # the hub leaves out what a .gitignore of the repository names
+    # The hub leaves out what a .gitignore of the repository names; a file of that name from an earlier commit stays.
+    left_out = sorted(_find_unlike(api, repository, commit, files))
+    if left_out:
         raise ClipcidError(
-            f"--push {repository}: the hub left out {', '.join(missing)}, which the .gitignore there may name.",
+            f"--push {repository}: the hub left out {', '.join(left_out)}, which the .gitignore there may name.",
             f"Remove these from its .gitignore and run the command again; the commit is {commit.commit_url}.",
         )
     return str(commit.commit_url)
 
 
-def _list_committed(api: HfApi, repository: str, commit: CommitInfo) -> list[str]:
-    """List what is in a repository after a commit."""
+def _find_unlike(api: HfApi, repository: str, commit: CommitInfo, files: Sequence[CommitOperationAdd]) -> Iterator[str]:
+    """Yield the names of files that a repository, after a commit, does not hold as they were sent."""
     try:
         with quiet_libraries():
-            return api.list_repo_files(repository, revision=commit.oid)
+            entries = list(api.list_repo_tree(repository, recursive=True, revision=commit.oid))
     except Exception as error:  # as in `_uploading`
         raise ClipcidError(
             f"--push {repository}: the files are committed, and {hub.ENDPOINT} did not list what has arrived: "
             f"{in_one_line(error, 300)}",
             f"See whether all have: {commit.commit_url}",
         ) from error
+    there = {entry.path: entry for entry in entries}
+    for file in files:
+        entry = there.get(file.path_in_repo)
+        if entry is None or not _is_sent(entry, file):
+            yield file.path_in_repo
+
+
+def _is_sent(entry: Any, file: CommitOperationAdd) -> bool:
+    """Tell whether a file of a repository has the content that was sent: by its SHA-256, or as git hashes small ones."""
+    if entry.lfs is not None:
+        return bool(entry.lfs.sha256 == file.upload_info.sha256.hex())
+    with file.as_file() as opened:
+        content = opened.read()
+    blob = f"blob {len(content)}\0".encode() + content
+    return bool(entry.blob_id == hashlib.sha1(blob, usedforsecurity=False).hexdigest())
 
 
 @contextlib.contextmanager

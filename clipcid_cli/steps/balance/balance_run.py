@@ -49,6 +49,13 @@ class BalanceRun(BalancePlan):
         return identity_of({}, self.output.spec.inputs)
 
     @property
+    def num_requested(self) -> int:
+        """How many of the searched images are to be kept: all where a cut-off is given in place of a share."""
+        # Python rounds a half to the even number.
+        keep, num_searched = self.settings.keep, self.rows.num_searched
+        return num_searched if keep is None else max(1, round(keep * num_searched))
+
+    @property
     def rows_in_memory(self) -> int:
         """How many rows plans can rely on to fit into the memory for panels."""
         return _PLANNED_BYTES[self.context.device.type] // (self.embeddings.width * _BYTES_AN_ENTRY)

@@ -12,6 +12,7 @@ from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.algorithms.sets.star import count_kept, star_cover
 from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.linkages import LINKAGES
 from clipcid_cli.steps.balance.sets import Sets
 
 _CHAINS_SHOWN = 8
@@ -21,14 +22,14 @@ _MAX_STARRED = 4096
 
 
 def find_chains(run: BalanceRun, sets: Sets) -> list[dict[str, Any]]:
-    """Return the sets with most images beyond the cut-off, the widest of equals first; none for stars.
+    """Return the sets with most images beyond the cut-off, the widest of equals first; none where no image can be.
 
     Returns:
         What the table has of each, and: ``beyond``, how many of its images are farther than the cut-off from the one kept;
         ``stars``, the images that stars would keep of it, those that represent most first, None where it has too many to
         compare; ``shown``, those of its images that the report shows.
     """
-    if sets.threshold is None or run.settings.linkage == "star":
+    if sets.threshold is None or not LINKAGES[run.settings.linkage].may_chain:
         return []
     table = sets.table
     is_beyond = sets.distances > np.float32(sets.threshold)
@@ -44,7 +45,7 @@ def find_chains(run: BalanceRun, sets: Sets) -> list[dict[str, Any]]:
     return chains
 
 
-def _find_stars(run: BalanceRun, sets: Sets, label: int, cutoff: float, copies: IntArray) -> list[int] | None:
+def _find_stars(run: BalanceRun, sets: Sets, label: int, threshold: float, copies: IntArray) -> list[int] | None:
     """Cover a set by stars, which never leave it, given how many rows equal each unique row, int64 [U]."""
     rows = run.rows
     place = np.flatnonzero(sets.labels[rows.unique] == label)
@@ -52,7 +53,7 @@ def _find_stars(run: BalanceRun, sets: Sets, label: int, cutoff: float, copies: 
         return None
     numbers = np.arange(len(place), dtype=rows.unique.dtype)
     block = load_block(lambda some: rows.read(rows.unique[place[some]]), numbers, run.context.device, run.scan.dtype)
-    pairs = sort_edges(Edges.concatenate(near_pairs(block, block, cutoff)))
+    pairs = sort_edges(Edges.concatenate(near_pairs(block, block, threshold)))
     representatives = star_cover(pairs, copies[place])
     represented = np.bincount(representatives, weights=copies[place], minlength=len(place))
     order = np.argsort(-represented, kind="stable")[: count_kept(representatives)]

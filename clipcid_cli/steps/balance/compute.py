@@ -21,7 +21,7 @@ from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.linkages import OtherLinkage, compare_linkages
+from clipcid_cli.steps.balance.compared_linkage import ComparedLinkage, compare_linkages
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import Audit
@@ -47,7 +47,7 @@ class Outcome:
     far: FarImages | None
     sets: Sets
     forest: Edges
-    other: OtherLinkage | NotComputed
+    compared: ComparedLinkage | NotComputed
     cap: ClusterCap | None
     is_kept: BoolArray  # in the end, bool [N]
     audit: Audit | None
@@ -70,9 +70,8 @@ def begin(plan: BalancePlan, output: Output[BalanceSidecar], context: DistContex
     shared = SharedArrays(context, output.work)
     with timed(plan.seconds, "search"):
         rows = read_rows(shared, plan.embeddings.rows(Kind.IMAGES))
-    planned = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
     return BalanceRun(
-        **planned,
+        **vars(plan),
         context=context,
         output=output,
         shared=shared,
@@ -111,12 +110,12 @@ def compute(plan: BalancePlan, output: Output[BalanceSidecar], context: DistCont
     sets, forest, reused = make_sets(run)
     if reused:
         reporting.note("The forest of these embeddings exists: keep list, curve and report are made from it.")
-    other = compare_linkages(run, sets, forest)
+    compared = compare_linkages(run, sets, forest)
     cap = _cap_clusters(run, sets)
     is_kept = sets.kept if cap is None else sets.kept & ~cap.is_dropped
     audit = _audit(run, sets, is_kept)
     context.barrier()  # until here another process may read what it has mapped
-    return Outcome(run, against, captions, far, sets, forest, other, cap, is_kept, audit)
+    return Outcome(run, against, captions, far, sets, forest.edges, compared, cap, is_kept, audit)
 
 
 def _find_filtered(run: BalanceRun) -> tuple[NearReferences | None, CaptionWindow | None]:

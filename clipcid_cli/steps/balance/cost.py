@@ -10,8 +10,8 @@ import torch
 
 from clipcid_cli.algorithms.near.block import bytes_an_entry
 from clipcid_cli.algorithms.near.exact import IntArray
+from clipcid_cli.algorithms.near.jobs import panel_rows_of
 from clipcid_cli.algorithms.near.partitions import default_num_partitions
-from clipcid_cli.algorithms.near.plan import panel_rows_of
 from clipcid_cli.algorithms.near.search import bytes_of_scores
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -195,7 +195,7 @@ def _count_reference(reference: NamedReference, compared: int) -> ReferenceCost:
 
 
 def _count_rows(rows: Embeddings | EmbedCost) -> int:
-    return rows.num_rows if isinstance(rows, Embeddings) else rows.images
+    return rows.num_rows if isinstance(rows, Embeddings) else rows.images + rows.images_done
 
 
 def _count_memory(

@@ -9,27 +9,27 @@ from markupsafe import Markup
 
 from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.linkages import OtherLinkage
+from clipcid_cli.steps.balance.compared_linkage import ComparedLinkage
+from clipcid_cli.steps.balance.linkages import LINKAGES
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.sets import Sets
-from clipcid_cli.steps.settings.balance import LINKAGES
 
 
-def draw_curves(run: BalanceRun, sets: Sets, other: OtherLinkage | NotComputed) -> Markup:
-    """Draw the share kept over the cut-off, by both linkages where both are known, and the points at the cut-off."""
+def draw_curves(run: BalanceRun, sets: Sets, compared: ComparedLinkage | NotComputed) -> Markup:
+    """Draw the share kept over the cut-off, with the compared linkage where that is known, and the points at it."""
     num_images, linkage = run.rows.num_searched, run.settings.linkage
     lines = [(linkage, sets.curve, sets.num_kept)]
-    if isinstance(other, OtherLinkage):
-        lines.append((other.result.linkage, other.curve, other.result.kept))
+    if isinstance(compared, ComparedLinkage):
+        lines.append((compared.result.linkage, compared.curve, compared.result.kept))
     most_kept = max(num_kept for _, _, num_kept in lines)
     figure = make_figure()
     axes = figure.add_subplot()
     for name, curve, num_kept in lines:
-        color = PALETTE[LINKAGES.index(name)]
+        color = PALETTE[[*LINKAGES].index(name)]
         distances = np.concatenate([[0.0], curve.distance])
         kept = np.concatenate([[num_images], curve.kept]) / num_images
-        # Single linkage is known between two points, stars are not: only that the curve lies between them.
-        style: dict[str, Any] = {"drawstyle": "steps-post"} if name == "single" else {}
+        # Between two points only what follows the forest is known; of others, that the curve lies between them.
+        style: dict[str, Any] = {"drawstyle": "steps-post"} if LINKAGES[name].follows_forest else {}
         axes.plot(distances, kept, color=color, label=f"{name} (chosen)" if name == linkage else name, **style)
         if sets.threshold is not None:
             point = (sets.threshold, num_kept / num_images)

@@ -15,6 +15,7 @@ from clipcid_cli.algorithms.metrics.intervals import clopper_pearson
 from clipcid_cli.algorithms.near.block import read_stored
 from clipcid_cli.algorithms.near.cutoff import draw_sample
 from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
+from clipcid_cli.algorithms.near.jobs import Jobs, pieces, rectangle
 from clipcid_cli.algorithms.near.partitions import (
     NEIGHBOURS,
     SAMPLE_ROWS,
@@ -23,7 +24,6 @@ from clipcid_cli.algorithms.near.partitions import (
     group_rows,
     measure_margin,
 )
-from clipcid_cli.algorithms.near.plan import Plan, pieces, rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.formats.arrays import Arrays, create_mapped, spool_arrays
 from clipcid_cli.formats.embeddings.rows import open_copies
@@ -31,7 +31,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.groups import copy_rows, temporary_copies
 from clipcid_cli.steps.balance.result import Audit
-from clipcid_cli.steps.balance.search import Search, find_nearest, run_chunks
+from clipcid_cli.steps.balance.run_search import Search, find_nearest, run_chunks
 
 # Where this share of all pairs would be compared, all of them may as well be.
 _MAX_FRACTION = 0.5
@@ -45,24 +45,24 @@ AUDIT_SAMPLE = 30_000
 
 
 @contextmanager
-def partitioned(run: BalanceRun, reach: float) -> Iterator[tuple[Plan, ReadRows] | None]:
-    """Divide unique rows into partitions so that few pairs within `reach` are missed, and copy them partition by partition.
+def partitioned(run: BalanceRun, searched_to: float) -> Iterator[tuple[Jobs, ReadRows] | None]:
+    """Divide unique rows into partitions in which few pairs within a distance are missed, and copy them in this order.
 
     Yields:
         What to compare, and how to read its rows; None where it would be half of all pairs or more.
     """
     with temporary_copies(run.shared):
-        yield _partition(run, reach)
+        yield _partition(run, searched_to)
 
 
-def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
+def _partition(run: BalanceRun, searched_to: float) -> tuple[Jobs, ReadRows] | None:
     context, rows = run.context, run.rows
     read, unique = rows.read, rows.unique
     partitions = _find_partitions(run)
     count = len(unique)
     sample = draw_sample(count, SAMPLE_ROWS, seed=1)
     neighbours = find_nearest(run, sample, NEIGHBOURS)
-    margin, visits = context.on_rank0(lambda: measure_margin(partitions, read, unique, sample, neighbours, reach))
+    margin, visits = context.on_rank0(lambda: measure_margin(partitions, read, unique, sample, neighbours, searched_to))
     if count * count / len(partitions) * (0.5 + visits) > _MAX_FRACTION * count * (count - 1) / 2:
         return None
     reporting.note(
@@ -195,11 +195,11 @@ def _copy(run: BalanceRun, home: IntArray, partitions: Partitions) -> IntArray:
     return places + start
 
 
-def audit_kept(run: BalanceRun, kept: IntArray, cutoff: float) -> Audit:
+def audit_kept(run: BalanceRun, kept: IntArray, threshold: float) -> Audit:
     """Estimate what a search in partitions missed: compare a random sample of the kept rows, ascending, with all of them."""
     sample = np.sort(np.random.default_rng(0).permutation(kept)[:AUDIT_SAMPLE])
-    plan = rectangle(sample, kept, run.rows_in_memory)
-    pairs = run_chunks(run, Search("audit", plan, run.rows.read, cutoff, lambda: NearestOf(sample)))
+    jobs = rectangle(sample, kept, run.rows_in_memory)
+    pairs = run_chunks(run, Search("audit", jobs, run.rows.read, threshold, lambda: NearestOf(sample)))
     near = int(np.count_nonzero(np.isin(sample, np.concatenate([pairs.a, pairs.b]))))
     rate = near / len(sample)
     low, high = (rate, rate) if len(sample) == len(kept) else clopper_pearson(near, len(sample))

@@ -17,7 +17,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row
 from clipcid_cli.formats.embeddings.rows import METADATA, Kind
 from clipcid_cli.formats.fingerprint import find_lost, identity_of
 from clipcid_cli.formats.output import WORK, OutputSpec, find_works, other_run_error
-from clipcid_cli.formats.results.forest import ROW_FILES, RowFile, read_row_files
+from clipcid_cli.formats.results.forest import ROW_NUMBERING, NumberedFile, read_row_numbering
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.steps import reporting
@@ -218,21 +218,21 @@ def _note_new_shards(settings: BalanceSettings, embeddings: Embeddings) -> None:
 
 def _validate_none_lost(folder: Path, embeddings: Embeddings) -> None:
     """Refuse embeddings that lack files of an output of `balance`, finished or not."""
-    now = list_row_files(embeddings)
+    now = list_row_numbering(embeddings)
     fix = f"Add --overwrite to replace it, or write elsewhere ({WORK})."
     for holder in (folder, *find_works(folder, "balance")):
-        path = holder / ROW_FILES
-        if path.exists() and (lost := find_lost(read_row_files(path, fix), now)):
+        path = holder / ROW_NUMBERING
+        if path.exists() and (lost := find_lost(read_row_numbering(path, fix), now)):
             raise other_run_error(f"{folder} holds balance output", {"inputs": lost})
 
 
-def list_row_files(embeddings: Embeddings) -> list[RowFile]:
+def list_row_numbering(embeddings: Embeddings) -> list[NumberedFile]:
     """List the files through which rows are numbered, each with the metadata beside it."""
     metadata = iter(embeddings.contents(METADATA))
-    files: list[RowFile] = []
+    files: list[NumberedFile] = []
     for images, file in zip(embeddings.contents(Kind.IMAGES), embeddings.files, strict=True):
-        files.append(RowFile(images.path, images.size, images.hash, rows=file.rows))
+        files.append(NumberedFile(images.path, images.size, images.hash, rows=file.rows))
         if file.metadata is not None:
             beside = next(metadata)
-            files.append(RowFile(beside.path, beside.size, beside.hash))
+            files.append(NumberedFile(beside.path, beside.size, beside.hash))
     return files

@@ -40,7 +40,7 @@ def prepare(settings: BalanceSettings, context: DistContext) -> BalanceInputs | 
         if isinstance(folder, EmbedCost):
             return folder
         embeddings = open_given(settings, folder, None if settings.dry_run else settings.work)
-    references = _open_references(settings, embeddings, context)
+        references = _open_references(settings, embeddings, context)
     return BalanceInputs(embeddings, references, choice.clusters, seconds)
 
 

@@ -19,6 +19,7 @@ from clipcid_cli.steps.balance.chains import find_chains
 from clipcid_cli.steps.balance.changes import compare_classes
 from clipcid_cli.steps.balance.compute import Outcome
 from clipcid_cli.steps.balance.curves import draw_curves
+from clipcid_cli.steps.balance.linkages import LINKAGES
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.pictures import Picture, ReportPictures
 from clipcid_cli.steps.balance.result import BalanceResult
@@ -42,7 +43,7 @@ def write_report(outcome: Outcome, result: BalanceResult, warnings: list[str]) -
     Returns:
         For the sidecar, which pictures are in it: ``{"shown": number, "unread": [[shard, key], …], "why": reason}``.
     """
-    run, sets, other = outcome.run, outcome.sets, outcome.other
+    run, sets, compared = outcome.run, outcome.sets, outcome.compared
     table = sets.table
     largest = np.argsort(-table.size, kind="stable")[:_SETS_SHOWN]
     members = [_choose_members(sets, label) for label in table.label[largest].tolist()]
@@ -74,10 +75,11 @@ def write_report(outcome: Outcome, result: BalanceResult, warnings: list[str]) -
         result=result,
         command=shlex.join(this_command()),
         linkage=run.settings.linkage,
+        linkages=LINKAGES,
         warnings=warnings,
         num_sets=len(table),
-        why_no_other=other.reason if isinstance(other, NotComputed) else "",
-        curve_figure=draw_curves(run, sets, other),
+        why_not_compared=compared.reason if isinstance(compared, NotComputed) else "",
+        curve_figure=draw_curves(run, sets, compared),
         sizes=_count_sizes(np.concatenate([table.size, alone])),
         sets=[
             {"size": size, "images": [pictures[row] for row in rows.tolist()]}

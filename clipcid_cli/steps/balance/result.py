@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 
-class OtherLinkageResult(msgspec.Struct):
-    """What the other linkage gives at the same threshold."""
+class ComparedLinkageResult(msgspec.Struct):
+    """What a linkage that was not chosen keeps at the same threshold."""
 
     linkage: str
     kept: int
@@ -87,10 +87,10 @@ class BalanceResult(msgspec.Struct, omit_defaults=True, kw_only=True):
     kept: int
     keep_ratio: float
     threshold: float | None
-    components: int  # the sets of these, and the images kept before clusters are capped
+    components: int  # the sets of the searched images, of each of which one is kept before clusters are capped
     largest_component: int
     uncovered_ratio: float  # share of the dropped repeats that are farther than the threshold from their representative
-    other_linkage: OtherLinkageResult | None
+    other_linkage: ComparedLinkageResult | None  # that with which the chosen one is compared
     neighbors: str
     audit: Audit | None
     # Images by ``reference, caption, repeat, cluster`` and, of ``--near``, ``far``, each once.

@@ -12,31 +12,25 @@ from clipcid_cli.formats.embeddings.rows import remove_copies
 from clipcid_cli.formats.fingerprint import find_lost
 from clipcid_cli.formats.output import Output, is_claimed, list_differences
 from clipcid_cli.formats.results.forest import (
-    CURVE,
-    ROW_FILES,
-    SET_TABLE,
-    RowFile,
-    forest_path,
+    ROW_NUMBERING,
+    NumberedFile,
     is_forest_damaged,
-    read_row_files,
-    write_row_files,
+    read_row_numbering,
+    write_row_numbering,
 )
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
-from clipcid_cli.formats.sidecar import sidecar_path
-from clipcid_cli.formats.skipped import SKIPPED
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.compute import compute
 from clipcid_cli.steps.balance.keep_list import read_names
 from clipcid_cli.steps.balance.pictures import has_new_pictures
-from clipcid_cli.steps.balance.plan import BalanceInputs, BalancePlan, list_row_files, make_plan, plan_checked
+from clipcid_cli.steps.balance.plan import BalanceInputs, BalancePlan, list_row_numbering, make_plan, plan_checked
 from clipcid_cli.steps.balance.prepare import prepare
-from clipcid_cli.steps.balance.report import REPORT
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.samples import validate_data_there
 from clipcid_cli.steps.balance.shared_arrays import remove_shared
-from clipcid_cli.steps.balance.write import validate_new, write, write_lists
+from clipcid_cli.steps.balance.write import name_files, validate_new, write, write_lists
 from clipcid_cli.steps.claim import claim_output, preview_output
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -83,7 +77,7 @@ def _balance(plan: BalancePlan, output: Output[BalanceSidecar], context: DistCon
 
         name, written = write_samples(plan, context)
         result = msgspec.structs.replace(result, **{name: written})
-    return msgspec.structs.replace(result, files=_name_files(plan))
+    return msgspec.structs.replace(result, files=name_files(plan))
 
 
 def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> BalanceResult | None:
@@ -106,7 +100,7 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> Balance
         )
     validate_data_there(plan.settings, plan.embeddings)
     output.start()
-    write_row_files(output.work / ROW_FILES, list_row_files(plan.embeddings))
+    write_row_numbering(output.work / ROW_NUMBERING, list_row_numbering(plan.embeddings))
     remove_shared(output.work)
     remove_copies(output.work)  # of a run that was killed
     plan.embeddings.validate_unique_keys()
@@ -115,34 +109,13 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> Balance
 
 def _name_added(plan: BalancePlan, output: Output[BalanceSidecar]) -> dict[str, str]:
     """Return how a result differs; of embeddings that only have more shards than it, how many."""
-    path = plan.folder / ROW_FILES
-    before: list[RowFile] = []
+    path = plan.folder / ROW_NUMBERING
+    before: list[NumberedFile] = []
     with suppress(ClipcidError):  # replaced anyway
-        before = read_row_files(path, "") if path.exists() else []
-    now = list_row_files(plan.embeddings)
+        before = read_row_numbering(path, "") if path.exists() else []
+    now = list_row_numbering(plan.embeddings)
     added = sum(bool(file.rows) for file in now) - sum(bool(file.rows) for file in before)
     if not before or added <= 0 or find_lost(before, now):
         return output.differences
     others = {name: value for name, value in output.differences.items() if not name.startswith("input")}
     return others | {"inputs": f"{added:,} more shard{'s' * (added > 1)} now"}
-
-
-def _name_files(plan: BalancePlan) -> dict[str, str]:
-    """Return the path of each file that was written, by its name in the JSON object."""
-    settings = plan.settings
-    skipped = plan.folder / SKIPPED
-    files = {
-        "keep_list": plan.keep_list,
-        "forest": forest_path(plan.folder, settings.forest_kind),
-        "sets": plan.folder / SET_TABLE,
-        "curve": plan.folder / CURVE,
-        "report": plan.folder / REPORT,
-        "skipped": skipped if skipped.is_file() else None,
-        "sidecar": sidecar_path(plan.folder, "balance"),
-        "keys": settings.write_keys,
-        "pairs": settings.write_pairs,
-        "uids": settings.write_uids,
-        "shards": settings.write_shards,
-        "data": settings.write_data,
-    }
-    return {name: str(path) for name, path in files.items() if path is not None}

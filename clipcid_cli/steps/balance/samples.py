@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.captions import parse_json
 from clipcid_cli.formats.data.dataset import Dataset, names_command, open_described
-from clipcid_cli.formats.data.samples import Sample, parse_json
+from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import EmbeddingFile
 from clipcid_cli.formats.join import Keys, Listing, Values, join

@@ -1,4 +1,19 @@
-"""From the forest to sets of near images, each with the one image that is kept."""
+"""From the forest to sets of near images, each with the one image that is kept.
+
+Why the threshold ε of ``--keep`` is exact, with N searched rows of which k = `num_requested` are to be kept:
+
+1. Sets of single linkage at ε are the components of the minimum spanning forest without its edges longer than ε
+   (`algorithms/sets/forest.py`). A forest of E edges has N − E components, so N − k edges leave k sets: ε is the weight of
+   edge N − k of the ascending forest, which `find_forest` extends until it has that many.
+2. The forest is that of all pairs up to where it was searched: a low-precision product leaves out only pairs that a proven
+   bound rules out (`algorithms/near/block.py`), and the distance of any other is one number, rounded once, on every machine
+   (`algorithms/near/exact.py`). Copies are joined by edges of weight 0. Only ``--neighbors partitioned`` may lack pairs.
+3. Edges that tie with edge N − k are within ε as well, and all of them merge: fewer than k images may then be kept.
+4. k is ``keep · N`` rounded to a whole number, a half to the even one, and at least 1.
+
+What stars keep does not always shrink as ε grows. So theirs is bisected from the ε of single linkage on, and it is only
+certain that the next smaller distance *tried* keeps more than k (`find_star_threshold`).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +26,7 @@ import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
-from clipcid_cli.algorithms.near.plan import hash_arrays
+from clipcid_cli.algorithms.near.jobs import hash_arrays
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
     best_rows,
@@ -21,18 +36,17 @@ from clipcid_cli.algorithms.sets.representatives import (
     medoid_rows,
     ratio_beyond,
 )
-from clipcid_cli.algorithms.sets.star import (
-    count_kept,
-    is_kept,
-)
+from clipcid_cli.algorithms.sets.star import count_kept, is_own_representative
 from clipcid_cli.formats.arrays import Arrays, array_journal
 from clipcid_cli.formats.fingerprint import hash_json
 from clipcid_cli.formats.results.forest import SetTable
 from clipcid_cli.runtime.pipeline import Background
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.forest import find_forest
+from clipcid_cli.steps.balance.find_forest import find_forest
 from clipcid_cli.steps.balance.groups import Groups, Share, find_places, work_on_groups
+from clipcid_cli.steps.balance.linkages import LINKAGES
 from clipcid_cli.steps.balance.rows import BalanceRows
+from clipcid_cli.steps.balance.stored_forest import Forest
 
 # Rules of --select that look at the rows of a set; the others score each image by itself.
 _BY_ROWS = ("central", "medoid")
@@ -58,7 +72,7 @@ class Sets:
     @property
     def kept(self) -> BoolArray:
         """Which rows are kept, bool [N]."""
-        return is_kept(self.representatives)
+        return is_own_representative(self.representatives)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,37 +80,34 @@ class Division:
     """How rows are divided into sets, the same on every process."""
 
     labels: IntArray  # as of `Sets`
-    # The representative of each row, integers [N]; None where each set's own rows decide.
+    # The representative of each row, integers [N]; None where the linkage leaves the choice to ``--select``.
     representatives: IntArray | None
     threshold: float | None
     make_curve: Callable[[], Curve]
 
 
-def make_sets(run: BalanceRun) -> tuple[Sets, Edges, bool]:
+def make_sets(run: BalanceRun) -> tuple[Sets, Forest, bool]:
     """Make the sets that the settings ask for; the same on every process.
 
     Returns:
         The sets, the forest they were made from, and whether it was there already.
     """
-    num_rows, settings = run.rows.num_searched, run.settings
-    num_kept = num_rows if settings.keep is None else max(1, round(settings.keep * num_rows))
-    forest, reused = find_forest(run, cutoff=settings.distance, num_edges=num_rows - num_kept)
+    settings, num_kept = run.settings, run.num_requested
+    num_edges = run.rows.num_searched - num_kept
+    forest, reused = find_forest(run, searched_to=settings.distance, num_edges=num_edges)
     threshold = settings.distance
-    if threshold is None and num_kept < num_rows:
-        threshold = float(forest.edges.weight[num_rows - num_kept - 1])
-    if threshold is not None:
-        threshold = shortest_decimal(threshold)
+    if threshold is None and num_edges:
+        threshold = float(forest.edges.weight[num_edges - 1])
     if threshold is None:
         division = _keep_all(run, forest.edges)
-    elif settings.linkage == "star":
-        from clipcid_cli.steps.balance.stars import divide_by_stars
-
-        searched = forest.cutoff
-        division, forest = divide_by_stars(run, forest, threshold, num_kept)
-        reused = reused and forest.cutoff == searched
     else:
-        division = _divide_by_components(run, forest.edges, threshold)
-    return _measure_sets(run, division), forest.edges, reused
+        searched_to = forest.searched_to
+        linkage = LINKAGES[settings.linkage]
+        division, forest = linkage.divide(run, forest, shortest_decimal(threshold), num_kept)
+        if division.representatives is None and settings.select not in _BY_ROWS:
+            division = _choose_by_score(run, division)
+        reused = reused and forest.searched_to == searched_to
+    return _measure_sets(run, division), forest, reused
 
 
 def shortest_decimal(distance: float) -> float:
@@ -175,9 +186,9 @@ def _load_or_measure(run: BalanceRun, division: Division) -> Arrays:
             representatives_N = np.where(rows.is_searched, representatives_N, labels.dtype.type(-1))
         distances_N = np.zeros(len(labels), np.float32)
         distances_N[members] = distance
-        reach = distances_N[farthest]
+        farthest_distance = distances_N[farthest]
         sizes = np.diff(groups.bounds)
-        table = (members[is_first], sizes, chosen[is_first], farthest, reach, diameter, is_exact)
+        table = (members[is_first], sizes, chosen[is_first], farthest, farthest_distance, diameter, is_exact)
         arrays = (representatives_N, distances_N, *table)
         if time.monotonic() > began + _LONG_SECONDS:
             journal.append(saved_as, {str(place): array for place, array in enumerate(arrays)})
@@ -204,9 +215,9 @@ def _measure(run: BalanceRun, representatives: IntArray | None, is_unique: BoolA
     else:
         chosen = central_rows(share.read, share.labels)
     distances = distances_to(share.read, chosen)
-    reach = np.maximum.reduceat(distances, share.starts) if len(share.starts) else distances
-    at_reach = np.flatnonzero(distances == np.repeat(reach, share.sizes))
-    farthest = at_reach[np.searchsorted(at_reach, share.starts)]
+    largest = np.maximum.reduceat(distances, share.starts) if len(share.starts) else distances
+    at_largest = np.flatnonzero(distances == np.repeat(largest, share.sizes))
+    farthest = at_largest[np.searchsorted(at_largest, share.starts)]
     unique = np.flatnonzero(is_unique[share.rows])  # copies are at distance 0 of each other
     diameter, is_exact = find_diameters(share.read, unique, share.labels[unique], share.starts, run.context.device)
     return share.rows[chosen], distances, share.rows[farthest], diameter, is_exact
@@ -219,27 +230,29 @@ def _keep_all(run: BalanceRun, forest: Edges) -> Division:
     return Division(labels, None, None, partial(single_curve, run.rows, forest, None))
 
 
-def _divide_by_components(run: BalanceRun, forest: Edges, threshold: float) -> Division:
-    """Single linkage: the components of the forest up to the threshold."""
+def divide_by_components(run: BalanceRun, forest: Forest, threshold: float, num_kept: int) -> tuple[Division, Forest]:
+    """Single linkage: the components of the forest up to the threshold, at which it keeps as many as are asked for."""
 
     def divide() -> Arrays:
-        merged = forest.up_to(threshold)
-        labels = connected_components(len(run.rows), merged.a, merged.b)
-        if run.settings.select in _BY_ROWS:
-            return (labels,)
-        return labels, _best_by_score(run, labels)
+        merged = forest.edges.up_to(threshold)
+        return (connected_components(len(run.rows), merged.a, merged.b),)
 
-    labels, *chosen = run.shared.publish(divide)
-    make_curve = partial(single_curve, run.rows, forest, threshold)
-    return Division(labels, chosen[0] if chosen else None, threshold, make_curve)
+    (labels,) = run.shared.publish(divide)
+    return Division(labels, None, threshold, partial(single_curve, run.rows, forest.edges, threshold)), forest
 
 
-def _best_by_score(run: BalanceRun, labels: IntArray) -> IntArray:
-    """Choose the representative of each row by a score of each image, integers [N]."""
-    from clipcid_cli.steps.balance.scores import SCORES
+def _choose_by_score(run: BalanceRun, division: Division) -> Division:
+    """Choose the representative of each set by a score of each image."""
+    labels = division.labels
 
-    scores = np.zeros(len(labels))
-    # The rows of sets of two or more: the others need no score.
-    members = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
-    scores[members] = SCORES[run.settings.select](run, members)
-    return best_rows(scores, labels)
+    def choose() -> Arrays:
+        from clipcid_cli.steps.balance.scores import SCORES
+
+        scores = np.zeros(len(labels))
+        # The rows of sets of two or more: the others need no score.
+        members = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
+        scores[members] = SCORES[run.settings.select](run, members)
+        return (best_rows(scores, labels),)
+
+    (representatives,) = run.shared.publish(choose)
+    return dataclasses.replace(division, representatives=representatives)

@@ -12,15 +12,15 @@ from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.fingerprint import find_lost
 from clipcid_cli.formats.output import OutputSpec
 from clipcid_cli.formats.results.forest import (
-    ROW_FILES,
+    ROW_NUMBERING,
     ForestSidecar,
-    RowFile,
+    NumberedFile,
     StoredForest,
     find_earlier,
     forest_spec,
     read_forest,
-    read_row_files,
-    row_files_path,
+    read_row_numbering,
+    row_numbering_path,
     write_forest,
 )
 from clipcid_cli.steps import reporting
@@ -32,7 +32,11 @@ class Forest:
     """The ascending edges of a forest that is complete up to a distance; after a search in partitions it may lack some."""
 
     edges: Edges
-    cutoff: float
+    searched_to: float
+
+    def has_all_to(self, distance: float, num_rows: int) -> bool:
+        """Tell whether no edge up to a distance is missing, given how many rows are searched: a tree of all has no more."""
+        return len(self.edges) == num_rows - 1 or self.searched_to >= float(np.float32(distance))
 
 
 def _spec(run: BalanceRun) -> OutputSpec[ForestSidecar]:
@@ -46,7 +50,7 @@ def read_stored(run: BalanceRun) -> Forest | None:
 
     def read() -> Arrays:
         stored = read_forest(_spec(run))
-        return () if stored is None else (stored.a, stored.b, stored.distance, np.array([stored.cutoff]))
+        return () if stored is None else (stored.a, stored.b, stored.distance, np.array([stored.searched_to]))
 
     stored = run.shared.publish(read)
     return Forest(Edges(*stored[:3]), float(stored[3][0])) if stored else None
@@ -67,8 +71,8 @@ def read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
         if sidecar is None or not sidecar.cutoff:
             return ()
         fix = "Add --overwrite to search the forest again."
-        paths = (run.work / ROW_FILES, row_files_path(run.folder, "exact"))
-        files, earlier = ([file for file in read_row_files(path, fix) if file.rows is not None] for path in paths)
+        paths = (run.work / ROW_NUMBERING, row_numbering_path(run.folder, "exact"))
+        files, earlier = ([file for file in read_row_numbering(path, fix) if file.rows is not None] for path in paths)
         is_new = _find_new(run, files, earlier)
         lost = find_lost(earlier, files)
         stored = read_forest(dataclasses.replace(spec, inputs=sidecar.inputs))
@@ -80,13 +84,13 @@ def read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
             return ()
         rows = np.flatnonzero(~is_new).astype(row_type(len(is_new)))
         edges, _ = merge_edges(Edges(rows[stored.a], rows[stored.b], stored.distance), run.rows.copies)
-        return edges.a, edges.b, edges.weight, np.array([stored.cutoff]), is_new
+        return edges.a, edges.b, edges.weight, np.array([stored.searched_to]), is_new
 
     arrays = run.shared.publish(read)
     return (Forest(Edges(*arrays[:3]), float(arrays[3][0])), arrays[4]) if arrays else None
 
 
-def _find_new(run: BalanceRun, files: list[RowFile], earlier: list[RowFile]) -> BoolArray:
+def _find_new(run: BalanceRun, files: list[NumberedFile], earlier: list[NumberedFile]) -> BoolArray:
     """Return which rows are of none of the earlier files, bool [N]."""
     numbers = run.rows.numbers
     is_new = np.ones(len(numbers), np.bool_)
@@ -104,5 +108,5 @@ def _find_new(run: BalanceRun, files: list[RowFile], earlier: list[RowFile]) -> 
 def write_stored(run: BalanceRun, forest: Forest, seconds: float) -> None:
     """Write a forest that took so long to search."""
     edges = forest.edges
-    stored = StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, len(run.rows))
-    write_forest(_spec(run), stored, run.work / ROW_FILES, {"search": seconds})
+    stored = StoredForest(edges.a, edges.b, edges.weight, forest.searched_to, len(run.rows))
+    write_forest(_spec(run), stored, run.work / ROW_NUMBERING, {"search": seconds})

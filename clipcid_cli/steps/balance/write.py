@@ -1,4 +1,18 @@
-"""What `balance` has computed: counted, explained where it may surprise, and written; then the lists for other tools."""
+"""What `balance` has computed: counted, explained where it may surprise, and written; then the lists for other tools.
+
+| file | writer | called from |
+|---|---|---|
+| ``rows.parquet`` | `write_row_numbering` | `_take_or_start` in ``run.py``, at the start |
+| ``forest.parquet``, ``forest-rows.parquet``, ``forest.json`` | `write_forest` | `write_stored`, after a search |
+| ``keep.parquet``, ``sets.parquet``, ``curve.csv`` | `write_tables` | `write` |
+| ``skipped.parquet``, if any sample is | `write_skipped` | `write` |
+| ``report.html`` | `write_report` | `write` |
+| ``balance.json`` | `Output.commit` | `write` |
+| ``--write-keys``, ``--write-pairs``, ``--write-uids`` | `write_keys`, `write_pairs`, `write_kept_uids` | `write_lists` |
+| ``--write-shards``, ``--write-data`` | `write_samples`, on all processes | `_balance` in ``run.py`` |
+
+`Output.commit` also gives the files above it their final names, but for the forest, which is an output of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +24,29 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.results.forest import ROW_FILES
+from clipcid_cli.formats.results.forest import (
+    CURVE,
+    ROW_NUMBERING,
+    SET_TABLE,
+    forest_path,
+    forest_sidecar_path,
+    row_numbering_path,
+)
 from clipcid_cli.formats.results.keep_list import read_dropped, read_keep_list, write_keys, write_pairs
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED, read_skipped, write_skipped
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.pipeline import Background
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.compared_linkage import ComparedLinkage
 from clipcid_cli.steps.balance.compute import Outcome
 from clipcid_cli.steps.balance.keep_list import Names, write_list, write_sets
-from clipcid_cli.steps.balance.linkages import OtherLinkage
+from clipcid_cli.steps.balance.linkages import LINKAGES
 from clipcid_cli.steps.balance.plan import BalancePlan
-from clipcid_cli.steps.balance.report import write_report
+from clipcid_cli.steps.balance.report import REPORT, write_report
 from clipcid_cli.steps.balance.result import BalanceResult
-from clipcid_cli.steps.balance.search import forget_searches
+from clipcid_cli.steps.balance.run_search import forget_searches
 from clipcid_cli.steps.balance.sets import Sets
 from clipcid_cli.steps.embeddings import list_bad_rows
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -44,7 +67,7 @@ def write(outcome: Outcome, names: Names) -> BalanceResult:
     with Background() as one, Background() as other:  # at hundreds of millions of rows all take minutes
         one.start(lambda: write_list(outcome, names))
         other.start(lambda: write_sets(outcome, names))
-        written = [KEEP_LIST, ROW_FILES]
+        written = [KEEP_LIST, ROW_NUMBERING]
         if write_skipped(run.work / SKIPPED, _list_skipped(run)):
             written.append(SKIPPED)
         pictures = write_report(outcome, result, warnings)
@@ -64,7 +87,7 @@ def write(outcome: Outcome, names: Names) -> BalanceResult:
 
 def summarise(outcome: Outcome) -> BalanceResult:
     """Count what is kept, and what was dropped by what."""
-    run, sets, other = outcome.run, outcome.sets, outcome.other
+    run, sets, compared = outcome.run, outcome.sets, outcome.compared
     rows = run.rows
     kept = int(np.count_nonzero(outcome.is_kept))
     against = None if outcome.against is None else outcome.against.summarise()
@@ -81,7 +104,7 @@ def summarise(outcome: Outcome) -> BalanceResult:
         components=sets.num_kept,
         largest_component=sets.largest,
         uncovered_ratio=sets.uncovered_ratio,
-        other_linkage=other.result if isinstance(other, OtherLinkage) else None,
+        other_linkage=compared.result if isinstance(compared, ComparedLinkage) else None,
         neighbors=run.settings.neighbors,
         audit=outcome.audit,
         dropped_by={
@@ -106,22 +129,21 @@ def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
     settings = run.settings
     images = run.rows.num_searched
     kept = sets.num_kept
-    missed = 0 if settings.keep is None else max(1, round(settings.keep * images)) - kept
-    if missed > 0:
+    linkage = LINKAGES[settings.linkage]
+    missed = run.num_requested - kept
+    if settings.keep is not None and missed > 0:
+        cause = linkage.why_fewer.format(sets.threshold)
         if sets.threshold == 0.0:
             cause = f"There are more exact copies than --keep {settings.keep:g} would drop, and all of them are dropped"
-        elif settings.linkage == "single":
-            cause = f"Pairs tie at the cut-off {sets.threshold:.6g}, and all of them merge"
-        else:
-            cause = f"With stars one more pair may drop several images, as at the cut-off {sets.threshold:.6g}"
         warnings.append(f"{cause}: {kept:,} images are kept, {missed:,} fewer than requested.")
     largest = sets.largest
     if largest >= _MANY_IMAGES and largest > _LARGE_SET * images:
-        advice = (
-            "It may be a chain of different images, or a placeholder: see the report; --linkage star keeps sets compact."
-            if settings.linkage == "single"
-            else "It may be a placeholder: see the report."
-        )
+        advice = "It may be a placeholder: see the report."
+        if linkage.may_chain:
+            advice = (
+                "It may be a chain of different images, or a placeholder: see the report; "
+                f"--linkage {linkage.compared_with} keeps sets compact."
+            )
         warnings.append(f"One set holds {largest:,} of {images:,} images ({largest / images:.1%}). {advice}")
     return warnings
 
@@ -164,3 +186,27 @@ def write_lists(plan: BalancePlan) -> None:
         from clipcid_cli.steps.balance.uids import write_kept_uids
 
         write_kept_uids(plan, settings.write_uids)
+
+
+def name_files(plan: BalancePlan) -> dict[str, str]:
+    """Return the path of each file that was written, by its name in the JSON object."""
+    settings, kind = plan.settings, plan.settings.forest_kind
+    skipped = plan.folder / SKIPPED
+    files = {
+        "keep_list": plan.keep_list,
+        "row_numbering": plan.folder / ROW_NUMBERING,
+        "forest": forest_path(plan.folder, kind),
+        "forest_row_numbering": row_numbering_path(plan.folder, kind),
+        "forest_sidecar": forest_sidecar_path(plan.folder, kind),
+        "sets": plan.folder / SET_TABLE,
+        "curve": plan.folder / CURVE,
+        "report": plan.folder / REPORT,
+        "skipped": skipped if skipped.is_file() else None,
+        "sidecar": sidecar_path(plan.folder, "balance"),
+        "keys": settings.write_keys,
+        "pairs": settings.write_pairs,
+        "uids": settings.write_uids,
+        "shards": settings.write_shards,
+        "data": settings.write_data,
+    }
+    return {name: str(path) for name, path in files.items() if path is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipcid_cli.algorithms.losses.registry import list_sample_inputs
 from clipcid_cli.formats.data.activity import count_received
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.data.samples import Sample
@@ -44,7 +44,6 @@ _MAX_ITEMS = 256
 _MAX_IMAGE_BYTES = 512 * 2**20
 # Of more samples, what a worker could keep would hardly ever be seen again.
 _MAX_SAMPLES_KEPT = 200_000
-_INTEGER_BYTES, _FLOAT_BYTES = 8, 4
 _WHITE = Image.new("RGB", (64, 64), (255, 255, 255))
 _WHOLE = Augmentation(1.0)
 
@@ -96,7 +95,7 @@ class _TokenCache:
         new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
         if new:
             self._tokens.update(zip(new, self._tokenizer(new), strict=True))
-        return torch.stack([self._tokens[text] for text in texts])
+        return torch.stack([self._tokens[text] for text in texts]) if texts else self._tokenizer([""])[:0]
 
 
 class BatchMaker:
@@ -122,6 +121,11 @@ class BatchMaker:
         self._extra_texts = teacher.extra_texts
         self._rows = teacher.rows_shown()
         self._num_views = teacher.num_views
+        self._sample_inputs: list[Callable[[Sample, Image.Image], float]] = []
+        if names := list_sample_inputs(inputs.losses):
+            from clipcid_cli.steps.distill.sample_inputs import COMPUTE
+
+            self._sample_inputs = [COMPUTE[name] for name in names]
         crop_scale = self._augmentation.crop_scale
         widths, heights = zip(*(shown.render.draft_size(crop_scale) for shown in self._shown_to), strict=True)
         is_small = inputs.training.total <= _MAX_SAMPLES_KEPT
@@ -141,6 +145,7 @@ class BatchMaker:
             torch.empty(count, *processor.render.size[::-1], 3, dtype=torch.uint8) for processor in self._shown_to
         ]
         colors = torch.empty(count, 3, 4)
+        sample_inputs = torch.empty(count, len(self._sample_inputs))
         for place, item in enumerate(work.items):
             sample = item.sample.read()
             caption, text = self._choose_caption(sample, item.epoch)
@@ -148,6 +153,8 @@ class BatchMaker:
             words.append(text)
             image, view, other, index = self._choose_view(item, sample, bad)
             views.append(index)
+            if self._sample_inputs:
+                sample_inputs.numpy()[place] = [compute(sample, image) for compute in self._sample_inputs]
             for processor, target in zip(self._shown_to, pixels, strict=True):
                 shown = processor.render(image, view.first)
                 if other is not None:
@@ -161,30 +168,19 @@ class BatchMaker:
             colors=colors if self._augmentation.changes_colors else None,
             tokens=None if self._settings.keeps_text_tower else self._tokens[0](words + further),
             bad=bad,
+            sample_inputs_bn=sample_inputs if self._sample_inputs else None,
             kept_patches=None if self._masking is None else self._choose_patches(self._masking, work.items),
         )
         if len(self._shown_to) > 1:
             batch.teacher_pixels = pixels[1]
             batch.teacher_tokens = self._tokens[1](words) if self._shows_captions else None
-        self._add_stored_rows(batch, work, np.array(views), np.array(captions))
+        self._add_stored_rows(batch, work, np.array(views, np.int64), np.array(captions, np.int64))
         return batch
 
     def count_bytes(self, samples: int, extra_texts: int) -> int:
         """Return the bytes of the tensors of such a part."""
-        values = sum(3 * math.prod(processor.render.size) for processor in self._shown_to)
-        if self._augmentation.changes_colors:
-            values += 12 * _FLOAT_BYTES
-        if self._masking is not None:
-            values += self._masking.kept * _INTEGER_BYTES
-        own, *teachers = (_INTEGER_BYTES * processor.tokenizer([""]).shape[1] for processor in self._shown_to)
-        further = 0 if self._settings.keeps_text_tower else own
-        values += further + (sum(teachers) if self._shows_captions else 0)
-        towers = sum(kind in self._rows for kind in (Kind.IMAGES, Kind.TEXTS))
-        if self._rows:
-            width = self._rows[Kind.IMAGES].shape[-1] * Kind.IMAGES.dtype.itemsize
-            values += towers * width
-            further += width
-        return samples * values + extra_texts * further
+        # A part without samples has rows of the same size, and reads nothing.
+        return self(WorkItem([], [])).count_bytes(samples, extra_texts)
 
     def _choose_view(self, item: Item, sample: Sample, bad: list[tuple[str, str]]) -> _View:
         """Choose a stored view, where there are any, else draw one for this epoch.
@@ -197,17 +193,17 @@ class BatchMaker:
         if image is not None and self._num_views:
             embedding_rows = self._samples.column("embeddings")
             places = self._samples.column("places")
-            embedded = int(embedding_rows[item.row])
+            embedding_row = int(embedding_rows[item.row])
             begin = derive_seed("view", self._settings.seed, sample.key) + item.epoch
             for offset in range(self._num_views):
                 index = (begin + offset) % self._num_views
-                row = embedded * self._num_views + index
+                row = embedding_row * self._num_views + index
                 view = MixedView.unpack(np.array(self._rows[Kind.VIEW_PARAMS].read(row, row + 1)[0]))
                 if view.weight == 1:
                     return _View(image, view, None, index)
                 if not np.isnan(view.partner):
                     first, end = self._samples.bounds(int(self._samples.shard_of(np.array(item.row))))
-                    partners = np.flatnonzero(embedding_rows[first:end] == embedded + int(view.partner))
+                    partners = np.flatnonzero(embedding_rows[first:end] == embedding_row + int(view.partner))
                     if len(partners):
                         other = self._decode(item.sample.part.sample(int(places[first + partners[0]])), bad)
                         if other is not None:
@@ -247,7 +243,8 @@ class BatchMaker:
 
     def _choose_patches(self, masking: Masking, items: Sequence[Item]) -> Tensor:
         seeds = [derive_seed("mask", self._settings.seed, item.epoch, item.sample.key) for item in items]
-        return torch.from_numpy(np.stack([masking.choose(seed) for seed in seeds]))
+        chosen = [masking.choose(seed) for seed in seeds]
+        return torch.from_numpy(np.array(chosen, np.int64).reshape(len(items), masking.kept))
 
     def _add_stored_rows(
         self,
@@ -256,15 +253,21 @@ class BatchMaker:
         views: npt.NDArray[np.int64],
         captions: npt.NDArray[np.int64],
     ) -> None:
-        """Read the teacher's rows of what is shown, where it has stored ones."""
+        """Read the teacher's rows of what is shown, where it has stored ones.
+
+        A sample's row among those to train on leads, by a column of the matched samples, to its row among the embeddings;
+        that, with the view and the caption that are shown, to a row of each kind of file; and this is read, float16 [D].
+        """
         if not self._rows:
             return
-        own = np.array([item.row for item in work.items])
-        embedded = self._samples.column("embeddings")[own].astype(np.int64)
-        batch.teacher_image_bD = torch.from_numpy(take_images(self._rows, embedded, views))
+        sample_rows = np.array([item.row for item in work.items], np.int64)
+        embedding_rows = self._samples.column("embeddings")[sample_rows].astype(np.int64)
+        batch.teacher_image_bD = torch.from_numpy(take_images(self._rows, embedding_rows, views))
         if Kind.TEXTS in self._rows:
-            starts = self._samples.column("captions")[own].astype(np.int64) if Kind.FURTHER in self._rows else embedded
-            batch.teacher_text_bD = torch.from_numpy(take_captions(self._rows, embedded, captions, starts))
+            starts = embedding_rows
+            if Kind.FURTHER in self._rows:
+                starts = self._samples.column("captions")[sample_rows].astype(np.int64)
+            batch.teacher_text_bD = torch.from_numpy(take_captions(self._rows, embedding_rows, captions, starts))
         if self._extra_texts is not None:
             extra = np.array([text.row for text in work.extra_texts], dtype=np.int64)
             batch.teacher_extra_eD = torch.from_numpy(self._extra_texts.rows.take(extra))
@@ -333,8 +336,8 @@ class Batches:
                 step, rows, list(map(WorkItem, _cut(items, self._num_parts), _cut(texts, self._num_parts)))
             )
 
-    def make(self, dealt: DealtBatch) -> list[TrainingBatch]:
-        """Make the parts of a process here, as workers do."""
+    def make_here(self, dealt: DealtBatch) -> list[TrainingBatch]:
+        """Make a process's parts without workers, as ``--dry-run`` does, which times it."""
         return [self._make(item) for item in dealt.work]
 
     def finish(self, dealt: DealtBatch, parts: Sequence[TrainingBatch]) -> TrainingBatch:
@@ -366,8 +369,8 @@ class Batches:
         readable = np.concatenate([np.arange(*self._samples.bounds(shard)) for shard in shards])
         chosen = readable[random.integers(len(readable), size=count)][own]
         variants = random.integers(extra.variants.number, size=count)[own]
-        embedded = self._samples.column("embeddings")[chosen].astype(np.int64)
-        variant_rows = embedded * extra.variants.number + variants
+        embedding_rows = self._samples.column("embeddings")[chosen].astype(np.int64)
+        variant_rows = embedding_rows * extra.variants.number + variants
         refs = self._inputs.refs(self._samples, chosen)
         return [ExtraText(*pair) for pair in zip(variant_rows.tolist(), refs, strict=True)]
 

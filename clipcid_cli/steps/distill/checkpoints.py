@@ -1,4 +1,10 @@
-"""A run's checkpoints: from which one it goes on, and how new ones are written while training goes on."""
+"""A run's checkpoints: from which one it goes on, and how new ones are written while training goes on.
+
+What resumes: an unfinished run of the same settings and inputs that has saved a checkpoint. That holds the number of steps
+done, the student, what its losses learn, the optimiser, the averaged weights and the unreadable images met so far. All else
+follows from the number of steps: batches, views, seeds and rates. Logs are cut to that step, and the lines after it logged
+again. A run without a checkpoint starts anew, and removes what earlier ones have left (`begin_run`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +17,7 @@ from torch import Tensor
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import reading
+from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.run_folder import (
     RunFolder,
     checkpoint_path,
@@ -21,6 +28,22 @@ from clipcid_cli.formats.results.run_folder import (
 )
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.training.train_state import TrainState
+
+
+def begin_run(output: Output[Any], folder: RunFolder, requested: str) -> int:
+    """Start an output or go on with it, on the first process; return the step to go on from, 0 where the run is new.
+
+    Args:
+        requested: ``auto``, ``latest`` or ``never``.
+    """
+    steps = list_checkpoints(folder.checkpoints) if output.resumed and requested != "never" else []
+    if not steps and requested == "latest":
+        raise ClipcidError(
+            f"--resume latest, but {folder.path} has no checkpoint of an unfinished run with these settings.",
+            "Omit --resume to start one.",
+        )
+    output.start(None if steps else folder.clear)
+    return steps[-1] if steps else 0
 
 
 class Checkpoints:
@@ -39,25 +62,11 @@ class Checkpoints:
         is_written = self._writing is not None and self._writing.done() and self._writing.exception() is None
         return self._begun if is_written else self._saved
 
-    def resume(self, state: TrainState, requested: str, *, unfinished: bool) -> dict[str, str]:
-        """Go on from the newest checkpoint, or clear the folder; return the unreadable images that were met, by key.
-
-        Args:
-            requested: ``auto``, ``latest`` or ``never``.
-            unfinished: Whether the folder holds an unfinished run of the same settings and inputs.
-        """
+    def resume(self, state: TrainState, step: int) -> dict[str, str]:
+        """Go on from the checkpoint of a step; return the unreadable images that were met by then, reason by key."""
         folder = self._folder
-        steps = list_checkpoints(folder.checkpoints) if unfinished and requested != "never" else []
-        if not steps:
-            if requested == "latest":
-                raise ClipcidError(
-                    f"--resume latest, but {folder.path} has no checkpoint of an unfinished run with these settings.",
-                    "Omit --resume to start one.",
-                )
-            self._context.on_rank0(folder.clear)
-            return {}
-        path = checkpoint_path(folder.checkpoints, steps[-1])
-        content = read_checkpoint(folder.checkpoints, steps[-1])
+        path = checkpoint_path(folder.checkpoints, step)
+        content = read_checkpoint(folder.checkpoints, step)
         with reading(path, "the state of this run", "Remove it to resume from the one before, or use --resume never."):
             state.load_state_dict(content)
             bad: dict[str, str] = dict(content["bad"])

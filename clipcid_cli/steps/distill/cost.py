@@ -101,14 +101,14 @@ def _make_steps(trainer: Trainer) -> _Steps:
     prepared, trained = list[float](), list[float]()
     began = time.monotonic()
     for dealt in trainer.batches.deal(range(_STEPS)):
-        preparation = time_trial(partial(trainer.batches.make, dealt), warm_up=0)
+        preparation = time_trial(partial(trainer.batches.make_here, dealt), warm_up=0)
         batch = trainer.batches.finish(dealt, preparation.result)
-        step = time_trial(partial(trainer.step, batch), context.device, warm_up=0)
+        step = time_trial(partial(trainer.make_step, batch), context.device, warm_up=0)
         prepared.append(preparation.seconds)
         trained.append(step.seconds)
         if context.broadcast(time.monotonic() - began > _ENOUGH_SECONDS):
             break
-    trainer.read(trainer.make_step.send())  # which refuses steps that diverged
+    trainer.read(trainer.train_step.send())  # which refuses steps that diverged
     first = 1 if len(trained) > 1 else 0
     return _Steps(
         timed=len(trained) - first,

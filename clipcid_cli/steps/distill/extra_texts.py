@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import NamedTuple
 
+from clipcid_cli.algorithms.losses.registry import LossEntry
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -34,11 +36,14 @@ class ExtraTexts:
         return self.variants(sample.captions, sample.key, text.row % self.variants.number)
 
 
-def find_extra_texts(settings: DistillSettings, embeddings: Embeddings, *, follows_features: bool) -> ExtraTexts | None:
-    """Find the further texts of a run; None where no loss takes any, or there are none."""
-    if not settings.shows_extra_texts(follows_features=follows_features):
-        if settings.shows_extra_texts():
-            reporting.note("No extra texts are shown: without fd no loss takes them.")
+def find_extra_texts(
+    settings: DistillSettings, losses: Collection[LossEntry], embeddings: Embeddings
+) -> ExtraTexts | None:
+    """Find the further texts of a run with such losses; None where none of them takes any, or there are no texts."""
+    if not settings.shows_extra_texts(losses):
+        if settings.shows_extra_texts(settings.losses):
+            takers = [loss.name for loss in settings.losses if loss.teaches_extra_texts]
+            reporting.note(f"No extra texts are shown: without {' and '.join(takers)} no loss takes them.")
         return None
     num_variants = embeddings.num_each(Kind.VARIANTS) if embeddings.has_texts else 0
     if num_variants:

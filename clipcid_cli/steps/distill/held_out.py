@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from clipcid_cli.algorithms.metrics.chance import guess_captions
-from clipcid_cli.algorithms.metrics.retrieval import recall_metrics, retrieval_ranks
+from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics, retrieval_ranks
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.runtime.models.clip_model import ClipModel
@@ -69,4 +69,4 @@ class HeldOut:
         """Measure what a model made of these samples, by the metrics of `eval-zeroshot`."""
         images, texts = (encoded.rows[kind].to(device) for kind in (Kind.IMAGES, Kind.TEXTS))
         image_ranks, text_ranks = retrieval_ranks(images, texts, encoded.owners.to(device))
-        return recall_metrics((image_ranks.cpu(), text_ranks.cpu()), encoded.owners).values()
+        return retrieval_metrics((image_ranks.cpu(), text_ranks.cpu()), encoded.owners).values()

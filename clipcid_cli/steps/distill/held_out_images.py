@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, retrieval_ranks
+from clipcid_cli.algorithms.metrics.chance import guess_own
+from clipcid_cli.algorithms.metrics.retrieval import retrieval_ranks, score_ranks
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.towers import Towers
@@ -16,7 +17,7 @@ from clipcid_cli.steps.distill.held_out import BATCH, FP32, MAX_HELD_OUT
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.encode import Decoder
 
-_NAME = "teacher_retrieval_recall@"
+_SOUGHT = "teacher"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +48,11 @@ class HeldOutImages:
     @property
     def chance(self) -> dict[str, float]:
         """What a guess scores, by metric."""
-        return {f"{_NAME}{k}": min(1.0, k / len(self.pixels)) for k in RECALL_AT}
+        return guess_own(_SOUGHT, len(self.pixels))
 
     def measure(self, device: torch.device) -> dict[str, float]:
         """Measure how often an image's own row of the teacher is among the nearest, as the student encodes it."""
         towers = Towers.from_model(self.student, FP32, BATCH)
         rows_ND = torch.cat([towers.images(part) for part in torch.split(self.pixels, BATCH)])
         ranks, _ = retrieval_ranks(self.teacher_ND.to(device), rows_ND, torch.arange(len(rows_ND), device=device))
-        return {f"{_NAME}{k}": float((ranks < k).double().mean()) for k in RECALL_AT}
+        return score_ranks(_SOUGHT, ranks)

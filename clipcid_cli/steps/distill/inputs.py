@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from clipcid_cli.algorithms.losses.registry import LossEntry, Weight
 from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -22,7 +23,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import index_alone, note_captions, open_named
 from clipcid_cli.steps.distill.samples import Sources, UsableSamples, count_usable, find_samples, index_of
 from clipcid_cli.steps.distill.stored import choose_online, first_key, open_stored, validate_keys
-from clipcid_cli.steps.distill.teachers import Teacher, choose_teacher
+from clipcid_cli.steps.distill.teachers import Judgement, Teacher, choose_losses, choose_teacher, judge_teacher
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.shard_copies import cache_shards
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 class Inputs:
     """Everything a run reads."""
 
-    settings: DistillSettings  # with the losses that the inputs can serve
+    settings: DistillSettings  # without losses that need captions where there are none
+    losses: dict[LossEntry, Weight]  # of the run: those of the settings, or fewer where the teacher is near chance
     dataset: Dataset
     usable: UsableSamples
     training: SampleRows
@@ -106,7 +108,11 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
         missing = usable.total - counts.listed
         keep_list.report(dataset.spec, usable.total, kept=counts.kept, missing=missing, key=first_key(dataset))
 
-    teacher = choose_teacher(settings, embeddings, online, dataset, counts)
+    judgement = Judgement()
+    if embeddings is not None:
+        embeddings, judgement = judge_teacher(settings, embeddings)
+    losses = choose_losses(settings, judgement)
+    teacher = choose_teacher(settings, losses, embeddings, judgement, online, dataset, counts)
     fingerprints += teacher.fingerprints()
     chosen = None
     if clusters is not None:
@@ -116,6 +122,7 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
         fingerprints += chosen.fingerprints()
     return Inputs(
         settings=settings,
+        losses=losses,
         dataset=dataset,
         usable=usable,
         training=open_rows(matched, TRAINING),

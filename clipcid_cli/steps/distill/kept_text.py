@@ -33,7 +33,7 @@ def load_beside_teacher(
     teacher_name = find_teacher(settings)
     teacher = load_model(teacher_name)
     if teacher.logit_bias is None:
-        for loss in settings.loss_entries():
+        for loss in settings.losses:
             if loss.needs_bias:
                 raise ClipcidError(
                     f"The loss {loss.name} trains a logit bias, which {teacher_name.spec} does not have, and --text-tower "
@@ -77,7 +77,7 @@ def drop_losses_of_captions(
     settings: DistillSettings, embeddings: Embeddings | None, dataset: Dataset
 ) -> DistillSettings:
     """Turn those losses off that need the teacher's rows of captions where there are none, and say so."""
-    needing = [loss.name for loss in settings.loss_entries() if settings.needs_teacher_texts(loss)]
+    needing = [loss.name for loss in settings.losses if settings.needs_teacher_texts(loss)]
     lacking = None
     if settings.online_teacher:
         if not any(shard.with_captions for shard in index_of(dataset).records):
@@ -87,7 +87,7 @@ def drop_losses_of_captions(
     if lacking is None or not needing:
         return settings
     typed = [name for name in needing if settings.typed_losses.get(name)]
-    left = [loss.name for loss in settings.loss_entries() if loss.name not in needing]
+    left = [loss.name for loss in settings.losses if loss.name not in needing]
     if typed or not left:
         raise ClipcidError(
             f"{lacking}, and they are needed by: {', '.join(typed or needing)}.",

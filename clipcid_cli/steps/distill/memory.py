@@ -127,6 +127,8 @@ def _describe(
         tokens: Of a caption; a tower that encodes padding, too, takes the whole context.
     """
     config = student.model.info.config
+    if settings.keeps_text_tower:  # which never runs, whatever its kind
+        config = config | {"text_cfg": {}}
     clip = describe_clip(config, tokens if student.pruned.prunes_texts else student.model.info.context_length)
     if settings.keeps_text_tower:
         clip = clip.image_alone(clip.embed_dim)

@@ -13,7 +13,7 @@ from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.output import OutputSpec, unfinished
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
-from clipcid_cli.formats.sidecar import Run, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import Provenance, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.records import hash_preprocess
 from clipcid_cli.runtime.distributed import DistContext
@@ -82,13 +82,12 @@ class DistillPlan:
             del identity["student_caption_key"]
         info = student.model.info
         clusters = inputs.clusters
-        losses = settings.losses(follows_features=inputs.teacher.judgement.follows_features)
         identity |= {
-            "preset": settings.chosen_preset,
+            "preset": settings.name_losses(inputs.losses),
             "precision": student.precision.name,
             "warmup": self.recipe.warmup,
             "lr": self.recipe.lr,
-            "losses": {name: dataclasses.asdict(weight) for name, weight in losses.items()},
+            "losses": {loss.name: dataclasses.asdict(weight) for loss, weight in inputs.losses.items()},
             "student": {
                 "config": info.config,
                 "weights": info.weights_hash,
@@ -148,7 +147,7 @@ def make_plan(
     """Plan a run, on the first process; `memories` are those of the processes' GPUs, None of a CPU."""
     inputs = find_inputs(settings, embeddings, scratch)
     settings = inputs.settings
-    parts = [student.model.info.slug, settings.chosen_preset, f"s{settings.seed}"]
+    parts = [student.model.info.slug, settings.name_losses(inputs.losses), f"s{settings.seed}"]
     name = settings.name or "-".join(parts + ["all"] * (inputs.keep_list is None))
     folder = RunFolder(WorkDirectory(settings.work).distill(name))
     memory = min([total for total in memories if total is not None], default=None)
@@ -189,7 +188,7 @@ def make_plan(
 
 def _recorded_batch_size(settings: DistillSettings, folder: RunFolder) -> int | None:
     """Return the batch size of the run that a folder holds, which has another default on other GPUs; None without one."""
-    run: Run | None = None
+    run: Provenance | None = None
     if not settings.overwrite:
         with suppress(ClipcidError):  # what cannot be read is refused later, with what to do
             run = unfinished(folder.path, "distill")
@@ -252,8 +251,7 @@ def _choose_recipe(
     if lr is None:
         width = student.model.info.embed_dim
         trained = student.starts_trained
-        losses = settings.loss_entries(follows_features=inputs.teacher.judgement.follows_features)
-        lr, reason = default_rate(losses, settings.optimizer, batch_size, width, trained=trained)
+        lr, reason = default_rate(inputs.losses, settings.optimizer, batch_size, width, trained=trained)
         reporting.note(f"Learning rate: {lr:g} ({reason}).")
     return Recipe(
         optimizer=settings.optimizer,

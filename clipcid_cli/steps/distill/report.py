@@ -19,9 +19,10 @@ from clipcid_cli.formats.embeddings.rows import Kind, Rows, take_captions
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
 from clipcid_cli.formats.results.run_folder import AVERAGED, read_lines
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
+from clipcid_cli.shown import metric_title
 from clipcid_cli.steps.distill.held_out import HeldOut
 from clipcid_cli.steps.distill.inputs import Inputs
-from clipcid_cli.steps.distill.teachers import OnlineTeacher
+from clipcid_cli.steps.distill.teachers import OnlineTeacher, name_no_teacher
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.encode import Encoded
 from clipcid_cli.steps.repair import describe_pairing, describe_repair
@@ -80,6 +81,7 @@ def write_report(trainer: Trainer) -> str:
         scale_figure=_draw("Logit scales", log, scales, ylabel="logit scale"),
         inputs=_list_inputs(plan.inputs),
         settings=output_settings(plan.settings),
+        title=metric_title,
         **measured,
     )
 
@@ -232,7 +234,7 @@ def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
     if judgement.repair is not None:
         listed.append(("repair", describe_repair(judgement.repair)))
     if judgement.pairing is not None:
-        verdict = ": near chance; try --teacher none" if judgement.pairing.near_chance else ""
+        verdict = f": near chance; try {name_no_teacher(inputs.settings)}" if judgement.pairing.near_chance else ""
         listed.append(("pairing", f"{describe_pairing(judgement.pairing)}{verdict}."))
     if inputs.clusters is not None:
         listed.append(("clusters", str(inputs.clusters.files.folder)))

@@ -12,7 +12,7 @@ from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.boards import validate_board
-from clipcid_cli.formats.results.run_folder import DistillSidecar, list_checkpoints, write_held_out
+from clipcid_cli.formats.results.run_folder import DistillSidecar, write_held_out
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import skipped_file, write_skipped
 from clipcid_cli.runtime.distributed import DistContext, device_memory, open_dist_context
@@ -20,6 +20,7 @@ from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output, preview_output, scratch_folder
+from clipcid_cli.steps.distill.checkpoints import begin_run
 from clipcid_cli.steps.distill.memory import validate_memory
 from clipcid_cli.steps.distill.plan import DistillPlan, make_plan, validate_named
 from clipcid_cli.steps.distill.report import write_report
@@ -102,12 +103,10 @@ def _train(
     settings, folder = plan.settings, plan.folder
     context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
     validate_memory(plan, student, context)
-    context.on_rank0(lambda: output.start(folder.clear))
-    # An unfinished run without a checkpoint may have ended because of what this finds.
-    if not (output.resumed and context.on_rank0(lambda: list_checkpoints(folder.checkpoints))):
+    first = context.on_rank0(lambda: begin_run(output, folder, settings.resume))
+    if not first:  # an unfinished run without a checkpoint may have ended because of what this finds
         validate_samples(plan.inputs.dataset, context, settings, dry_run=False)
-    trainer = Trainer(plan, student, context, output)
-    first = trainer.state.step
+    trainer = Trainer(plan, student, context, output, first)
     seconds = {"prepare": time.perf_counter() - started}
     with closing(trainer.log):  # after the sidecar: a board may wait for a network
         with timed(seconds, "train"):

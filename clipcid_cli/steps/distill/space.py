@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 
+from clipcid_cli.algorithms.losses.registry import LossEntry
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, second_moment
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
@@ -25,8 +27,14 @@ _ENOUGH_LENGTH = 0.98
 _AXES_ROWS = 2**20
 
 
-def choose_space(settings: DistillSettings, teacher: Teacher, student_width: int, context: DistContext) -> SharedSpace:
-    """Choose the space in which student and teacher are compared; all processes take the first one's axes.
+def choose_space(
+    settings: DistillSettings,
+    losses: Collection[LossEntry],
+    teacher: Teacher,
+    student_width: int,
+    context: DistContext,
+) -> SharedSpace:
+    """Choose the space in which losses compare student and teacher; all processes take the first one's axes.
 
     For equal widths, and where no loss compares features of the two, it is the teacher's as it is, unless requested
     otherwise; else as requested, but ``pca`` cannot widen, or do without stored embeddings: ``project`` takes its place.
@@ -36,7 +44,7 @@ def choose_space(settings: DistillSettings, teacher: Teacher, student_width: int
         return SharedSpace(student_width)
     embeddings = teacher.embeddings
     requested = settings.teacher_space
-    if requested == "auto" and all(loss.space == "own" for loss in settings.loss_entries()):
+    if requested == "auto" and all(loss.space == "own" for loss in losses):
         return SharedSpace(teacher_width)
     if requested != "project" and student_width == teacher_width:
         return SharedSpace(teacher_width)

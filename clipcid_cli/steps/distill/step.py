@@ -31,8 +31,7 @@ class StepRecord:
     gradient_norm: float  # before clipping
     scales: dict[str, float]  # logit scales: the student's own under ``student``, losses' under their names
     bias: float | None  # the student's logit bias
-    # Counted from 0, the first step of this process whose losses or gradient were not finite, which losses and norm are
-    # of then; None where there was none.
+    # The first step that was not finite (from 0); `losses` and `gradient_norm` are then that step's. None: all were.
     diverged_at: int | None
     seconds: dict[str, float]  # of the steps since the record before, by phase, on the device
 
@@ -108,8 +107,8 @@ class TrainStep:
         # Where the cluster loss is small it is the difference of two large terms: TF32 would leave nothing of its gradient.
         with exact_accumulation(self._context.device):
             scale = state.log_scales["student"].exp()
-            features = objective.gather(encoded.features, scale, state.bias, batch)
-            compared = objective.compare(features)
+            loss_batch = objective.make_loss_batch(encoded.features, scale, state.bias, batch)
+            compared = objective.compare(loss_batch)
             state.backward(compared.total)
         student.backward(encoded, before_last=state.averager.watch)
         state.averager.finish()

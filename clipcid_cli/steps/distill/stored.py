@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from clipcid_cli.algorithms.losses.registry import LOSSES
+from clipcid_cli.algorithms.losses.registry import LOSSES, TEACHER_BIAS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
+from clipcid_cli.formats.skipped import SKIPPED
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
@@ -31,7 +32,7 @@ def losses_of_captions(settings: DistillSettings) -> list[str]:
 
     Beside its text tower only those do that were typed: a preset's others are off where there are none.
     """
-    needing = [loss.name for loss in settings.loss_entries() if settings.needs_teacher_texts(loss)]
+    needing = [loss.name for loss in settings.losses if settings.needs_teacher_texts(loss)]
     return [name for name in needing if name in settings.typed_losses] if settings.keeps_text_tower else needing
 
 
@@ -118,11 +119,9 @@ def open_stored(settings: DistillSettings, folders: tuple[Path, ...], work: Path
     if settings.needs_teacher and settings.teacher:
         for member, teacher in zip(embeddings.members, named_teachers(settings), strict=True):
             _validate_made_by(teacher, member, settings)
-    if "siglip-kd" in settings.losses():
-        models = [member.model for member in embeddings.members if member.has_texts]
-        has_bias = [model is not None and model.logit_bias is not None for model in models]
-        if any(has_bias) and not all(has_bias):
-            reporting.note("siglip-kd takes the softmax of the teachers: not all of them have a logit bias.")
+    for loss in settings.losses:
+        if TEACHER_BIAS in loss.reads and _only_some_have_a_bias(embeddings):
+            reporting.note(f"{loss.name} takes the softmax of the teachers: not all of them have a logit bias.")
     folder = embeddings.folder
     if embeddings.has_texts or settings.online_teacher:
         return embeddings
@@ -137,6 +136,12 @@ def open_stored(settings: DistillSettings, folders: tuple[Path, ...], work: Path
         )
     reporting.note("They are of images only: losses use the teacher's image tower alone.")
     return embeddings
+
+
+def _only_some_have_a_bias(embeddings: Embeddings) -> bool:
+    models = [member.model for member in embeddings.members if member.has_texts]
+    has_bias = [model is not None and model.logit_bias is not None for model in models]
+    return any(has_bias) and not all(has_bias)
 
 
 def _validate_made_by(teacher: ModelName, embeddings: Embeddings, settings: DistillSettings) -> None:
@@ -187,7 +192,9 @@ def validate_matches(settings: DistillSettings, dataset: Dataset, embeddings: Em
     if counts.without_embedding <= settings.max_bad_fraction * counts.candidates:
         if counts.without_embedding:
             lacking = f"{counts.without_embedding:,} of {counts.candidates:,} samples"
-            reporting.note(f"Without an embedding in {embeddings.folder}: {lacking}, which are left out.")
+            reporting.note(
+                f"Without an embedding in {embeddings.folder}: {lacking}, which are left out{_name_skipped(embeddings)}."
+            )
         return
     missing, member = max(zip(embeddings.lacking, embeddings.members, strict=True), key=lambda pair: pair[0])
     at_fault = member if 2 * missing >= counts.without_embedding else embeddings
@@ -198,6 +205,17 @@ def validate_matches(settings: DistillSettings, dataset: Dataset, embeddings: Em
         advice = advise_keys(at_fault)
     again = f"Give the data that was embedded, or embed this data. {at_fault.embed_again()}"
     raise ClipcidError(message, advice + again)
+
+
+def _name_skipped(embeddings: Embeddings) -> str:
+    """Say how many samples were skipped when they were embedded, and where they are listed; empty where none was."""
+    skipped = {
+        member.folder / SKIPPED: sum(member.sidecar.counts["skipped"].values())
+        for member in embeddings.members
+        if member.sidecar is not None
+    }
+    listed = [f"{path} lists {count:,} that embed skipped" for path, count in skipped.items() if count]
+    return f"; {'; '.join(listed)}" if listed else ""
 
 
 def first_key(dataset: Dataset) -> str:

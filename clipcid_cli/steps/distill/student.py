@@ -12,6 +12,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from clipcid_cli.algorithms.losses.registry import MASKED_IMAGES, MASKED_PATCHES, TOKENS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import describe
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
@@ -97,7 +98,7 @@ def load_student(settings: DistillSettings, device: torch.device) -> Student:
         model, text_folder = load_beside_teacher(settings, name, device)
     else:
         model = load_model(name, device, fresh_seed=settings.seed)
-    if any(loss.needs_bias for loss in settings.loss_entries()):
+    if any(loss.needs_bias for loss in settings.losses):
         before, had_bias = model.logit_scale, model.logit_bias is not None
         model = model.with_logit_bias()
         if name.has_weights and not had_bias:
@@ -121,7 +122,7 @@ def load_student(settings: DistillSettings, device: torch.device) -> Student:
             f"Texts are encoded at their full length of {model.info.context_length} tokens: only causal text towers of "
             "open_clip, read at the end of a text, can skip the padding."
         )
-    reads_tokens = [loss.name for loss in settings.loss_entries() if loss.reads_tokens]
+    reads_tokens = [loss.name for loss in settings.losses if TOKENS in loss.reads]
     if reads_tokens and not pruned.has_tokens:
         raise _other_towers(
             model, reads_tokens[0], "reads patches and tokens", ", or its text tower not open_clip's own"
@@ -150,13 +151,12 @@ def _count_encoding(model: ClipModel, settings: DistillSettings) -> int:
 
 def _plan_masking(settings: DistillSettings, model: ClipModel, num_patches: int | None) -> Masking | None:
     """Plan the further pass over masked images that a loss asks for; say what it costs."""
-    masked = {loss.name: loss.masked_patches for loss in settings.loss_entries() if loss.masked_patches}
-    if not masked:
+    name = next((loss.name for loss in settings.losses if MASKED_IMAGES in loss.reads), None)
+    if name is None:
         return None
-    name, fraction = max(masked.items(), key=lambda item: item[1])
     if num_patches is None:
         raise _other_towers(model, name, "masks patches of the images")
-    masking = Masking.of(fraction, num_patches)
+    masking = Masking.of(MASKED_PATCHES, num_patches)
     # With the class token, which is always seen.
     cost = (masking.kept + 1) / (num_patches + 1)
     reporting.note(

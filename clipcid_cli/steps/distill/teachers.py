@@ -7,12 +7,14 @@ What a teacher is, and how far it is followed, is chosen on the first process (`
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, TEACHER_SCALE, LossEntry, Weight
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -58,11 +60,10 @@ class TeacherRows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """How well a teacher pairs images with captions, and whether the default losses follow its features for that."""
+    """How well a teacher pairs images with captions; None where nothing was judged."""
 
-    repair: RepairFigures | None = None  # of its image rows; None where nothing was judged
-    pairing: PairingFigures | None = None  # None where nothing was judged
-    follows_features: bool = True
+    repair: RepairFigures | None = None  # of its image rows
+    pairing: PairingFigures | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +100,8 @@ class Teacher:
         """Load what runs on this process's device; call it on every process."""
         return self
 
-    def prepare(self, settings: DistillSettings) -> None:
-        """Make it ready for training, and say how it is used."""
+    def prepare(self, losses: Collection[LossEntry]) -> None:
+        """Make it ready for training with such losses, and say how it is used."""
 
     def rows(self, batch: TrainingBatch) -> TeacherRows | None:
         """Return its rows of what a process's part of a batch shows; None where there is no teacher."""
@@ -147,10 +148,10 @@ class StoredTeacher(Teacher):
     def bias(self) -> float | None:
         return None if self.embeddings.model is None else self.embeddings.model.logit_bias
 
-    def prepare(self, settings: DistillSettings) -> None:
+    def prepare(self, losses: Collection[LossEntry]) -> None:
         """Say where the logit scale is not the teacher's own."""
         is_recorded = self.embeddings.model is not None and self.embeddings.model.logit_scale is not None
-        if not is_recorded and any(loss.needs_teacher_scale for loss in settings.loss_entries()):
+        if not is_recorded and any(TEACHER_SCALE in loss.reads for loss in losses):
             reporting.note(f"The embeddings do not record the teacher's logit scale; using {MAX_SCALE:g}.")
 
     def rows(self, batch: TrainingBatch) -> TeacherRows:
@@ -224,7 +225,7 @@ class OnlineTeacher(Teacher):
         precision = choose_precision(settings.precision, context.device, "embed", model.info.parameters)
         return dataclasses.replace(self, running=RunningModel(model, precision))
 
-    def prepare(self, settings: DistillSettings) -> None:
+    def prepare(self, losses: Collection[LossEntry]) -> None:
         model, precision = self._running
         model.cast_products(precision)
         info = model.info
@@ -267,9 +268,49 @@ def describe_weights(model: ClipModel) -> FileRecord:
     return FileRecord(f"the teacher {info.spec}", info.parameters, content)
 
 
+def judge_teacher(settings: DistillSettings, embeddings: Embeddings) -> tuple[Embeddings, Judgement]:
+    """Repair the teacher of stored rows where that is better, and measure how well it then pairs them."""
+    repaired, repair = repair_teacher(settings, embeddings)
+    return repaired, Judgement(repair, judge_pairing(embeddings, repair))
+
+
+def choose_losses(settings: DistillSettings, judgement: Judgement) -> dict[LossEntry, Weight]:
+    """Return the run's losses, other ones where the teacher is near chance; say how well it knows the data."""
+    pairing = judgement.pairing
+    if pairing is None:
+        return settings.losses
+    measured = describe_pairing(pairing)
+    if settings.dry_run and judgement.repair is None and settings.repair != "none":
+        measured += " (before a repair, on which a run decides)"
+    if not pairing.near_chance:
+        reporting.note(f"{measured}.")
+        return settings.losses
+    losses = settings.losses_near_chance
+    reporting.warn(
+        f"{measured}: near chance, {_describe_following(settings, losses)}. Try {name_no_teacher(settings)}."
+    )
+    return losses
+
+
+def _describe_following(settings: DistillSettings, losses: dict[LossEntry, Weight]) -> str:
+    """Say which flag has the features of a teacher near chance followed, else which losses the run has instead."""
+    if settings.preset is not None:
+        return f"but followed, as --preset {settings.preset} says"
+    for loss, weight in losses.items():
+        if loss.compares_features:
+            return f"but followed, as --loss {loss.name}={weight.value:g} says"
+    changes = [f"no {loss.name}" for loss in settings.losses if loss not in losses]
+    for loss, weight in losses.items():
+        if (usual := settings.losses[loss]) != weight:
+            changes.append(f"{loss.name} at {weight.value:g} instead of {usual.value:.3g}")
+    return "so its features are not followed" + (f" ({', '.join(changes)})" if changes else "")
+
+
 def choose_teacher(
     settings: DistillSettings,
+    losses: Collection[LossEntry],
     embeddings: Embeddings | None,
+    judgement: Judgement,
     online: ModelName | None,
     dataset: Dataset,
     counts: MatchCounts,
@@ -277,16 +318,12 @@ def choose_teacher(
     """Decide what the teacher gives, on the first process, and say so.
 
     Args:
-        embeddings: Stored embeddings of the teacher, where there are any.
+        losses: Of the run.
+        embeddings: Stored embeddings of the teacher, where there are any: repaired where that is better.
+        judgement: Of the teacher, by its stored embeddings.
         online: A teacher that runs alongside the student.
         counts: How the data was matched with the embeddings.
     """
-    judgement = Judgement()
-    if embeddings is not None:
-        stored = embeddings
-        embeddings, repair = repair_teacher(settings, stored)
-        pairing = judge_pairing(stored, repair)
-        judgement = _judge(settings, repair, pairing)
     if online is not None:
         reporting.note(f"Teacher: {online.spec}, run alongside the student on the same views and captions.")
         if embeddings is None and settings.repair != "none":
@@ -296,7 +333,7 @@ def choose_teacher(
         return Teacher()
     validate_matches(settings, dataset, embeddings, counts)
     num_views = _choose_views(settings, embeddings)
-    extra_texts = find_extra_texts(settings, embeddings, follows_features=judgement.follows_features)
+    extra_texts = find_extra_texts(settings, losses, embeddings)
     first_captions = embeddings.has_texts
     if settings.student_caption_key:
         keys = " or ".join(settings.student_caption_key)
@@ -313,28 +350,17 @@ def choose_teacher(
     )
 
 
-def _judge(settings: DistillSettings, repair: RepairFigures | None, pairing: PairingFigures | None) -> Judgement:
-    """Decide whether the default losses follow the teacher's features, and say how well it knows the data.
-
-    They do not where it is near chance; losses that were typed do.
-    """
-    if pairing is None:
-        return Judgement(repair)
-    measured = describe_pairing(pairing)
-    if settings.dry_run and repair is None and settings.repair != "none":
-        measured += " (before a repair, on which a run decides)"
-    if not pairing.near_chance:
-        reporting.note(f"{measured}.")
-        return Judgement(repair, pairing)
-    taught = [loss.name for loss in settings.loss_entries(follows_features=False) if loss.compares_features]
-    typed = [f"--loss {name}={weight:g}" for name, weight in settings.typed_losses.items() if name in taught]
-    if settings.preset is not None:
-        typed = [f"--preset {settings.preset}"]
-    if typed:
-        reporting.warn(f"{measured}: near chance, but followed, as {typed[0]} says. Try --teacher none.")
-    else:
-        reporting.warn(f"{measured}: near chance, so its features are not followed (no fd). Try --teacher none.")
-    return Judgement(repair, pairing, follows_features=settings.preset is not None)
+def name_no_teacher(settings: DistillSettings) -> str:
+    """Return the flag to train without a teacher, and the given ones that it does not go with."""
+    needing = []
+    if settings.keeps_text_tower:
+        needing.append("--text-tower teacher")
+    if settings.preset is not None and any(LOSSES[name].needs_teacher for name in PRESETS[settings.preset]):
+        needing.append(f"--preset {settings.preset}")
+    for name, weight in settings.typed_losses.items():
+        if weight and name in LOSSES and LOSSES[name].needs_teacher:
+            needing.append(f"--loss {name}={weight:g}")
+    return "--teacher none" + (f" without {' and '.join(needing)}" if needing else "")
 
 
 def _choose_views(settings: DistillSettings, embeddings: Embeddings) -> int:

@@ -47,8 +47,13 @@ class Trainer:
         student: Student,
         context: DistContext,
         output: Output[DistillSidecar] | None = None,
+        first: int = 0,
     ) -> None:
-        """Assemble a run, from its last checkpoint on where it has one; without an `output` it writes nothing."""
+        """Assemble a run; without an `output` it writes nothing.
+
+        Args:
+            first: The step of the checkpoint from which it goes on; 0 for its beginning.
+        """
         self.plan = plan
         self.student = student
         self.context = context
@@ -59,23 +64,22 @@ class Trainer:
         model = student.model
         teacher = inputs.teacher
         width = model.info.embed_dim
-        space = choose_space(settings, teacher, width, context)
+        space = choose_space(settings, inputs.losses, teacher, width, context)
         clusters = None
         if inputs.clusters is not None:
             table_rows = inputs.training.column("clusters")
             clusters = inputs.clusters.open(settings, teacher, space.axes, table_rows, context.device)
-        teacher.prepare(settings)
-        self.objective = Objective.of(settings, width, teacher, space, context)
+        teacher.prepare(inputs.losses)
+        self.objective = Objective.from_inputs(inputs, width, space, context)
         reporting.note(f"Precision: {student.precision.name} ({student.precision.reason}).")
         self.state = TrainState(
             model.module, self.objective.parameters, plan.recipe, student.precision.dtype, ema=settings.ema
         )
         self.bad: dict[str, str] = {}
         self.checkpoints = Checkpoints(plan.folder, context)
-        if output is not None:
-            self.bad = self.checkpoints.resume(self.state, settings.resume, unfinished=output.resumed)
-            if self.state.step:
-                reporting.note(f"Resuming at step {self.state.step:,} of {plan.steps:,}.")
+        if first:
+            self.bad = self.checkpoints.resume(self.state, first)
+            reporting.note(f"Resuming at step {first:,} of {plan.steps:,}.")
         if settings.accum_freq * context.size > 1 and batch_norms(model.module):
             reporting.warn(
                 "The student has batch normalisation, whose statistics are computed for each part of a batch: "
@@ -87,10 +91,10 @@ class Trainer:
         board = None
         if output is not None and context.is_main:
             board = open_board(
-                settings.report_to, plan.folder, self.state.step, output.spec.run.settings, quiet=settings.quiet
+                settings.report_to, plan.folder, self.state.step, output.spec.provenance.settings, quiet=settings.quiet
             )
         self.log = TrainingLog(plan.folder, board, writes=output is not None and context.is_main)
-        self.make_step = TrainStep(settings, student, self.objective, self.state, context)
+        self.train_step = TrainStep(settings, student, self.objective, self.state, context)
         self.losses: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
         self._saved_at = math.inf
@@ -121,7 +125,7 @@ class Trainer:
             for step in range(first + 1, plan.steps + 1):
                 with pace.phase("data_wait"):
                     batch = next(batches)
-                self.step(batch)
+                self.make_step(batch)
                 progress.advance(plan.batch_size)
                 if sent is not None:  # of the step before: the GPU has this one to make while that is read
                     self._log(self._read(sent, pace), pace, progress)
@@ -131,7 +135,7 @@ class Trainer:
                 ends, is_due = self._exchange_words(step)
                 saves = saves or ends or is_due
                 if logs or evaluates or saves:
-                    sent = self.make_step.send()
+                    sent = self.train_step.send()
                 if sent is not None and (evaluates or saves or self.context.device.type == "cpu"):
                     record = self._read(sent, pace)
                     sent = None
@@ -152,10 +156,10 @@ class Trainer:
                         "Run the same command again: it continues there.",
                     )
 
-    def step(self, batch: TrainingBatch) -> None:
+    def make_step(self, batch: TrainingBatch) -> None:
         """Make one step; what it measured is read later."""
         self._note_unreadable(batch)
-        self.make_step(batch)
+        self.train_step(batch)
 
     def read(self, sent: SentRecord) -> StepRecord:
         """Wait for a step's record; refuse to go on where a step since the start diverged."""

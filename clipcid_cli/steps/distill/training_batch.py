@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ class TrainingBatch:
     colors: Tensor | None  # colour maps, float32 [b, 3, 4]; None where none changes anything
     tokens: Tensor | None  # of captions and of further texts, int64 [b + e, L]; None where no text tower runs
     bad: list[tuple[str, str]]  # (reason, key) of images that could not be decoded; they are white in `pixels`
+    # Numbers of each sample that losses read, float32 [b, n]: a column for each name of `list_sample_inputs`.
+    sample_inputs_bn: Tensor | None = None
     kept_patches: Tensor | None = None  # patches of each image that are seen where the others are masked, int64 [b, n]
     # A stored teacher's rows of what is shown, float16; so for captions and further texts.
     teacher_image_bD: Tensor | None = None
@@ -36,6 +39,15 @@ class TrainingBatch:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def count_bytes(self, samples: int, extra_texts: int) -> int:
+        """Return the bytes of the tensors of a part with so many samples and further texts, whose rows are like these."""
+        rows = {"tokens": samples + extra_texts, "teacher_extra_eD": extra_texts}
+        return sum(
+            rows.get(name, samples) * math.prod(value.shape[1:]) * value.element_size()
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        )
 
     def copied(self) -> TrainingBatch:
         """Return it out of shared memory."""

@@ -5,11 +5,17 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.embeddings.manifest import MANIFEST, read_manifest
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
+from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
+from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.pipeline import threads_for_batches
@@ -26,9 +32,16 @@ _TIMED = 3
 _DECODED = 32  # samples that are decoded alone
 
 
-def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext) -> EmbedCost:
-    """Say what embedding takes of disk and memory, and how long at the pace of the first batches and of decoding."""
-    samples = context.on_rank0(plan.dataset.estimate_samples)
+def estimate_cost(
+    encoder: EmbedEncoder, plan: EmbedPlan, output: Output[EmbedSidecar], context: DistContext
+) -> EmbedCost:
+    """Say what embedding takes of disk and memory, and how long at the pace of the first batches and of decoding.
+
+    Args:
+        output: What is there already, of which a run embeds nothing again.
+    """
+    left = context.on_rank0(lambda: _count_left(plan, output))
+    samples = left.samples
     memory = context.on_all(lambda: validate_memory(plan, encoder, samples))
     paces = context.gather(context.on_all(lambda: _time_batches(encoder, plan)))
     workers = encoder.workers
@@ -41,8 +54,10 @@ def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext) 
     disk = next(place for place in (folder, *folder.parents) if place.exists())
     return EmbedCost(
         dry_run=True,
-        shards=len(plan.shards),
+        shards=left.shards,
         images=samples,
+        shards_done=len(plan.shards) - left.shards,
+        images_done=left.done,
         bytes=samples * encoder.bytes_per_sample,
         bytes_per_image=encoder.bytes_per_sample,
         seconds={"encode": round(samples / speed, 1)},
@@ -53,6 +68,34 @@ def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext) 
         host_memory_bytes=memory.total,
         shared_memory_bytes=memory.shared,
     )
+
+
+class _Left(NamedTuple):
+    """What a run has yet to embed."""
+
+    shards: int
+    samples: int
+    done: int  # samples that are embedded
+
+
+def _count_left(plan: EmbedPlan, output: Output[EmbedSidecar]) -> _Left:
+    """Count shards and samples that neither a killed run nor finished embeddings of the same shards have."""
+    finished = []
+    if (output.folder / MANIFEST).exists():
+        with suppress(ClipcidError):  # it is damaged: all shards are embedded again
+            finished = read_manifest(output.folder, "")
+    work = output.begun or output.work_top
+    deciding = plan.decide_rows(output.spec.settings)
+    done = EmbeddingWriter(work, deciding, plan.shards, plan.dataset.keys).find_done(finished)
+    total = len(plan.shards)
+    samples = plan.dataset.estimate_samples()
+    if plan.dataset.index is None:
+        samples_done = round(samples * len(done) / total)
+    else:
+        samples_done = int(plan.dataset.index.sizes[done].sum())
+    if done:
+        reporting.note(f"{len(done):,} of {total:,} shards are already embedded.")
+    return _Left(total - len(done), samples - samples_done, samples_done)
 
 
 class EmbedPace(NamedTuple):

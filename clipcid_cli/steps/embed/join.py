@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,7 +24,7 @@ from clipcid_cli.formats.embeddings.writer import FINISHED, EmbeddingWriter, rea
 from clipcid_cli.formats.join import find_repeat
 from clipcid_cli.formats.output import Output, OutputSpec, find_works, open_output, unfinished
 from clipcid_cli.formats.parquet import read_first_column
-from clipcid_cli.formats.sidecar import Run
+from clipcid_cli.formats.sidecar import Provenance
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.embed.plan import EMBED
@@ -30,7 +32,7 @@ from clipcid_cli.steps.embed.result import EmbedResult
 from clipcid_cli.steps.embed.run import describe
 from clipcid_cli.steps.embed.write import Timings, commit
 from clipcid_cli.steps.settings.embed import EmbedSettings
-from clipcid_cli.steps.settings.shared import url_of
+from clipcid_cli.steps.settings.shared import flag_of, given_fields, setting_of, url_of
 
 _SLUG = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}")  # of a stranger's record, which becomes the name of a folder
 _AGAIN = "Run the parts again."
@@ -40,10 +42,18 @@ def join_parts(settings: EmbedSettings) -> EmbedResult:
     """Join parts in their folder, or those of an object store in a folder here."""
     place = settings.join
     assert place is not None, "asked to join"
+    without_effect = [flag_of(field) for field in given_fields(settings) if not _has_effect(field)]
+    if without_effect:
+        given = ", ".join(without_effect)
+        reporting.warn(f"Without effect on --join, since the parts record how they were made: {given}.")
     url = url_of(place)
     if url is None:
         return _join_folder(settings, place)
     return _join_sent(settings, ObjectStore(url))
+
+
+def _has_effect(field: dataclasses.Field[Any]) -> bool:
+    return setting_of(field).operational or field.name == "max_bad_fraction"
 
 
 def _join_folder(settings: EmbedSettings, folder: Path) -> EmbedResult:
@@ -58,7 +68,7 @@ def _join_folder(settings: EmbedSettings, folder: Path) -> EmbedResult:
         if output.finished is not None:
             return describe(folder, output.finished)
         refuse_running(find_works(folder, EMBED))
-        parts = [part for _, part in part_journal(output.work).parts()]
+        parts = [part for _, part in part_journal(output.work).entries()]
         records = read_finished(output.work)
         validate_complete(str(folder), parts, records, run)
         return _finish(settings, output, parts, [record for _, record in sorted(records.items())])
@@ -100,7 +110,7 @@ def _choose_folder(settings: EmbedSettings, part: PartRecord) -> Path:
     return WorkDirectory(settings.work).embeddings(name)
 
 
-def _specify(settings: EmbedSettings, folder: Path, run: Run) -> OutputSpec[EmbedSidecar]:
+def _specify(settings: EmbedSettings, folder: Path, run: Provenance) -> OutputSpec[EmbedSidecar]:
     return OutputSpec(
         folder,
         EMBED,

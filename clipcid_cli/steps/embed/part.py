@@ -68,15 +68,15 @@ def _begin(
 ) -> Output[EmbedSidecar]:
     """Make the work folder unless another part has, and hold the part until the stack ends."""
     if place is not None:
-        validate_same(place, spec.root.name, spec.run)
+        validate_same(place, spec.work_top.name, spec.provenance)
     with open_output(spec, waits=True) as output:  # for a moment: all parts do so when they begin
         if output.finished is None:
             # Starting removes unfinished work of other settings that has no shard yet.
-            refuse_running(work for work in find_works(output.folder, EMBED) if work != output.root)
+            refuse_running(work for work in find_works(output.folder, EMBED) if work != output.work_top)
             output.start()
-            stack.enter_context(hold_part(output.root, part))
+            stack.enter_context(hold_part(output.work_top, part))
     if place is not None:
-        place.below(output.root.name).send(output.root / RUN_FILE, RUN_FILE)
+        place.below(output.work_top.name).send(output.work_top / RUN_FILE, RUN_FILE)
     return output
 
 

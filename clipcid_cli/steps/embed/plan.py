@@ -170,10 +170,14 @@ def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
                 return dataclasses.replace(plan, finished=output.finished)
         there = [record.input for record in read_manifest(folder, "Add --overwrite to replace it.")]
     lost = find_lost(there, plan.shards)
+    begun = unfinished(folder, EMBED)
     if lost and not plan.settings.overwrite:
         flags = _compare_reading(sidecar.data, plan.dataset) if sidecar is not None else {}
-        raise other_run_error(f"{folder} holds {EMBED} output", flags or {"inputs": lost}, ELSEWHERE)
-    begun = unfinished(folder, EMBED)
+        before = [file.path for file in begun.inputs] if begun is not None else []
+        if sidecar is not None:
+            before = [sidecar.data.spec]
+        changes = flags or _describe_lost(before, plan.dataset, lost)
+        raise other_run_error(f"{folder} holds {EMBED} output", changes, ELSEWHERE)
     is_begun = begun is not None and [file.content for file in begun.inputs] == [plan.input.content]
     return dataclasses.replace(plan, is_begun=is_begun, may_grow=not lost)
 
@@ -185,6 +189,13 @@ def _compare_reading(there: DataSpec, dataset: Dataset) -> dict[str, str]:
         return {}
     before, after = ({flag: getattr(spec, name) for name, flag in _OF_ROWS.items()} for spec in (there, now))
     return compare_settings(before, after)
+
+
+def _describe_lost(before: list[str], dataset: Dataset, lost: str) -> dict[str, str]:
+    """Name the data, as typed then and now; of the same name, what has become of its files."""
+    is_other = before and before != [dataset.spec]
+    change = f"{before[0]} before, {dataset.spec} now" if is_other else f"{dataset.spec} has changed"
+    return {"data": change if dataset.kind == "list" else f"{change}: {lost}"}
 
 
 def _choose_folder(settings: EmbedSettings, name: ModelName, task: tuple[int, int] | None) -> Path:

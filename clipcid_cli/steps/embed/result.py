@@ -23,11 +23,13 @@ class EmbedPart(EmbedResult, kw_only=True):
 
 
 class EmbedCost(msgspec.Struct):
-    """What embedding would take, estimated from a few batches."""
+    """What embedding would take, estimated from a few batches; of shards that are not embedded yet."""
 
     dry_run: bool
     shards: int
     images: int
+    shards_done: int
+    images_done: int
     bytes: int
     bytes_per_image: int
     seconds: dict[str, float]

@@ -63,10 +63,10 @@ def make_embeddings(settings: EmbedSettings, context: DistContext, without_text:
     reporting.note(encoder.describe())
     spec = plan.identify(encoder.settings, may_differ={"inputs"} if plan.may_grow else ())
     if settings.dry_run:
-        context.on_rank0(lambda: find_output(spec))
         from clipcid_cli.steps.embed.cost import estimate_cost
 
-        return estimate_cost(encoder, plan, context)
+        output = context.on_rank0(lambda: find_output(spec))
+        return estimate_cost(encoder, plan, output, context)
     if plan.task is not None:
         from clipcid_cli.steps.embed.part import embed_part
 

@@ -1,4 +1,4 @@
-"""`eval-zeroshot --compare A B`: is the difference of two results larger than the choice of images explains?
+"""`--compare A B` of both evaluations: is the difference of two results larger than the choice of images explains?
 
 Where A and B are several seeds each, patterns or lists of files, the choice of seeds counts too.
 """
@@ -16,12 +16,13 @@ import torch
 
 from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compare_accuracies, precision_metrics
 from clipcid_cli.algorithms.metrics.intervals import MIN_SEEDS, Array, PairedMetric, compare
-from clipcid_cli.algorithms.metrics.retrieval import Ranks, compare_recalls
+from clipcid_cli.algorithms.metrics.retrieval import Ranks, compare_retrieval
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import match_pattern
 from clipcid_cli.formats.results.metrics import (
     ASSOCIATION,
     CLASSIFICATION,
+    LINEAR_PROBE,
     MULTI_LABEL,
     RETRIEVAL,
     EvaluationSidecar,
@@ -36,42 +37,47 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.comparison import ComparedLines, ComparisonResult, Difference
 from clipcid_cli.steps.evaluate.draws import Draws
-from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+from clipcid_cli.steps.settings.comparing import ComparingSettings
 
 # Metrics files that an error names.
 _NAMED = 8
 
 
-def compare_results(settings: EvalZeroshotSettings) -> ComparisonResult:
+def compare_results(settings: ComparingSettings) -> ComparisonResult:
     """Compare two results on the same images, or several pairs of them."""
+    command = f"clipcid {settings.command}"
     sides = [_find_files(side) for side in settings.compared]
     paths = [path for side in sides for path in side]
     work = WorkDirectory(settings.work)
     for path in paths:
         if path.is_dir():
-            raise _folder_error(path, work)
+            raise _folder_error(path, work, command)
         if not path.exists():
-            raise _missing_error(path, work)
-    again = "Run eval-zeroshot --predictions --overwrite for that model and data set again."
+            raise _missing_error(path, work, command)
+    again = f"Run {command} --predictions --overwrite for that model and data set again."
     sidecars = [validate_unchanged_metrics(path, again) for path in paths]
     records = [read_metrics(path) for path in paths]
-    predictions = [read_predictions(predictions_path(path)) for path in paths]
+    _validate_tasks(paths, records, settings)
+    predictions = [read_predictions(predictions_path(path), command) for path in paths]
     truth = predictions[0]
     for other in predictions[1:]:
-        _validate_same_data(truth, other)
+        _validate_same_data(truth, other, command)
     num_seeds = len(sides[0])
     if num_seeds != len(sides[1]):
         raise ClipcidError(
             f"Seeds are compared in pairs, but A has {num_seeds:,} metrics files and B has {len(sides[1]):,}.",
-            "Give the same number of each, in the same order of seeds, or list some with commas: clipcid eval-zeroshot "
-            "--compare A1.json,A2.json B1.json,B2.json",
+            f"Give the same number of each, in the same order of seeds, or list some with commas: {command} --compare "
+            "A1.json,A2.json B1.json,B2.json",
         )
     files = [str(path) for path in paths]
     models = [side.model for side in predictions]
     is_pair = num_seeds == 1
     names = _tell_apart(records, files) if is_pair else ["A", "B"]
-    prompts = None if truth.kind == RETRIEVAL else _compare_prompts(sidecars, names if is_pair else files)
+    has_prompts = records[0].task != LINEAR_PROBE and truth.kind != RETRIEVAL
+    prompts = _compare_prompts(sidecars, names if is_pair else files) if has_prompts else None
     metrics = _compare(predictions[:num_seeds], predictions[num_seeds:], settings)
+    if records[0].task == LINEAR_PROBE:
+        metrics = {f"lp_{name}": metric for name, metric in metrics.items()}
     differences = {name: _judge(name, metric, names) for name, metric in metrics.items()}
     if settings.margin is not None:
         for judged in differences.values():
@@ -102,25 +108,36 @@ def _find_files(side: str) -> list[Path]:
     return [Path(file) for part in side.split(",") for file in match_pattern(part)]
 
 
-def _folder_error(folder: Path, work: WorkDirectory) -> ClipcidError:
+def _validate_tasks(paths: Sequence[Path], records: Sequence[Metrics], settings: ComparingSettings) -> None:
+    """Refuse results of the other evaluation."""
+    for path, metrics in zip(paths, records, strict=True):
+        command = "eval-linear" if metrics.task == LINEAR_PROBE else "eval-zeroshot"
+        if command != settings.command:
+            raise ClipcidError(
+                f"{path} is a result of {command}, and {settings.command} compares its own.",
+                f"Compare results of one evaluation: clipcid {command} --compare A.json B.json",
+            )
+
+
+def _folder_error(folder: Path, work: WorkDirectory, command: str) -> ClipcidError:
     """Return the error for a model's folder in place of a metrics file, which names the metrics files of that model."""
     files = list[str]()
     for path in sorted(work.eval.glob("*.json")):
         with suppress(ClipcidError):  # not ours, or damaged
             if Path(str(read_metrics(path).pretrained)).resolve().is_relative_to(folder.resolve()):
                 files.append(str(path))
-    fix = "Measure the model first: clipcid eval-zeroshot MODEL DATA --predictions"
+    fix = f"Measure the model first: {command} MODEL DATA --predictions"
     if files:
         fix = "Give one of its metrics files:\n" + "\n".join(f"  {file}" for file in files[:_NAMED])
     return ClipcidError(f"{folder} is a folder; --compare takes two metrics files.", fix)
 
 
-def _missing_error(path: Path, work: WorkDirectory) -> ClipcidError:
+def _missing_error(path: Path, work: WorkDirectory, command: str) -> ClipcidError:
     """Return the error for a metrics file that is not there, which names those of close names, beside it or in eval/."""
     files = [*path.parent.glob("*.json"), *work.eval.glob("*.json")]
     by_name = {file.stem: file for file in files}  # of two of one name that of the work directory
     near = get_close_matches(path.name.removesuffix(".json"), by_name, n=3)
-    fix = "Measure the model first: clipcid eval-zeroshot MODEL DATA --predictions"
+    fix = f"Measure the model first: {command} MODEL DATA --predictions"
     if near:
         fix = "Did you mean one of these?\n" + "\n".join(f"  {by_name[name]}" for name in near)
     elif next(work.eval.glob("*.json"), None) is not None:
@@ -128,8 +145,8 @@ def _missing_error(path: Path, work: WorkDirectory) -> ClipcidError:
     return ClipcidError(f"There is no metrics file {path}.", fix)
 
 
-def _validate_same_data(first: Predictions, second: Predictions) -> None:
-    fix = "Compare results of the same data set: run eval-zeroshot --predictions for both models on it."
+def _validate_same_data(first: Predictions, second: Predictions, command: str) -> None:
+    fix = f"Compare results of the same data set: run {command} --predictions for both models on it."
     if ASSOCIATION in (first.kind, second.kind):
         raise ClipcidError("--compare compares no associations.", "Compare the metrics files themselves.")
     if first.kind != second.kind:
@@ -174,7 +191,7 @@ def _compare_prompts(sidecars: list[EvaluationSidecar | None], names: list[str])
 
 
 def _compare(
-    first: Sequence[Predictions], second: Sequence[Predictions], settings: EvalZeroshotSettings
+    first: Sequence[Predictions], second: Sequence[Predictions], settings: ComparingSettings
 ) -> dict[str, PairedMetric]:
     """Compare the predictions of both sides, one or more of each."""
     replicates = settings.bootstrap
@@ -192,7 +209,7 @@ def _compare(
     recalls, other_recalls = ([_retrieval_ranks(predictions) for predictions in side] for side in (first, second))
     captions = torch.from_numpy(truth.lengths("image_ranks"))
     image_of_text = torch.repeat_interleave(torch.arange(len(captions)), captions)
-    return compare_recalls(recalls, other_recalls, image_of_text, replicates, seed)
+    return compare_retrieval(recalls, other_recalls, image_of_text, replicates, seed)
 
 
 def _retrieval_ranks(predictions: Predictions) -> Ranks:

@@ -28,7 +28,7 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
         "classes": len(task.class_names),
         "precision": model.precision.name,
         "batch_size": model.batch_size,
-        "skipped": "listed",  # which earlier files lack
+        "listed": ["skipped", "keys"],  # which earlier files lack
     }
     path = features_path(WorkDirectory(model.settings.work).features, info.slug, identity)
     kept = context.on_rank0(lambda: read_features(path))
@@ -39,6 +39,7 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
         context.on_rank0(lambda: model.validate_usable(task, len(kept) + kept.skips.total, len(kept), kept.skips))
         return kept
     rows = model.encode(task)
-    features = context.on_all(lambda: ImageFeatures(rows.encoded.rows[Kind.IMAGES], rows.labels, rows.skips))
+    images = rows.encoded.rows[Kind.IMAGES]
+    features = context.on_all(lambda: ImageFeatures(images, rows.labels, rows.skips, rows.keys))
     context.on_rank0(lambda: write_features(path, features))
     return features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -13,7 +14,14 @@ from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output
 from clipcid_cli.formats.results.evaluations import LinearSidecar
 from clipcid_cli.formats.results.features import ImageFeatures
-from clipcid_cli.formats.results.metrics import read_metrics, skipped_path, write_metrics
+from clipcid_cli.formats.results.metrics import (
+    LINEAR_PROBE,
+    predictions_path,
+    read_metrics,
+    skipped_path,
+    write_metrics,
+    write_predictions,
+)
 from clipcid_cli.formats.skipped import make_table, write_skipped
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.timing import timed
@@ -21,21 +29,28 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.evaluate.features import extract_features
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, warn_of_skips
-from clipcid_cli.steps.evaluate.probe_fits import ProbeFits, describe_fit, guess_labels
-from clipcid_cli.steps.evaluate.probe_plan import TASK, ProbePlan, make_plan
+from clipcid_cli.steps.evaluate.predictions import lacks_predictions, wants_predictions
+from clipcid_cli.steps.evaluate.probe_fits import ProbeFits, describe_fits, guess_labels
+from clipcid_cli.steps.evaluate.probe_plan import ProbePlan, make_plan
 from clipcid_cli.steps.evaluate.probe_result import LinearResult, Sweep
 from clipcid_cli.steps.evaluate.result import Preview
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
-# Draws of the test images for an interval, as many as `eval-zeroshot` makes by default.
-_DRAWS = 1000
-# The probe itself does not depend on them.
-_MAY_DIFFER = frozenset({"shots", "shot_repeats", "knn"})
+if TYPE_CHECKING:
+    from clipcid_cli.steps.evaluate.comparison import ComparisonResult
+
+# What the probe itself does not depend on: what is measured beside it, and its intervals.
+_BESIDE = frozenset({"shots", "shot_repeats", "knn"})
+_MAY_DIFFER = _BESIDE | {"bootstrap"}
 
 
-def run(settings: EvalLinearSettings) -> LinearResult | Preview:
-    """Fit and measure a linear probe."""
+def run(settings: EvalLinearSettings) -> LinearResult | Preview | ComparisonResult:
+    """Fit and measure a linear probe. ``--compare`` compares two earlier results."""
+    if settings.compare:
+        from clipcid_cli.steps.evaluate.compare import compare_results  # it measures nothing
+
+        return compare_results(settings)
     with open_dist_context(settings.device) as context:
         plan = context.on_rank0(lambda: make_plan(settings))
         for task in plan.splits.values():
@@ -52,7 +67,7 @@ def _preview(plan: ProbePlan, context: DistContext) -> Preview:
         usable = context.on_rank0(lambda: _find_usable(plan, find_output(spec)))
     if usable is None:
         reporting.note(f"Would fit {plan.name.spec} on {plan.splits['train'].dataset.spec} and write {plan.path}.")
-    return Preview(plan.dataset, plan.name.spec, TASK, {"metrics": str(plan.path)}, reused=usable is not None)
+    return Preview(plan.dataset, plan.name.spec, LINEAR_PROBE, {"metrics": str(plan.path)}, reused=usable is not None)
 
 
 def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
@@ -87,10 +102,13 @@ def _find_usable(plan: ProbePlan, output: Output[LinearSidecar]) -> LinearSideca
     One that also has a few-shot curve, or nearest neighbours, does where these are not asked for.
     """
     more = plan.settings.shot_counts or plan.settings.neighbour_counts
-    usable = output.finished if more else output.finished or output.earlier
-    if usable is None or not plan.path.is_file():
+    usable = output.finished
+    if usable is None and not more and output.differences.keys() <= {f"settings.{name}" for name in _BESIDE}:
+        usable = output.earlier
+    what = f"{plan.name.spec} on {plan.dataset}"
+    if usable is None or not plan.path.is_file() or lacks_predictions(plan.path, what, plan.settings):
         return None
-    reporting.note(f"{plan.path} already holds {plan.name.spec} on {plan.dataset}.")
+    reporting.note(f"{plan.path} already holds {what}.")
     return usable
 
 
@@ -106,7 +124,7 @@ def _write(
         warn_of_skips(plan.splits[split].name, own.skips)
     images = {split: own.to(model.context.device) for split, own in features.items()}
     test = images["test"]
-    warn_of_repeats(images)
+    repeated = warn_of_repeats(images)
     with timed(seconds, "sweep"):
         fits = ProbeFits(images, plan)
         points, best = fits.sweep()
@@ -114,7 +132,7 @@ def _write(
         solution = fits.refit(best)
         of_images = fits.measure(solution.classifier, test)
         measured = of_images.values()
-        intervals = of_images.intervals(_DRAWS, plan.settings.seed)
+        intervals = of_images.intervals(plan.settings.bootstrap, plan.settings.seed)
     if "acc5" in measured and len(plan.classes) < ACCURACY_TOP_K:
         reporting.note(f"lp_acc5 is null because there are only {len(plan.classes)} classes.")
     with timed(seconds, "shots"):
@@ -124,22 +142,30 @@ def _write(
     probe = {f"lp_{name}": value for name, value in measured.items()}
     guessed, majority = guess_labels(test.labels, len(plan.classes))
     output.start()
-    written = output.root / plan.path.name
-    write_metrics(written, model.make_metrics(plan.dataset, TASK, probe | neighbours))
+    written = output.work_top / plan.path.name
+    write_metrics(written, model.make_metrics(plan.dataset, LINEAR_PROBE, probe | neighbours))
     outputs = [written]
+    if wants_predictions(output, plan.path, plan.settings):
+        predictions = output.work / predictions_path(plan.path).name
+        columns = {"key": test.keys, **fits.columns(solution.classifier, test)}
+        kind = plan.splits["test"].kind
+        write_predictions(predictions, kind, model.model.info.slug, plan.dataset, len(plan.classes), columns)
+        outputs.append(predictions)
     skipped = output.work / skipped_path(plan.path).name
     if write_skipped(skipped, [make_table(own.skips.listed) for own in features.values()]):
         outputs.append(skipped)
     counts = {
         "images": len(test),
         "train_images": len(fits.images),
-        "validation_images": len(fits.held_out),
+        "validation_images": fits.num_held_out,
+        "repeated_images": repeated,
         "skipped": {split: own.skips.counts for split, own in features.items()},
     }
     result = {
         "intervals": {f"lp_{name}": bounds for name, bounds in intervals.items()},
         "metric": plan.metric,
         "c": best.c,
+        "folds": len(fits.folds),
         "validation_score": best.score,
         "sweep": Sweep([point.c for point in points], [point.score for point in points]),
         "shots": shots,
@@ -153,14 +179,14 @@ def _write(
         seconds=seconds,
         outputs=[record(file, output.work) for file in outputs],
         result=result,
-        solution=describe_fit(solution),
-        sweep=[{"c": point.c, "validation_score": point.score, **describe_fit(point.solution)} for point in points],
+        solution=describe_fits([solution]),
+        sweep=[{"c": point.c, "validation_score": point.score, **describe_fits(point.solutions)} for point in points],
     )
     return _make_result(sidecar, plan.path, reused=False)
 
 
-def warn_of_repeats(images: dict[str, ImageFeatures]) -> None:
-    """Warn of test images that the probe has seen; by their embeddings, since splits often number their keys alike."""
+def warn_of_repeats(images: dict[str, ImageFeatures]) -> int:
+    """Count test images that the probe has seen, with a warning; by their embeddings, since splits number keys alike."""
     test = images["test"].rows
     seen = [find_repeated(test, own.rows) for split, own in images.items() if split != "test"]
     repeated = int(torch.stack(seen).any(dim=0).sum())
@@ -169,10 +195,12 @@ def warn_of_repeats(images: dict[str, ImageFeatures]) -> None:
             f"{repeated:,} of {len(test):,} test images are among those of training too, by their embeddings: the result "
             "flatters the model. Leave them out of one split."
         )
+    return repeated
 
 
 def _make_result(sidecar: LinearSidecar, path: Path, *, reused: bool) -> LinearResult:
     content = msgspec.structs.asdict(read_metrics(path)) | sidecar.result
-    files = {"metrics": str(path)} | ({"skipped": str(skipped_path(path))} if skipped_path(path).is_file() else {})
+    beside = {"predictions": predictions_path(path), "skipped": skipped_path(path)}
+    files = {"metrics": str(path)} | {name: str(file) for name, file in beside.items() if file.is_file()}
     content |= {"seconds": sidecar.seconds, "files": files, "reused": reused}
     return msgspec.convert(content, LinearResult)

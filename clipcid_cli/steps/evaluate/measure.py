@@ -22,18 +22,18 @@ from clipcid_cli.algorithms.metrics.classification import (
     count_ties,
     precision_metrics,
     rank_classes,
-    top_classes,
 )
 from clipcid_cli.algorithms.metrics.groups import OwnMetric, own_metrics
 from clipcid_cli.algorithms.metrics.intervals import Array, CellMetrics
-from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, recall_metrics, retrieval_ranks
+from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, retrieval_metrics, retrieval_ranks
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.samples import read_metadata
+from clipcid_cli.formats.data.classes import read_metadata
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.results.evaluations import ClassScore, Example
 from clipcid_cli.formats.results.metrics import ASSOCIATION
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.model import TaskRows
+from clipcid_cli.steps.evaluate.predictions import class_columns, multi_label_columns
 
 _CORRECT_EXAMPLES = 6
 _WRONG_EXAMPLES_PER_CLASS = 4
@@ -100,18 +100,13 @@ def _measure_classification(rows: TaskRows, weights: torch.Tensor) -> TaskResult
             "classes is predicted. Does the model, or do the class names, tell the classes apart?"
         )
 
-    def columns() -> dict[str, Any]:
-        top = [top_classes(scores) for scores in _score(rows, weights)]
-        scores_of_top, numbers_of_top = (torch.cat(parts).tolist() for parts in zip(*top, strict=True))
-        return {"label": labels, "predicted": predicted, "top": numbers_of_top, "scores": scores_of_top}
-
     per_class = _score_classes(task.class_names, labels, predicted)
     draws = accuracy_metrics(labels, ranks, num_classes)
     if task.own is not None:
         draws = own_metrics(task.own, labels, predicted, ranks, _read_groups(rows, task.own), num_classes)
     return TaskResult(
         draws=draws,
-        columns=columns,
+        columns=lambda: class_columns(rows.labels, _score(rows, weights)),
         texts=num_classes * len(task.templates),
         chance=guess_classes(num_classes),
         predicted=predicted,
@@ -183,19 +178,9 @@ def _measure_multi_label(rows: TaskRows, weights: torch.Tensor) -> TaskResult:
     draws = precision_metrics(scores.numpy(), positive.numpy())
     areas = average_precision(draws.images_U[None], scores.numpy(), positive.numpy())[0][0].tolist()
 
-    def columns() -> dict[str, Any]:
-        scores_of_top, top = top_classes(scores)
-        return {
-            "labels": [row.nonzero().squeeze(1).tolist() for row in positive],
-            "predicted": top[:, 0].numpy(),
-            "top": top.tolist(),
-            "scores": scores_of_top.tolist(),
-            "class_scores": scores.tolist(),
-        }
-
     return TaskResult(
         draws=draws,
-        columns=columns,
+        columns=lambda: multi_label_columns(positive, scores),
         texts=len(weights) * len(task.templates),
         chance=guess_order(positive.numpy()),
         per_class=[
@@ -252,7 +237,7 @@ def _measure_retrieval(rows: TaskRows, device: torch.device) -> TaskResult:
         return {"image_ranks": [ranks.tolist() for ranks in by_image], "text_rank": text_ranks.numpy()}
 
     return TaskResult(
-        draws=recall_metrics((image_ranks, text_ranks), encoded.owners),
+        draws=retrieval_metrics((image_ranks, text_ranks), encoded.owners),
         columns=columns,
         texts=len(texts),
         chance=guess_captions(encoded.captions.numpy()),

@@ -24,6 +24,7 @@ from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import note_captions
 from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_skips
+from clipcid_cli.steps.evaluate.predictions import lacks_predictions, wants_predictions
 from clipcid_cli.steps.evaluate.result import ZeroshotResult
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
@@ -41,7 +42,7 @@ def evaluate_pair(
     with claim_output(model.context, _identify(model, task, data, path, settings)) as output:
 
         def find_result() -> ZeroshotResult | None:
-            finished = _find_finished(output, path, f"{model.name.spec} on {task.name}", settings)
+            finished = _find_finished(output, path, model, task, settings)
             return None if finished is None else _make_result(finished, task, path, reused=True)
 
         result = model.context.on_rank0(find_result)
@@ -55,8 +56,7 @@ def is_measured(model: EvaluatedModel, task: ZeroshotTask, path: Path, settings:
     """Tell whether a run would find its result there, and say so; on every process, and nothing is written."""
     context = model.context
     spec = _identify(model, task, context.on_rank0(task.fingerprints), path, settings)
-    what = f"{model.name.spec} on {task.name}"
-    return context.on_rank0(lambda: _find_finished(find_output(spec), path, what, settings) is not None)
+    return context.on_rank0(lambda: _find_finished(find_output(spec), path, model, task, settings) is not None)
 
 
 def _identify(
@@ -68,13 +68,22 @@ def _identify(
 
 
 def _find_finished(
-    output: Output[ZeroshotSidecar], path: Path, what: str, settings: EvalZeroshotSettings
+    output: Output[ZeroshotSidecar],
+    path: Path,
+    model: EvaluatedModel,
+    task: ZeroshotTask,
+    settings: EvalZeroshotSettings,
 ) -> ZeroshotSidecar | None:
     """Return the sidecar of a result that is there with all that is asked for, and say so."""
     if output.finished is None or not path.is_file():
         return None
-    if settings.predictions and not predictions_path(path).is_file():
-        reporting.note(f"{path} has no predictions; measuring {what} again.")
+    what = f"{model.name.spec} on {task.name}"
+    measured = read_metrics(path).metrics
+    missing = [name for name in task.metric_names if name not in measured]
+    if missing:  # of a version that did not know them
+        reporting.note(f"{path} has no {', '.join(missing)}; measuring {what} again.")
+        return None
+    if lacks_predictions(path, what, settings):
         return None
     reporting.note(f"{path} already holds {what}.")
     return output.finished
@@ -97,13 +106,11 @@ def _write(
         measured = measure(rows, model.context.device)
         intervals = measured.draws.intervals(settings.bootstrap, settings.seed)
     output.start()
-    written = [output.root / path.name]
+    written = [output.work_top / path.name]
     write_metrics(written[0], model.make_metrics(task.name, task.task, measured.draws.values()))
-    # Predictions of the same model and data do not depend on the draws: those that are there are kept up to date.
-    earlier = predictions_path(path)
-    if settings.predictions or (earlier.is_file() and (output.finished or output.earlier) is not None):
+    if wants_predictions(output, path, settings):
         columns = {"key": rows.keys, **measured.columns()}
-        written.append(output.work / earlier.name)
+        written.append(output.work / predictions_path(path).name)
         write_predictions(written[1], task.kind, model.model.info.slug, task.name, len(task.class_names), columns)
     skipped = skipped_path(path)
     if write_skipped(output.work / skipped.name, [make_table(rows.skips.listed)]):

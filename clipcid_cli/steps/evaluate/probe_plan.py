@@ -18,9 +18,10 @@ from clipcid_cli.formats.data.benchmark import (
     name_data,
     read_class_names,
 )
+from clipcid_cli.formats.data.classes import read_vector_length
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.samples import Sample, read_vector_length
-from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, metrics_stem
+from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.results.metrics import CLASSIFICATION, LINEAR_PROBE, MULTI_LABEL, metrics_stem
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.data_index import open_named, refuse_empty
@@ -28,8 +29,6 @@ from clipcid_cli.steps.evaluate.task_plan import find_copy
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
-
-TASK = "linear_probe"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +57,7 @@ class ProbePlan:
             "shots": list(settings.shot_counts),
             "shot_repeats": settings.shot_repeats if settings.shot_counts else None,
             "knn": list(settings.neighbour_counts),
+            "bootstrap": settings.bootstrap,
             "grid": regularisation_grid(),
             "tolerance": TOLERANCE,
             "promised_decrease": PROMISED_DECREASE,
@@ -99,7 +99,7 @@ def make_plan(settings: EvalLinearSettings) -> ProbePlan:
         for split, dataset in opened.items()
     }
     metric = choose_metric(settings.metric, name, several=several)
-    path = WorkDirectory(settings.work).eval / f"{metrics_stem(name, model.slug, TASK)}.json"
+    path = WorkDirectory(settings.work).eval / f"{metrics_stem(name, model.slug, LINEAR_PROBE)}.json"
     return ProbePlan(model, name, classes, metric, splits, path, settings)
 
 

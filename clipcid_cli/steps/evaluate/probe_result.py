@@ -32,6 +32,8 @@ class LinearResult(Metrics, kw_only=True):
     intervals: dict[str, tuple[float, float]] = msgspec.field(default_factory=dict)
     metric: str  # by which the strength `c` was chosen
     c: float
+    # In which the images were held out in turn to choose it; 1 where one part of them was, or those of ``--val``.
+    folds: int
     validation_score: float
     sweep: Sweep
     shots: list[FewShot]
@@ -40,6 +42,7 @@ class LinearResult(Metrics, kw_only=True):
     images: int  # of the test split
     train_images: int  # all that the final fit uses
     validation_images: int
+    repeated_images: int = 0  # of the test split, that are among those of training too
     classes: int
     skipped: dict[str, dict[str, int]]  # by split
     seconds: dict[str, float]

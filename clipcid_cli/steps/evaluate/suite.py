@@ -56,14 +56,17 @@ def run_suite(settings: EvalZeroshotSettings) -> SuiteResult | Previews:
         answer = evaluate(plan.pairs, context)
     datasets = [dataset for dataset, _ in plan.folder.copies]
     by_model = [answer.results[at : at + len(datasets)] for at in range(0, len(answer.results), len(datasets))]
+    models = [_score(datasets, results) for results in by_model]
+    without = [title for title in models[0].scores if any(one.scores[title] is None for one in models)]
     return SuiteResult(
         suite=str(settings.suite),
         root=str(plan.root),
         datasets=len(DATACOMP),
         measured=len(datasets),
         missing=[dataset.title for dataset in plan.folder.missing],
+        without_metric=without,
         counted={dataset.title: dataset.metric for dataset in datasets},
-        models=[_score(datasets, results) for results in by_model],
+        models=models,
         results=answer.results,
         files=answer.files,
     )
@@ -128,26 +131,27 @@ def _prompt(cue: str) -> str:
 
 def _score(datasets: Sequence[SuiteDataset], results: Sequence[ZeroshotResult]) -> SuiteScores:
     """Return what the suite counts of the results of one model on some of its data sets."""
-    scores = dict[str, float]()
-    for dataset, result in zip(datasets, results, strict=True):
-        value = _count(dataset, result)
-        if value is None:
-            raise ClipcidError(
-                f"{dataset.title} has no {dataset.metric}: the copy has too few images or candidates.",
-                "Download the data set again, or move the copy elsewhere.",
-            )
-        scores[dataset.title] = value
+    scores = {dataset.title: _count(dataset, result) for dataset, result in zip(datasets, results, strict=True)}
+    known = {title: score for title, score in scores.items() if score is not None}
+    if not known:
+        raise ClipcidError(
+            f"No data set has the metric that counts: {', '.join(scores)} have too few images or candidates.",
+            "Download the data sets again.",
+        )
     groups = {
-        name: fmean(scores[title] for title in titles) if scores.keys() >= set(titles) else None
+        name: fmean(known[title] for title in titles) if known.keys() >= set(titles) else None
         for name, titles in DATACOMP_GROUPS.items()
     }
-    mean = fmean(scores.values())
-    is_whole = len(scores) == len(DATACOMP)
+    mean = fmean(known.values())
+    is_whole = len(known) == len(DATACOMP)
     return SuiteScores(results[0].model, results[0].pretrained, scores, groups, mean if is_whole else None, mean)
 
 
 def _count(dataset: SuiteDataset, result: ZeroshotResult) -> float | None:
+    """Return what the suite counts of a result; None where the copy has too few images or candidates for it."""
     metrics: dict[str, float | None] = result.metrics
     if dataset.metric != MEAN_RECALL:
-        return metrics[dataset.metric]
-    return fmean(result.metrics[f"{kind}_retrieval_recall@1"] for kind in ("image", "text"))
+        return metrics.get(dataset.metric)
+    recalls = [metrics.get(f"{kind}_retrieval_recall@1") for kind in ("image", "text")]
+    known = [recall for recall in recalls if recall is not None]
+    return fmean(known) if len(known) == len(recalls) else None

@@ -12,10 +12,10 @@ class SuiteScores(msgspec.Struct):
 
     model: str
     pretrained: str
-    scores: dict[str, float]  # of each data set measured, by the metric that the suite counts
+    scores: dict[str, float | None]  # of each data set, by the metric that the suite counts; None where it has none
     groups: dict[str, float | None]  # means of some data sets; None where one of them is missing
     average: float | None  # the mean of all data sets; None where one is missing
-    mean_of_measured: float  # the mean of those measured, which is not the suite's where one is missing
+    mean_of_measured: float  # the mean of those with a score, which is not the suite's where one is missing
 
 
 class SuiteResult(msgspec.Struct):
@@ -26,6 +26,7 @@ class SuiteResult(msgspec.Struct):
     datasets: int  # of the suite
     measured: int
     missing: list[str]
+    without_metric: list[str]  # measured, and with too few images or candidates for the metric that counts
     counted: dict[str, str]  # the metric that counts, by data set
     models: list[SuiteScores]
     results: list[ZeroshotResult]

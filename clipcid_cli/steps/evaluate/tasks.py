@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
+from clipcid_cli.algorithms.metrics.associations import ASSOCIATION_METRICS
+from clipcid_cli.algorithms.metrics.classification import MULTI_LABEL_METRICS, SINGLE_LABEL_METRICS
 from clipcid_cli.algorithms.metrics.groups import OwnMetric
+from clipcid_cli.algorithms.metrics.retrieval import RETRIEVAL_METRICS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import ACCURACY, fill_template
+from clipcid_cli.formats.data.classes import read_classes
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
-from clipcid_cli.formats.data.samples import Sample, read_classes
+from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.results.metrics import ASSOCIATION, CLASSIFICATION, MULTI_LABEL, RETRIEVAL, LinesRecord
 from clipcid_cli.formats.skips import Skips
@@ -24,6 +28,12 @@ TASKS = {
     MULTI_LABEL: "zeroshot_classification",
     RETRIEVAL: "zeroshot_retrieval",
     ASSOCIATION: "zeroshot_association",
+}
+_METRICS = {
+    CLASSIFICATION: SINGLE_LABEL_METRICS,
+    MULTI_LABEL: MULTI_LABEL_METRICS,
+    RETRIEVAL: RETRIEVAL_METRICS,
+    ASSOCIATION: ASSOCIATION_METRICS,
 }
 
 
@@ -55,6 +65,11 @@ class ZeroshotTask:
     def task(self) -> str:
         """CLIP_benchmark's name of the task."""
         return TASKS[self.kind]
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names of all metrics that are measured on it."""
+        return _METRICS[self.kind] + (() if self.own is None else (self.own.name,))
 
     @property
     def multi_label(self) -> bool:

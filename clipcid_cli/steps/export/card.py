@@ -77,6 +77,7 @@ def render_card(
         library=_LIBRARIES[settings.format[0]],
         facts=facts,
         metrics=metrics,
+        has_probe=any(task.startswith("linear_probe") for _, task, *_ in metrics),
         precision=settings.stored_precision,
         parity=parity,
         dense=settings.dense,
@@ -155,9 +156,12 @@ def _find_metrics(work: WorkDirectory, weights_hash: str, source: ModelName) -> 
         prompts = ", ".join(lines.hash for lines in (sidecar.prompts or {}).values())
         variant = ", ".join(find_variant(path, content.task).split("_"))
         data = f"{content.dataset} ({variant})" if variant else content.dataset
+        task = content.task
+        if repeated := sidecar.counts.get("repeated_images", 0):
+            task += f", {repeated:,} test images among those of training"
         for name, value in content.metrics.items():
             if isinstance(value, int | float):
-                yield data, content.task, name, f"{sidecar.counts['images']:,}", f"{value:.4f}", prompts
+                yield data, task, name, f"{sidecar.counts['images']:,}", f"{value:.4f}", prompts
 
 
 def _read(folder: Path, step: str, kind: type[AnySidecar]) -> AnySidecar | None:

@@ -19,7 +19,10 @@ from clipcid_cli.steps.settings.shared import (
     group,
 )
 
-LINKAGES = ("single", "star")
+# What each is and does: `steps/balance/linkages.py`.
+LINKAGE_NAMES = ("single", "star")
+# Those that themselves determine the kept image of each set.
+_CHOOSING_LINKAGES = ("star",)
 NEIGHBORS = ("exact", "partitioned")
 SELECTIONS = ("central", "medoid", "first", "random", "similarity", "resolution")
 
@@ -93,7 +96,7 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings, GpuPlanSettings)
         "single",
         "`single`: a chain of near-duplicates is one set, as in the CLIP-CID paper. `star`: every dropped image is "
         "within the cut-off of its kept image.",
-        choices=LINKAGES,
+        choices=LINKAGE_NAMES,
     )
     select: str = _sets(
         "central",
@@ -165,9 +168,10 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings, GpuPlanSettings)
         if self.against_threshold is not None and not self.against:
             raise UsageError("--against-threshold was given without --against.", "Add --against EMB, or omit it.")
         self._check_near()
-        if self.linkage == "star" and self.select != "central":
+        if self.linkage in _CHOOSING_LINKAGES and self.select != "central":
             raise UsageError(
-                f"--select {self.select} cannot be combined with --linkage star, which itself determines the kept image.",
+                f"--select {self.select} cannot be combined with --linkage {self.linkage}, which itself determines the kept "
+                "image.",
                 "Omit one of the two.",
             )
         if self.max_per_cluster is not None and self.select == "medoid":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -11,15 +12,19 @@ from typing import ClassVar
 from clipcid_cli.algorithms.losses.registry import (
     AFFINITY_SCALE,
     CLIP_SCALE,
+    CLUSTERS,
     DEFAULT_PRESET,
     LOSSES,
+    NEAR_CHANCE,
     PRESETS,
+    SAMPLE_INPUTS,
+    TOKENS,
     LossEntry,
     Weight,
     select_losses,
 )
 from clipcid_cli.errors import UsageError
-from clipcid_cli.formats.loss_file import LossFile, names_loss_file, read_loss_file
+from clipcid_cli.formats.loss_file import FUSION, SCALE, LossFile, names_loss_file, read_loss_file
 from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import (
     ABOVE_0,
@@ -59,6 +64,7 @@ _FLAGS_OF = {
     "affinity": ("affinity_scale",),
 }
 _TO_HAVE = {"cluster": "--preset cid or --loss cluster=0.5", "affinity": "--preset dr or --loss affinity=0.75"}
+_OF_EXTRA_TEXTS = [name for name, loss in LOSSES.items() if loss.teaches_extra_texts]
 
 _models = group("Models")
 _input = group("Inputs")
@@ -131,8 +137,8 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
     )
     extra_texts: int | None = _input(
         None,
-        "Further texts in each batch, for the text tower alone, by losses fd and mfd: those of `embed "
-        "--text-variants`. By default one per sample, if there are such texts; 0 for none.",
+        f"Further texts in each batch, for the text tower alone, by losses {' and '.join(_OF_EXTRA_TEXTS)}: those of "
+        "`embed --text-variants`. By default one per sample, if there are such texts; 0 for none.",
         within=Range(0),
     )
     clusters: Path | None = _input(
@@ -301,8 +307,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        losses = self.loss_entries()
-        if not losses:
+        if not self.losses:
             raise UsageError("All losses have a weight of 0.", "Give at least one --loss a weight above 0.")
         if self.student is None:
             raise UsageError(
@@ -324,7 +329,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
             raise UsageError("--epochs and --steps were both given.", "Omit one of the two.")
         self._validate_teachers()
         if self.has_no_teacher:
-            for loss in losses:
+            for loss in self.losses:
                 if loss.needs_teacher:
                     raise UsageError(
                         f"--teacher is none, but the loss {loss.name} needs a teacher.",
@@ -339,13 +344,15 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
             raise UsageError(
                 "--online-teacher was given, but no loss of the run needs a teacher.", "Omit --online-teacher."
             )
-        if self.torchcompile and any(loss.reads_tokens for loss in losses):
-            raise UsageError(
-                "--torchcompile compiles no pass that gives the features of patches and tokens, which td reads.",
-                "Omit --torchcompile, or use --loss td=0.",
-            )
+        for loss in self.losses:
+            if self.torchcompile and TOKENS in loss.reads:
+                raise UsageError(
+                    f"--torchcompile compiles no pass that gives the features of patches and tokens, which {loss.name} "
+                    "reads.",
+                    f"Omit --torchcompile, or use --loss {loss.name}=0.",
+                )
         for name in _FLAGS_OF:
-            if name not in self.losses():
+            if LOSSES[name] not in self.losses:
                 self._validate_no_flags_of(name)
         self._validate_stored_extras()
         if self.extra_texts:
@@ -385,8 +392,8 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
                     f"--text-tower teacher trains the image tower alone, in the teacher's own space: not with {flag}.",
                     f"Omit {flag} or --text-tower.",
                 )
-        for loss in self.loss_entries():
-            if loss.reads_tokens:
+        for loss in self.losses:
+            if TOKENS in loss.reads:
                 raise UsageError(
                     f"The loss {loss.name} trains the text tower on its tokens, and --text-tower teacher runs none.",
                     f"Use --loss {loss.name}=0, or omit --text-tower.",
@@ -428,11 +435,10 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
 
     def _validate_extra_texts(self) -> None:
         flag = f"--extra-texts {self.extra_texts}"
-        taking = [name for name, entry in LOSSES.items() if entry.compares_features]
-        if not set(taking) & self.losses().keys():
+        if not any(loss.teaches_extra_texts for loss in self.losses):
             raise UsageError(
                 f"{flag}, but no loss of the run takes texts without images.",
-                f"Add one that does ({', '.join(taking)}), or omit {flag}.",
+                f"Add one that does ({', '.join(_OF_EXTRA_TEXTS)}), or omit {flag}.",
             )
         if self.online_teacher or not self.trains_text:
             frozen = "--text-tower teacher" if self.keeps_text_tower else "--freeze-text"
@@ -446,9 +452,9 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         """Whether stored views are shown, where there are any."""
         return self.views != "none"
 
-    def shows_extra_texts(self, *, follows_features: bool = True) -> bool:
-        """Whether further texts are shown, where there are any."""
-        taken = any(loss.compares_features for loss in self.loss_entries(follows_features=follows_features))
+    def shows_extra_texts(self, losses: Collection[LossEntry]) -> bool:
+        """Tell whether a run of such losses shows further texts, where there are any."""
+        taken = any(loss.teaches_extra_texts for loss in losses)
         are_read = self.trains_text and not (self.online_teacher or self.student_caption_key)
         return taken and self.extra_texts != 0 and are_read
 
@@ -476,7 +482,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
     @property
     def shows_captions(self) -> bool:
         """Whether samples show captions: beside the teacher's text tower only losses that need its rows of them do."""
-        return not self.keeps_text_tower or any(map(self.needs_teacher_texts, self.loss_entries()))
+        return not self.keeps_text_tower or any(map(self.needs_teacher_texts, self.losses))
 
     @property
     def has_no_teacher(self) -> bool:
@@ -510,14 +516,23 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         divisor = processes * self.accum_freq
         return max(divisor, min(batch_size, samples) // divisor * divisor)
 
-    def losses(self, *, follows_features: bool = True) -> dict[str, Weight]:
-        """Return the losses of the run with their weights, in registry order; see `select_losses`."""
-        return select_losses(self.chosen_preset, self.typed_losses, follows_features=follows_features)
+    def name_losses(self, losses: Mapping[LossEntry, Weight]) -> str:
+        """Name what a run combines: its preset, or the losses that took the place of the default one."""
+        return self.chosen_preset if losses == self.losses else "-".join(NEAR_CHANCE)
 
-    def loss_entries(self, *, follows_features: bool = True) -> list[LossEntry]:
-        """Return the registry entries of the run's losses."""
-        names = self.losses(follows_features=follows_features)
-        return [self._own_entry(name) if name in self.own_losses else LOSSES[name] for name in names]
+    @cached_property
+    def losses(self) -> dict[LossEntry, Weight]:
+        """The losses asked for with their weights, in registry order; the run's are in `Inputs.losses`."""
+        return self._select(PRESETS[self.chosen_preset])
+
+    @property
+    def losses_near_chance(self) -> dict[LossEntry, Weight]:
+        """Those in their place where the teacher is near chance: a preset that was typed stays."""
+        return self.losses if self.preset is not None else self._select(NEAR_CHANCE)
+
+    def _select(self, preset: Mapping[str, Weight]) -> dict[LossEntry, Weight]:
+        weights = select_losses(preset, self.typed_losses)
+        return {self._own_entry(name) if name in self.own_losses else LOSSES[name]: weights[name] for name in weights}
 
     @cached_property
     def typed_losses(self) -> dict[str, float]:
@@ -529,7 +544,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         """The losses of ``--loss`` in the user's own files by name, as they were when first asked for."""
         files = dict[str, LossFile]()
         for name in dict.fromkeys(name for name, _ in map(_parse_loss, self.loss) if names_loss_file(name)):
-            file = read_loss_file(name)
+            file = read_loss_file(name, SAMPLE_INPUTS)
             if file.name in LOSSES or file.name in files:
                 raise UsageError(
                     f"--loss {name}: another loss is called {file.name}, too, and so would be its values in the log.",
@@ -545,20 +560,21 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
             name,
             f"of {file.path}",
             function="",
-            scale=CLIP_SCALE if "scale" in file.learned else None,
-            fuses="fusion" in file.learned,
+            scale=CLIP_SCALE if SCALE in file.arguments else None,
+            fuses=FUSION in file.arguments,
+            reads=file.arguments.intersection(SAMPLE_INPUTS),
             needs_teacher=not self.has_no_teacher,
         )
 
     @property
     def needs_clusters(self) -> bool:
         """Whether any loss of the run reads the teacher's clusters."""
-        return any(loss.needs_clusters for loss in self.loss_entries())
+        return any(CLUSTERS in loss.reads for loss in self.losses)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any loss of the run reads teacher embeddings; beside the teacher's text tower they are the captions."""
-        return self.keeps_text_tower or any(loss.needs_teacher for loss in self.loss_entries())
+        return self.keeps_text_tower or any(loss.needs_teacher for loss in self.losses)
 
 
 def _parse_loss(text: str) -> tuple[str, float]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.shared import AT_LEAST_1, EvaluationSettings, Range, argument, group
+from clipcid_cli.steps.settings.comparing import ComparingSettings
+from clipcid_cli.steps.settings.shared import AT_LEAST_1, Range, argument, group
 
 METRICS = ("acc1", "mean_per_class_recall", "mean_average_precision", "mean_average_precision_11_point")
 
@@ -15,8 +17,10 @@ _shots = group("Few-shot curve")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalLinearSettings(EvaluationSettings):
+class EvalLinearSettings(ComparingSettings):
     """Settings of `eval-linear`."""
+
+    command: ClassVar[str] = "eval-linear"
 
     data: str | None = argument(
         None,
@@ -36,9 +40,10 @@ class EvalLinearSettings(EvaluationSettings):
         "both.",
         metavar="DATA",
     )
-    val_fraction: float = _fit(
-        0.2,
-        "Share of the training images, stratified by class, to choose the regularization on; not used with --val.",
+    val_fraction: float | None = _fit(
+        None,
+        "Share of the training images, stratified by class, to choose the regularization on; not used with --val. By "
+        "default 0.2, or of fewer than 5,000 images every fifth in turn (five folds).",
         within=Range(0, 0.9, min_open=True),
     )
     metric: str = _fit(
@@ -62,7 +67,7 @@ class EvalLinearSettings(EvaluationSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.shot_counts, self.neighbour_counts
-        if self.data is None and (self.train is None or self.test is None):
+        if not self.compare and self.data is None and (self.train is None or self.test is None):
             missing = [flag for flag, value in (("--train", self.train), ("--test", self.test)) if value is None]
             verb = "is" if len(missing) == 1 else "are"
             message = f"There is no data to evaluate on: {' and '.join(missing)} {verb} missing."
@@ -72,6 +77,10 @@ class EvalLinearSettings(EvaluationSettings):
                 message,
                 "Give --train and --test, or a folder with train/ and test/: clipcid eval-linear MODEL DATA",
             )
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.model, self.data) if name is not None)
 
     @property
     def shot_counts(self) -> tuple[int, ...]:

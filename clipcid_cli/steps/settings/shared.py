@@ -123,6 +123,8 @@ def validate_values(settings: Any) -> None:
                     f"{flag} is a URL, {url}: only data is read from URLs; folders and files must be on a disk.",
                     "Give a local path, or that of a mounted bucket.",
                 )
+            if isinstance(item, str) and not item and field.name != "data":  # as data it is refused with its forms
+                raise UsageError(f"{flag} is empty.", f"If a shell variable holds it, set that; or omit {flag}.")
             if isinstance(item, str | Path) and "\0" in str(item):
                 raise UsageError(
                     f"{flag} holds a NUL character: {str(item)!a}.", "Remove it: no name of a file has one."

@@ -14,7 +14,7 @@ def show_sweep(scores: list[float], chosen: int) -> list[str]:
     answer = {"dataset": "flags", "model": "m", "pretrained": "p", "task": "linear_probe", "language": "en"}
     answer |= {"metrics": {"lp_acc1": 0.5}, "metric": "acc1", "c": 10.0 ** (chosen - 3), "shots": [], "skipped": {}}
     answer |= {"validation_score": scores[chosen], "reused": False, "seconds": {}, "files": {}}
-    answer |= dict.fromkeys(("images", "train_images", "validation_images", "classes"), 8)
+    answer |= dict.fromkeys(("images", "train_images", "validation_images", "classes"), 8) | {"folds": 1}
     answer |= {"sweep": {"c": [10.0 ** (index - 3) for index in range(len(scores))], "score": scores}}
     shown = io.StringIO()
     show(msgspec.convert(answer, LinearResult), Console(file=shown, width=80))

@@ -131,7 +131,7 @@ def test_unfinished_work_of_other_settings_without_a_finished_part_is_no_error(t
     with open_it(tmp_path, OTHER, parts="*.done") as output:
         assert not output.resumed
         output.start()
-        assert left(tmp_path) == {output.root.name}
+        assert left(tmp_path) == {output.work_top.name}
         assert not (output.work / "half").exists()
 
 
@@ -248,7 +248,7 @@ def test_settings_and_inputs_that_may_differ_need_no_overwrite_and_unfinished_wo
             output.start()
             assert (output.work / "half").read_text() == "of it"
         assert len(left(folder)) == 1
-    with pytest.raises(ClipcidError, match="inputs: 2 files there, 1 now; changed or gone: a"):
+    with pytest.raises(ClipcidError, match="inputs: 2 files before, 1 now; changed or gone: a"):
         open_it(folder, OTHER, [NEW]).__enter__()
     with open_it(folder, overwrite=True) as output:
         assert not output.resumed
@@ -315,7 +315,7 @@ def test_every_name_is_on_the_disk_before_the_sidecar_and_the_sidecars_own_at_th
     with open_it(tmp_path / "out", OTHER, overwrite=True) as output:
         finish(output, **{"a": "new", "folder/b": "new", "alone/c": "new"})
     out = tmp_path / "out"
-    moves = [path for kind, path in events if kind == "move" and output.root not in path.parents]
+    moves = [path for kind, path in events if kind == "move" and output.work_top not in path.parents]
     assert moves == [out / "a", out / "alone", out / "folder" / "b", out / "balance.json"]
     commit = events.index(("move", out / "balance.json"))
     for path in moves[:-1]:
@@ -341,7 +341,8 @@ def test_an_output_made_in_place_is_cleared_before_its_work_appears(tmp_path: Pa
         output.start((tmp_path / "log").unlink)
     with open_it(tmp_path, OTHER) as output:
         assert output.resumed
-        output.start(die)
+        output.start((tmp_path / "log").touch)
+    assert (tmp_path / "log").exists(), "who writes in place decides what it goes on with"
 
 
 def test_large_files_are_told_apart_by_their_middle(tmp_path: Path) -> None:
@@ -473,7 +474,7 @@ def test_settings_with_a_secret_are_those_with_another(tmp_path: Path) -> None:
 
     begin(tmp_path, name("x"))
     with open_it(tmp_path, name("y")) as output:
-        assert output.begun == output.root
+        assert output.begun == output.work_top
         finish(output)
     with open_it(tmp_path, name("x")) as output:
         assert output.finished is not None
@@ -492,3 +493,15 @@ def test_a_hash_that_differs_is_told_as_other_content(tmp_path: Path) -> None:
         pass
     with pytest.raises(ClipcidError, match="given there, null now"), open_it(tmp_path, {"classes": None}):
         pass
+
+
+def test_inputs_come_first_and_by_their_names_alone(tmp_path: Path) -> None:
+    begin(tmp_path, {"against": [["eval", 32 * "a"]]}, inputs=[OLD])
+    told = rf"inputs:\n  input {NEW.path}: {OLD.path} before\n  settings\.against: \[\"eval\"\] there, null now\n"
+    with (
+        pytest.raises(ClipcidError, match=told),
+        open_it(tmp_path, {"against": None}, [NEW], may_differ={"inputs"}),
+    ):
+        pass
+    with pytest.raises(ClipcidError, match=r"against: other content\n"):
+        open_it(tmp_path, {"against": [["eval", 32 * "b"]]}, [OLD]).__enter__()

@@ -16,7 +16,7 @@ from clipcid_cli.formats import sidecar as formats
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.files import write_json, write_text
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
-from clipcid_cli.formats.sidecar import Run, read_sidecar, run_again
+from clipcid_cli.formats.sidecar import Provenance, read_sidecar, run_again
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 
@@ -47,7 +47,7 @@ def test_one_that_was_edited_at_any_depth_is_refused(tmp_path: Path, change: Any
 
 def test_a_secret_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(typed, "_words", ())
-    run = Run(settings={}, inputs=[])
+    run = Provenance(settings={}, inputs=[])
     entries = make_sidecar(BalanceSidecar)
     kept = {name: entries[name] for name in ("embeddings", "pictures", "result", "counts", "seconds")}
     typed.remember(["balance", "https://ann:pw@host/a.tar", "--keep", "0.5"])

@@ -290,14 +290,14 @@ def test_samples_of_which_none_can_be_used_end_a_run(context: DistContext, tmp_p
 
 def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(write_embeddings(tmp_path / "e", make_rows(4)))
-    near = BalanceSettings(keep=0.5, near=("",), near_keep=0.5)
+    near = BalanceSettings(keep=0.5, near=(" ",), near_keep=0.5)
     probe = EvalLinearSettings(model="ViT-B-32", data="")
     for read in (
         lambda: open_named(ReadingSettings(), ""),
         lambda: validate_references(near, None),
         lambda: make_plan(probe),
     ):
-        with pytest.raises(ClipcidError, match=r"^(--near '': )?The path of the data is empty\.\n"):
+        with pytest.raises(ClipcidError, match=r"^(--near  : )?The path of the data is empty\.\n"):
             read()
 
 

@@ -20,6 +20,7 @@ from clipcid_cli.commands.runs import show
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.files import write_json
+from clipcid_cli.formats.results.clusters import ClusterSidecar
 from clipcid_cli.formats.results.evaluations import LinearSidecar, ZeroshotSidecar
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.results.run_folder import DistillSidecar
@@ -115,6 +116,19 @@ def test_seeds_are_one_row_and_evaluations_follow_their_runs(work: Path) -> None
     assert alone.intervals == {"acc1": (0.4, 0.6)}
     assert (alone.chance, alone.majority, alone.customary) == ({"acc1": 0.25}, 0.4, "acc1")
     assert [(each.step, each.name) for each in contents.made] == [("embed", "embeddings/tiny")]
+
+
+def test_clusters_of_another_keep_list_say_so(work: Path) -> None:
+    for folder in ("balance", "clusters"):
+        (work / folder).mkdir()
+    now, before = ({"path": str(work / "balance" / "keep.parquet"), "size": 9, "hash": text} for text in "ab")
+    listed = {"outputs": [now | {"path": "keep.parquet"}]}
+    write_json(work / "balance" / "balance.json", make_sidecar(BalanceSidecar, **listed))
+    for keep_list, outdated in ((now, []), (before, ["another keep list"])):
+        write_json(work / "clusters" / "cluster.json", make_sidecar(ClusterSidecar, keep_list=keep_list))
+        clusters = list_contents(work)[0].made[-1]
+        assert (clusters.step, clusters.outdated) == ("cluster", outdated)
+    assert clusters.about.endswith("; outdated: made from another keep list than lies there now")
 
 
 def test_runs_without_captions_are_listed_by_what_is_measured_of_them(work: Path) -> None:

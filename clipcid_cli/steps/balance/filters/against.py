@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from clipcid_cli.algorithms.near.exact import BoolArray
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.keep_list import Column
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
@@ -41,5 +42,10 @@ def find_near(run: BalanceRun) -> NearReferences:
     assert threshold is not None  # the settings have checked it
     nearest = compare(run, run.references_of("--against"), threshold, "against").up_to(threshold)
     near = np.count_nonzero(nearest.is_near)
+    if near == len(run.rows):
+        raise ClipcidError(
+            f"All {near:,} images are within {threshold:g} of a reference, and would be dropped{nearest.name_equal()}",
+            "Give other references with --against, or a smaller --against-threshold.",
+        )
     reporting.note(f"{near:,} of {len(run.rows):,} images are within {threshold:g} of a reference.")
     return NearReferences(nearest)

@@ -55,7 +55,11 @@ def find_far(run: BalanceRun) -> FarImages:
         assert settings.near_distance is not None  # the settings have checked it
         nearest = _find_within(run, settings.near_distance)
     far = FarImages(nearest, run.rows.num_searched)
-    reporting.note(f"{far.num_kept:,} of {far.before:,} images are within {nearest.threshold:g} of a target.")
+    within = f"{far.num_kept:,} of {far.before:,} images are within {nearest.threshold:g} of a target"
+    if far.num_kept == far.before and settings.near_keep != 1.0:
+        reporting.warn(f"--near drops nothing: {within}{nearest.name_equal()}")
+    else:
+        reporting.note(f"{within}.")
     return far
 
 
@@ -80,14 +84,14 @@ def _find_share(run: BalanceRun, share: float) -> Nearest:
     needed = max(1, round(share * run.rows.num_searched))
     sampled_RS = sample_distances(run, targets)
     nearest_S = np.sort(sampled_RS.min(axis=0))
-    cutoff = first_cutoff(nearest_S, np.ones(len(nearest_S)), share)
-    comparison = compare(run, targets, cutoff, "near", sampled_RS)
+    searched_to = first_cutoff(nearest_S, np.ones(len(nearest_S)), share)
+    comparison = compare(run, targets, searched_to, "near", sampled_RS)
     while (count := run.context.on_rank0(comparison.count_near)) < needed:
         reporting.note(
-            f"{count:,} of the {needed:,} images to keep are within {cutoff:.4f}: farther ones are compared."
+            f"{count:,} of the {needed:,} images to keep are within {searched_to:.4f}: farther ones are compared."
         )
-        cutoff = wider_cutoff(nearest_S, cutoff, count, needed)
-        comparison = compare(run, targets, cutoff, "near", sampled_RS)
+        searched_to = wider_cutoff(nearest_S, searched_to, count, needed)
+        comparison = compare(run, targets, searched_to, "near", sampled_RS)
     return comparison.up_to(run.context.on_rank0(lambda: _distance_of(comparison, needed)))
 
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from clipcid_cli.algorithms.near.cutoff import Neighbours, draw_sample, find_neighbours
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, HalfArray, IntArray, ReadRows, row_type
-from clipcid_cli.algorithms.near.plan import rectangle
+from clipcid_cli.algorithms.near.jobs import rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, map_strings
@@ -30,7 +30,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.plan import Reference
 from clipcid_cli.steps.balance.result import ReferenceResult
-from clipcid_cli.steps.balance.search import Search, run_chunks
+from clipcid_cli.steps.balance.run_search import Search, run_chunks
 from clipcid_cli.steps.data_index import holds_embeddings, open_named, refuse_empty
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embeddings import open_given
@@ -180,6 +180,14 @@ class Nearest:
         """Which rows are near a reference, bool [N]."""
         return np.asarray(self.owner >= 0)
 
+    def name_equal(self) -> str:
+        """Return the end of a sentence: how many rows are equal to one of the references, which may be the data itself."""
+        equal = int(np.count_nonzero(self.distance == 0))
+        if not equal:
+            return "."
+        names = " or ".join(reference.name for reference in self.references)
+        return f"; {equal:,} are equal to one. Is {names} the data itself?"
+
     def count(self) -> list[ReferenceResult]:
         """Count the rows near each reference."""
         nearest = np.bincount(self.owner[self.is_near], minlength=len(self.references)).tolist()
@@ -269,25 +277,31 @@ class Comparison:
 
 
 def compare(
-    run: BalanceRun, references: Sequence[Reference], cutoff: float, label: str, sampled_RS: FloatArray | None = None
+    run: BalanceRun,
+    references: Sequence[Reference],
+    searched_to: float,
+    label: str,
+    sampled_RS: FloatArray | None = None,
 ) -> Comparison:
     """Compare all rows that are to be searched with all references; the same on every process.
 
     What was compared stays for later runs in the folder of `balance`.
 
     Args:
-        sampled_RS: Of `sample_distances`. With it, a cut-off beyond most rows takes little longer than a near one.
+        sampled_RS: Of `sample_distances`. With it, a distance beyond most rows takes little longer than a near one.
     """
     pairs, searches = list[Edges](), set[str]()
     for index, reference in enumerate(references):
-        cutoffs = [cutoff] if sampled_RS is None else [*_steps_before(cutoff, sampled_RS[index]), cutoff]
+        distances = [searched_to]
+        if sampled_RS is not None:
+            distances = [*_steps_before(searched_to, sampled_RS[index]), searched_to]
         others, read = _number(run, reference)
         left = run.rows.unique.astype(others.dtype, copy=False)
         steps = list[Edges]()
-        for reach in cutoffs:
+        for distance in distances:
             if not len(left):
                 break
-            nearest, name = _compare(run, reference, left, others, read, reach, label)
+            nearest, name = _compare(run, reference, left, others, read, distance, label)
             steps.append(nearest)
             searches.add(name)
             left = np.setdiff1d(left, nearest.a, assume_unique=True)
@@ -295,21 +309,27 @@ def compare(
     return Comparison(run, references, pairs, frozenset(searches))
 
 
-def _steps_before(cutoff: float, sampled_S: FloatArray) -> list[float]:
-    """Return nearer cut-offs, within which most rows have their nearest one: only the others are compared farther.
+def _steps_before(searched_to: float, sampled_S: FloatArray) -> list[float]:
+    """Return smaller distances, within which most rows have their nearest one: only the others are compared farther.
 
     Within a distance beyond most of the nearest rows there are most other rows, too, and each of them would be a candidate.
     """
     most = np.quantile(sampled_S, (_MOST, 1.0)).astype(np.float32)
-    return [float(step) for step in np.unique(most[most < np.float32(cutoff)])]
+    return [float(step) for step in np.unique(most[most < np.float32(searched_to)])]
 
 
 def _compare(
-    run: BalanceRun, reference: Reference, rows: IntArray, others: IntArray, read: ReadRows, cutoff: float, label: str
+    run: BalanceRun,
+    reference: Reference,
+    rows: IntArray,
+    others: IntArray,
+    read: ReadRows,
+    searched_to: float,
+    label: str,
 ) -> tuple[Edges, str]:
     """Find the nearest row of a reference of each of some rows; return the pairs, and the name that they are saved under."""
-    plan = rectangle(rows, others, run.rows_in_memory)
-    search = Search(label, plan, read, cutoff, lambda: NearestOf(rows), lambda: reference.identity, is_kept=True)
+    jobs = rectangle(rows, others, run.rows_in_memory)
+    search = Search(label, jobs, read, searched_to, lambda: NearestOf(rows), lambda: reference.identity, stays=True)
     return run_chunks(run, search), search.place(run).name
 
 

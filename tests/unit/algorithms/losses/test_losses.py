@@ -31,9 +31,16 @@ from clipcid_cli.algorithms.losses import batch as batch_module
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
 from clipcid_cli.algorithms.losses.cluster import draw_candidates
 from clipcid_cli.algorithms.losses.rates import RATES, default_rate
-from clipcid_cli.algorithms.losses.registry import DEFAULT_PRESET, LOSSES, PRESETS, load_loss, select_losses
+from clipcid_cli.algorithms.losses.registry import (
+    CLUSTERS,
+    LOSSES,
+    PRESETS,
+    SAMPLE_INPUTS,
+    load_loss,
+    select_losses,
+)
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace, principal_axes, second_moment
-from clipcid_cli.steps.settings.distill import OPTIMIZERS
+from clipcid_cli.steps.settings.distill import OPTIMIZERS, DistillSettings
 
 NAMES = tuple(LOSSES)
 ONE_TOWER = [name for name in NAMES if LOSSES[name].needs_teacher and LOSSES[name].one_tower]
@@ -233,18 +240,19 @@ def test_entry_is_complete(name: str) -> None:
     function = load_loss(name)
     assert "Source: " in (inspect.getdoc(function) or "")
     learned = {"scale": entry.scale is not None, "fusion": entry.fuses}
+    learned |= {name: name in entry.reads for name in SAMPLE_INPUTS}
     assert list(inspect.signature(function).parameters) == [
         "batch",
         *(part for part, is_own in learned.items() if is_own),
     ]
-    assert entry.needs_teacher or (entry.space == "own" and not entry.needs_clusters and entry.one_tower)
+    assert entry.needs_teacher or (entry.space == "own" and CLUSTERS not in entry.reads and entry.one_tower)
     assert [each.name for each in LOSSES.values() if each.function == entry.function] == [name]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_names_losses_and_is_led_by_its_teacher_if_it_has_one(preset: str) -> None:
     losses = PRESETS[preset]
-    assert list(select_losses(preset, {})) == [name for name in LOSSES if name in losses]
+    assert list(select_losses(losses, {})) == [name for name in LOSSES if name in losses]
     has_teacher = any(LOSSES[name].needs_teacher for name in losses)
     for optimizer in OPTIMIZERS:
         assert (
@@ -253,17 +261,22 @@ def test_a_preset_names_losses_and_is_led_by_its_teacher_if_it_has_one(preset: s
 
 
 def test_overrides_change_a_preset() -> None:
-    chosen = select_losses("clip-kd", {"crd": 0.5, "icl": 0.0, "affinity": 2.0})
+    chosen = select_losses(PRESETS["clip-kd"], {"crd": 0.5, "icl": 0.0, "affinity": 2.0})
     assert list(chosen) == ["clip", "fd", "crd", "affinity"]
     assert chosen["crd"].at(10) == 0.5
     assert chosen["fd"].at(500) == 4.0
 
 
 def test_only_the_default_can_do_without_features() -> None:
-    assert select_losses(DEFAULT_PRESET, {}) == PRESETS[DEFAULT_PRESET]
-    assert list(select_losses(DEFAULT_PRESET, {}, follows_features=False)) == ["clip", "instance"]
-    assert select_losses(DEFAULT_PRESET, {"fd": 3.0}, follows_features=False)["fd"].at(500) == 3.0
-    assert select_losses("clip-kd", {}, follows_features=False) == PRESETS["clip-kd"]
+    default, typed = (DistillSettings(student="student.json", loss=losses) for losses in ((), ("fd=3",)))
+    assert {loss.name: weight.value for loss, weight in default.losses_near_chance.items()} == {
+        "clip": 1,
+        "instance": 1,
+    }
+    assert default.losses_near_chance.keys() < default.losses.keys(), "the student is loaded before it is known"
+    assert typed.losses_near_chance[LOSSES["fd"]].at(500) == 3.0
+    kept = DistillSettings(student="student.json", preset="fd-instance")
+    assert kept.losses_near_chance == kept.losses == default.losses
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from clipcid_cli.algorithms.metrics.chance import guess_captions, guess_classes, guess_order, largest_class
 from clipcid_cli.algorithms.metrics.classification import measure_scores
-from clipcid_cli.algorithms.metrics.retrieval import recall_metrics, retrieval_ranks
+from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics, retrieval_ranks
 
 GUESSES = 400
 
@@ -24,7 +24,7 @@ def test_recalls_by_chance_are_those_of_random_rows() -> None:
 
     def guess() -> dict[str, float]:
         images, texts = (torch.randn(count, 16, generator=generator) for count in (len(captions), len(owners)))
-        return recall_metrics(retrieval_ranks(images, texts, owners), owners).values()
+        return retrieval_metrics(retrieval_ranks(images, texts, owners), owners).values()
 
     chance = guess_captions(captions.numpy())
     assert mean_of([guess() for _ in range(GUESSES)]) == pytest.approx(chance, abs=0.02)

@@ -21,7 +21,7 @@ from clipcid_cli.algorithms.metrics.classification import (
     rank_classes,
     top_classes,
 )
-from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, recall_metrics, retrieval_ranks
+from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, retrieval_metrics, retrieval_ranks
 
 
 def random_scores(images: int, classes: int, seed: int) -> torch.Tensor:
@@ -149,7 +149,7 @@ def test_ranks_and_recalls_are_those_of_the_definition(
     for image, rank in enumerate(text_ranks.tolist()):
         found = (own[by_text[image]] == image).nonzero()
         assert rank == (int(found[0]) if len(found) else NEVER)
-    metrics = recall_metrics(retrieval_ranks(images, texts, own), own).values()
+    metrics = retrieval_metrics(retrieval_ranks(images, texts, own), own).values()
     for k in RECALL_AT:
         assert metrics[f"image_retrieval_recall@{k}"] == pytest.approx(float((image_ranks < k).double().mean()))
         assert metrics[f"text_retrieval_recall@{k}"] == pytest.approx(float((text_ranks < k).double().mean()))
@@ -162,5 +162,5 @@ def test_a_similarity_that_is_nan_is_not_found_however_few_the_candidates() -> N
     # Image 1 comes before the right one for captions 0 and 2: nothing says that it is less similar.
     assert (image_ranks.tolist(), text_ranks.tolist()) == ([1, NEVER, 1], [0, NEVER, 0])
     missing = retrieval_ranks(torch.full((3, 3), torch.nan), texts, torch.arange(3))
-    nothing = recall_metrics(missing, torch.arange(3)).values()
+    nothing = retrieval_metrics(missing, torch.arange(3)).values()
     assert set(nothing.values()) == {0.0}

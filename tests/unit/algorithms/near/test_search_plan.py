@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from clipcid_cli.algorithms.near import cutoff as module
+from clipcid_cli.algorithms.near import jobs as planning
 from clipcid_cli.algorithms.near import partitions as partitioning
-from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.algorithms.near.cutoff import CutoffEstimator, Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.exact import IntArray
+from clipcid_cli.algorithms.near.jobs import Jobs, components, pieces, rectangle, triangle
 from clipcid_cli.algorithms.near.partitions import Partitions
-from clipcid_cli.algorithms.near.plan import Plan, components, pieces, rectangle, triangle
 
 CPU = torch.device("cpu")
 
@@ -32,9 +32,9 @@ def small_panels() -> Iterator[None]:
         yield
 
 
-def list_pairs(plan: Plan) -> list[tuple[int, int]]:
+def list_pairs(plan: Jobs) -> list[tuple[int, int]]:
     """List the pairs of rows that all chunks compare."""
-    jobs = [job for chunk in range(plan.num_chunks) for job in plan.jobs(chunk)]
+    jobs = [job for chunk in range(plan.num_chunks) for job in plan.of_chunk(chunk)]
     assert len(jobs) == len(plan) == len(set(jobs))
     found = [
         (a, b)
@@ -96,7 +96,7 @@ def test_few_panels_are_read_twice(num_panels: int, room: int, most: int) -> Non
     plan = triangle(np.arange(num_panels * 10), room * 10)
     read = lru_cache(maxsize=room)(plan.panel)
     for chunk in range(plan.num_chunks):
-        for job in plan.jobs(chunk):
+        for job in plan.of_chunk(chunk):
             for panel in job:
                 read(panel)
     assert read.cache_info().misses <= most
@@ -158,9 +158,9 @@ def test_the_first_search_finds_enough_edges(kind: str) -> None:
 
     for keep in (0.95, 0.9, 0.8, 0.7, 0.563):
         needed = round((1 - keep) * len(stored))
-        cutoff = CutoffEstimator(len(stored), find_nearest, False).choose(0.0, 0, needed)
+        cutoff = CutoffEstimator(len(stored), find_nearest, None).choose(0.0, 0, needed)
         assert needed <= np.count_nonzero(forest <= cutoff) < 2 * needed + 50
-        assert CutoffEstimator(len(stored), find_nearest, True).choose(0.0, 0, needed) >= 0.9 * cutoff
+        assert CutoffEstimator(len(stored), find_nearest, 1.8).choose(0.0, 0, needed) >= 0.9 * cutoff
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 5), st.booleans())

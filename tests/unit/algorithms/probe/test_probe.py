@@ -15,6 +15,7 @@ from clipcid_cli.algorithms.probe import (
     SweepPoint,
     choose_point,
     draw_shots,
+    folds_by_class,
     regularisation_grid,
     split_by_class,
     stratum,
@@ -161,12 +162,12 @@ def test_the_sweep_solves_every_value_and_the_best_is_the_simplest_of_equals() -
         problem.fit(grid[place]).iterations for place in some
     )
     points = [
-        SweepPoint(c, measure_scores(solution.classifier.scores(rows), own, 6)["acc1"], solution)
+        SweepPoint(c, measure_scores(solution.classifier.scores(rows), own, 6)["acc1"], (solution,))
         for c, solution in zip(grid, solutions, strict=True)
     ]
     best = choose_point(points)
     assert best.score == max(point.score for point in points)
-    tied = [SweepPoint(c, 0.5, solutions[0]) for c in (1.0, 10.0)]
+    tied = [SweepPoint(c, 0.5, (solutions[0],)) for c in (1.0, 10.0)]
     assert choose_point(tied).c == 1.0
 
 
@@ -186,6 +187,12 @@ def test_every_class_is_on_both_sides_of_the_split() -> None:
     assert counts == [10, 1, 1, 0]
     assert torch.equal(chosen, split_by_class(labels, 0.2, seed=3))
     assert not torch.equal(chosen, split_by_class(labels, 0.2, seed=4))
+    folds = folds_by_class(labels, 5, seed=3)
+    assert torch.bincount(folds[:50]).tolist() == [10] * 5
+    assert torch.bincount(folds[50:55]).tolist() == [1] * 5  # small classes fill the folds in turn
+    assert folds[55] == -1
+    assert torch.equal(folds, folds_by_class(labels, 5, seed=3))
+    assert not torch.equal(folds, folds_by_class(labels, 5, seed=4))
 
 
 def test_images_with_several_classes_are_split_by_their_rarest() -> None:

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.classes import read_classes
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.list_copies import copy_list
 from clipcid_cli.formats.data.lists import ListImages
-from clipcid_cli.formats.data.samples import ListFormat, Sample, natural_key, read_classes
+from clipcid_cli.formats.data.samples import ListFormat, Sample, natural_key
 from clipcid_cli.formats.data.slices import Slice
 from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.formats.skips import Skips
@@ -392,6 +393,11 @@ SAMPLES = shard_members(0, 5)
         ),
         (tar_of(*SAMPLES, cut=1900), r"is truncated: 00000\d\.\w+ should end at byte [\d,]+, the file has 1,900", ""),
         (tar_of(*SAMPLES, compressed=True), r"is compressed \(gzip\)", ""),
+        (
+            lambda folder: write(folder / "l.csv.gz", gzip.compress(b"a\n")),
+            "l.csv.gz is a compressed list",
+            "Unpack it",
+        ),
         (
             tar_of(("1.txt", b"x"), ("2.txt", b"y")),
             r"no sample with an image in it \(2 without one, first a/1\)",

@@ -24,16 +24,10 @@ from shard_server import serve
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
+from clipcid_cli.formats.data.captions import LONGEST_CAPTION, MOST_TEXT, parse_json, split_captions
+from clipcid_cli.formats.data.classes import read_classes
 from clipcid_cli.formats.data.dataset import open_dataset
-from clipcid_cli.formats.data.samples import (
-    LONGEST_CAPTION,
-    MOST_TEXT,
-    ByteRange,
-    Sample,
-    parse_json,
-    read_classes,
-    split_captions,
-)
+from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.tars import copy_samples, count_samples, split_name
 from clipcid_cli.formats.skips import Skips
@@ -173,6 +167,26 @@ def test_members_that_are_too_large_are_not_read_from_a_stream(tmp_path: Path) -
             assert [sample.image.data is None or len(sample.image.data) <= limit for sample in samples] == [True] * 3
             assert read_image(samples[1].image) == SkippedImage("too_many_bytes"), data
             assert samples[1].captions == ("a dog",)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "cls", "npy", "json"])
+def test_a_text_that_is_too_large_leaves_its_sample_out(tmp_path: Path, suffix: str) -> None:
+    members = [("0.png", make_image(0)), ("1.png", make_image(1)), (f"1.{suffix}", b"1" * 2_000)]
+    tar = write_tar(tmp_path / "tars" / "0.tar", members)
+    kinds: list[str | Path] = [tar, f"pipe:cat {tar}"]
+    if suffix == "txt":
+        (tmp_path / "folder").mkdir()
+        for name, content in members:
+            (tmp_path / "folder" / name).write_bytes(content)
+        kinds.append(tmp_path / "folder")
+    for data in kinds:
+        skips = Skips()
+        dataset = open_dataset(data, max_sample_bytes=1_999)
+        assert [sample.key for sample in dataset.shards[0].samples(skips)] == ["0"], data
+        assert skips.counts == {"too_many_bytes": 1}, data
+    write_tar(tar, members[1:])
+    with pytest.raises(ClipcidError, match=r"no sample can be used\.\n  1 × file larger than --max-sample-bytes: 0/1"):
+        open_dataset(tar, max_sample_bytes=1_999)
 
 
 def test_cells_that_are_too_large_are_skipped(tmp_path: Path) -> None:

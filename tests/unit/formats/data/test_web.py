@@ -13,9 +13,10 @@ from shard_server import send, serve, serve_answers
 
 from clipcid_cli.errors import ClipcidError, TooManyBytesError
 from clipcid_cli.formats.data import remote, web
-from clipcid_cli.formats.data.remote import open_remote, read_image
+from clipcid_cli.formats.data.cells import origin_of_list
+from clipcid_cli.formats.data.remote import NearerNetworkError, fetch_listed, open_remote
 from clipcid_cli.formats.data.samples import ByteRange
-from clipcid_cli.formats.data.web import NearerNetworkError, Network, network_of, network_of_list, validate_hop
+from clipcid_cli.formats.data.web import Network, network_of, network_of_list, validate_hop
 
 Request = http.server.BaseHTTPRequestHandler
 LIMIT = 10_000
@@ -58,6 +59,14 @@ def test_the_network_of_a_list() -> None:
         assert network_of_list(url) == Network.PUBLIC
 
 
+@pytest.mark.parametrize("source", ["list.csv", "http://127.0.0.1/list.csv"])
+@pytest.mark.parametrize("host", ["169.254.169.254", "[fe80:0:0:0:0:0:0:1]", "[0:0:0:0:0:ffff:a9fe:a9fe]"])
+def test_no_list_names_a_link_local_address(source: str, host: str) -> None:
+    with pytest.raises(OSError, match=r"leads from this machine to .*, which is a link-local address") as raised:
+        ByteRange(f"http://{host}/latest/meta-data/", origin=origin_of_list(source, ())).read()
+    assert getattr(raised.value, "answer", "").startswith("not asked: it leads from this machine to ")
+
+
 def test_no_redirect_leads_into_a_nearer_network(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").write_bytes(b"one")
     with serve(tmp_path) as server:
@@ -68,7 +77,7 @@ def test_no_redirect_leads_into_a_nearer_network(tmp_path: Path) -> None:
 
         with serve_answers(answer) as url:
             assert ByteRange(f"{url}/near").read() == b"one"
-            reason = "leads from a loopback address to 169.254.1.1, which is link-local"
+            reason = "leads from this machine to 169.254.1.1, which is a link-local address"
             with pytest.raises(OSError, match=reason):
                 ByteRange(f"{url}/nearer").read()
             with pytest.raises(ClipcidError, match=reason):
@@ -80,10 +89,10 @@ def test_a_public_list_names_no_address_in_a_nearer_network(host: str, tmp_path:
     (tmp_path / "1.jpg").write_bytes(b"one")
     with serve(tmp_path) as server:
         url = f"{server.url}/1.jpg".replace("127.0.0.1", host)
-        assert read_image(url, LIMIT) == b"one"
+        assert fetch_listed(url, LIMIT) == b"one"
         server.requests.clear()
-        with pytest.raises(ClipcidError, match=r"leads from a public address to .*, which is loopback"):
-            read_image(url, LIMIT, "http://93.184.216.34/list.csv")
+        with pytest.raises(ClipcidError, match=r"leads from a public address to .*, which is this machine"):
+            fetch_listed(url, LIMIT, "http://93.184.216.34/list.csv")
         assert not server.requests
 
 
@@ -117,7 +126,7 @@ def test_no_more_is_received_than_an_image_may_have(answer: Callable[[Request], 
 
 def test_an_image_of_just_the_limit_is_read() -> None:
     with serve_answers(lambda request: send(request, 200, bytes(LIMIT))) as url:
-        assert len(read_image(f"{url}/1.jpg", LIMIT)) == LIMIT
+        assert len(fetch_listed(f"{url}/1.jpg", LIMIT)) == LIMIT
 
 
 def test_servers_that_do_not_answer_are_left_out_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,14 +18,14 @@ import pytest
 from balance_data import balance, begun, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
 from conftest import run_in_two, start_clipcid
 
-from clipcid_cli.algorithms.near import plan as planning
+from clipcid_cli.algorithms.near import jobs as planning
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import arrays, parquet
 from clipcid_cli.formats import arrays as formats_arrays
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance import keep_list, partition, write
-from clipcid_cli.steps.balance import search as searching
+from clipcid_cli.steps.balance import run_search as searching
 from clipcid_cli.steps.balance.keep_list import read_names
 from clipcid_cli.steps.balance.run import run
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
@@ -137,16 +137,16 @@ def test_changed_and_removed_files_are_named_and_nothing_of_theirs_is_used(tmp_p
     balance(tmp_path / "work", folder, threshold=0.5)
     shutil.move(folder / "img_emb" / "img_emb_0002.npy", tmp_path)
     shutil.move(folder / "metadata" / "metadata_0002.parquet", tmp_path)
-    with pytest.raises(ClipcidError, match=r"6 files there, 4 now; changed or gone: img_emb_0002\.npy, metadata_0002"):
+    with pytest.raises(ClipcidError, match=r"6 files before, 4 now; changed or gone: img_emb_0002\.npy, metadata_0002"):
         balance(tmp_path / "work", folder, threshold=0.5)
     _, told = balance(tmp_path / "work", folder, threshold=0.5, overwrite=True)
-    assert "(3 files there, 2 now; changed or gone: img_emb_0002.npy)" in told
+    assert "(3 files before, 2 now; changed or gone: img_emb_0002.npy)" in told
     balance(tmp_path / "new", folder, threshold=0.5)
     assert read_outputs(tmp_path / "work") == read_outputs(tmp_path / "new")
     # Shards in another order.
     other = write_shards(tmp_path / "e", rows, {1: shards[3], 3: shards[1], 4: shards[2]})
     _, told = balance(tmp_path / "work", other, threshold=0.5, overwrite=True)
-    assert "unchanged and in the same order (2 files there, 3 now): all pairs are compared" in told
+    assert "unchanged and in the same order (2 files before, 3 now): all pairs are compared" in told
     # A larger cut-off than the forest was searched to.
     write_shards(folder, rows, {5: range(10)})
     _, told = balance(tmp_path / "work", folder, threshold=0.6, keys="shard")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +25,11 @@ from clipcid_cli.formats.results.clusters import ClusterSidecar
 from clipcid_cli.formats.sidecar import read_sidecar, write_sidecar
 from clipcid_cli.steps.cluster import run as run_cluster
 from clipcid_cli.steps.embed.run import run as run_embed
+from clipcid_cli.steps.runs import run as list_runs
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
+from clipcid_cli.steps.settings.runs import RunsSettings
 
 NUM_ROWS = 400
 CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
@@ -341,6 +344,10 @@ def test_a_dry_run_says_what_each_filter_takes(tmp_path: Path, is_untouched: Cal
         assert line in told
 
 
+def list_outdated(work: Path) -> list[list[str]]:
+    return [made.outdated for made in list_runs(RunsSettings(work=work)).made if made.step == "balance"]
+
+
 def test_references_are_embedded_alike(tmp_path: Path, tiny_model: Path, is_untouched: Callable[[], bool]) -> None:
     write_tar(tmp_path / "0.tar", shard_members(0, 8))
     write_tar(tmp_path / "r.tar", shard_members(0, 3))
@@ -359,6 +366,8 @@ def test_references_are_embedded_alike(tmp_path: Path, tiny_model: Path, is_unto
     result, _ = balance(work, folder, **named)
     assert result["against"]["dropped"] == 3
     (reference,) = (work / "references").iterdir()
+    took = json.loads((reference / "embed.json").read_text())["seconds"]
+    assert result["seconds"]["embed"] >= sum(took.values()) > 0
     settings, others = (json.loads((each / "embed.json").read_text())["settings"] for each in (reference, folder))
     assert {name: settings[name] for name in like} == like
     assert settings["preprocess"] == others["preprocess"]
@@ -373,6 +382,9 @@ def test_references_are_embedded_alike(tmp_path: Path, tiny_model: Path, is_unto
     with pytest.raises(ClipcidError, match=said) as refused:
         balance(work, folder, near=(str(tmp_path / "other"),), near_keep=0.5, threshold=0.001)
     assert "(--near DATA)" in refused.value.fix
+    assert list_outdated(work) == [[]]
+    run_embed(EmbedSettings(data=str(tmp_path / "0.tar"), overwrite=True, **made))
+    assert list_outdated(work) == [["other embeddings"]]
 
 
 @pytest.fixture(scope="module")
@@ -414,8 +426,14 @@ def test_a_dry_run_refuses_what_the_run_refuses(
 
 
 def test_all_images_are_near_a_reference(refusing: Path, tmp_path: Path) -> None:
-    with pytest.raises(ClipcidError, match="All 20 images are dropped before repeats are searched"):
-        balance(tmp_path, refusing / "good", threshold=0.2, against=(str(refusing / "good"),))
+    itself = (str(refusing / "good"),)
+    equal = f"; 20 are equal to one. Is {itself[0]} the data itself?"
+    with pytest.raises(
+        ClipcidError, match=re.escape(f"All 20 images are within 0.2 of a reference, and would be dropped{equal}")
+    ):
+        balance(tmp_path, refusing / "good", threshold=0.2, against=itself)
+    _, told = balance(tmp_path, refusing / "good", threshold=0.2, near=itself, near_keep=0.5)
+    assert f"--near drops nothing: 20 of 20 images are within 0 of a target{equal}" in told
 
 
 def test_keys_that_repeat_are_refused_until_told_apart(refusing: Path, tmp_path: Path) -> None:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from balance_data import balance, check_keep_list, make_rows, read_keep, write_embeddings
+from balance_data import balance, begun, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
 
+from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.sets import star
 from clipcid_cli.algorithms.sets.star import star_cover
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.steps.balance import compute, sets, stars
+from clipcid_cli.steps.balance import pairs as balance_pairs
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.find_forest import find_forest
+from clipcid_cli.steps.balance.linkages import LINKAGES, Linkage
+from clipcid_cli.steps.balance.pairs import collect_pairs
+from clipcid_cli.steps.balance.sets import Division, single_curve
+from clipcid_cli.steps.balance.stored_forest import Forest
+from clipcid_cli.steps.settings import balance as settings
 
 NUM_ROWS = 300
 
@@ -155,6 +168,72 @@ def test_stars_that_miss_the_target_without_ties_are_not_said_to_tie(tmp_path: P
     cutoff = f"{result['threshold']:.6g}"
     assert f"drop several images, as at the cut-off {cutoff}: 2 images are kept, 1 fewer than requested" in said
     assert "chain" not in said
+
+
+def test_all_pairs_are_collected_from_a_forest_or_refused(
+    embeddings: Path, rows: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    balance(tmp_path, embeddings, threshold=0.4)
+    with begun(tmp_path, embeddings, threshold=0.4, linkage="star") as run:
+        forest, _ = find_forest(run, searched_to=0.4)
+        pairs = collect_pairs(run, forest, 0.4)
+        unique = np.triu(distance_matrix(rows[run.rows.unique]) <= np.float32(0.4), k=1)
+        np.testing.assert_array_equal(sorted(zip(pairs.a, pairs.b, strict=True)), np.argwhere(unique))
+        # The components of a forest that ends before would lack pairs.
+        with pytest.raises(AssertionError, match="all edges up to the distance"):
+            collect_pairs(run, forest, 0.5)
+        monkeypatch.setattr(balance_pairs, "_MAX_COLLECTED", len(pairs) - 1)
+        with pytest.raises(
+            ClipcidError, match=f"{len(pairs) - 1:,} pairs .* 0.4000 of each other. --linkage star holds"
+        ):
+            collect_pairs(run, forest, 0.4)
+
+
+def divide_by_twos(run: BalanceRun, forest: Forest, threshold: float, num_kept: int) -> tuple[Division, Forest]:
+    """Join each two images within the threshold, the nearest first, of which neither is joined."""
+    pairs = collect_pairs(run, forest, threshold)
+    labels = np.arange(len(run.rows), dtype=run.rows.numbers.dtype)
+    is_joined = np.zeros(len(labels), np.bool_)
+    for a, b in zip(pairs.a.tolist(), pairs.b.tolist(), strict=True):
+        if not is_joined[[a, b]].any():
+            is_joined[[a, b]] = True
+            labels[b] = a
+    return Division(labels, None, threshold, partial(single_curve, run.rows, Edges.empty(), threshold)), forest
+
+
+def test_what_a_linkage_does_and_says_is_in_its_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuple(LINKAGES) == settings.LINKAGE_NAMES
+    rows = np.unique(make_rows(60, num_centroids=12), axis=0)
+    embeddings = write_embeddings(tmp_path / "rows", rows)
+    module = ModuleType("twos")
+    module.divide_by_twos = divide_by_twos  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "clipcid_cli.steps.balance.twos", module)
+    entry = Linkage(
+        divided_by="twos:divide_by_twos",
+        compared_with="single",
+        compared_by="compared_linkage:compare_single",
+        explanation="each image has at most one repeat.",
+        why_fewer="Twos overlap at {:.6g}",
+        which_join="Nearer pairs are joined first.",
+    )
+    explanation = LINKAGES["star"].explanation
+    monkeypatch.setitem(LINKAGES, "star", entry)
+    monkeypatch.setattr(settings, "_CHOOSING_LINKAGES", ())
+    asked = {"threshold": 0.6, "linkage": "star", "select": "random"}
+    result, _ = balance(tmp_path / "twos", embeddings, with_report=True, **asked)
+    single, _ = balance(tmp_path / "single", embeddings, threshold=0.6)
+    assert result["largest_component"] == 2 < single["largest_component"]
+    assert result["other_linkage"] == {name: single[name] for name in ("kept", "uncovered_ratio")} | {
+        "linkage": "single"
+    }
+    keep = read_keep(tmp_path / "twos")
+    check_keep_list(keep, rows)
+    assert (keep["representative"].astype(int) != keep["component"]).any()  # the central one of two is the first
+    report = (tmp_path / "twos" / "balance" / "report.html").read_text()
+    assert entry.explanation in report
+    assert entry.which_join in report
+    assert explanation not in report
+    assert "chained most" not in report
 
 
 def test_captions_without_a_usable_embedding_come_last_and_are_counted(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on, and not where processes train different students."""
+"""From which checkpoint a run goes on, and that others are written meanwhile, unless processes train different students."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from torch import nn
 
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.run_folder import RunFolder, list_checkpoints, read_checkpoint
+from clipcid_cli.formats.files import write_text
+from clipcid_cli.formats.output import OutputSpec, open_output
+from clipcid_cli.formats.results.run_folder import RunFolder, list_checkpoints, read_checkpoint, write_checkpoint
+from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps.distill import checkpoints
-from clipcid_cli.steps.distill.checkpoints import Checkpoints
+from clipcid_cli.steps.distill.checkpoints import Checkpoints, begin_run
 from clipcid_cli.training.optimisers import Recipe
 from clipcid_cli.training.train_state import TrainState
 
@@ -62,6 +65,26 @@ def test_what_prevents_a_checkpoint_is_an_error_at_the_next(tmp_path: Path) -> N
     with pytest.raises(ClipcidError, match="checkpoints"):
         saving.save(make_state(), {})
     assert saving.saved_step == 0
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_or_is_new(tmp_path: Path) -> None:
+    folder, spec = RunFolder(tmp_path), OutputSpec(tmp_path, "distill", Sidecar, settings={}, inputs=[])
+
+    def begin(requested: str) -> tuple[int, bool]:
+        with open_output(spec) as output:
+            return begin_run(output, folder, requested), folder.train_log.exists()
+
+    with pytest.raises(ClipcidError, match="no checkpoint of an unfinished run with these settings"):
+        begin("latest")
+    write_text(folder.train_log, "of another run")
+    assert begin("auto") == (0, False)
+    write_text(folder.train_log, "of a start that has saved nothing")
+    assert begin("auto") == (0, False)
+    for step in (3, 5):
+        write_checkpoint(folder.checkpoints, step, {})
+    write_text(folder.train_log, "of its steps")
+    assert [begin("auto"), begin("latest"), begin("never")] == [(5, True), (5, True), (0, False)]
+    assert list_checkpoints(folder.checkpoints) == []
 
 
 def save_both(rank: int, folder: Path) -> list[str]:

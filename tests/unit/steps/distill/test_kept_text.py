@@ -28,6 +28,7 @@ from clipcid_cli.steps.distill.held_out_images import HeldOutImages
 from clipcid_cli.steps.distill.kept_text import find_teacher
 from clipcid_cli.steps.distill.memory import fitting_batch
 from clipcid_cli.steps.distill.student import load_student
+from clipcid_cli.steps.distill.teachers import name_no_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 CPU = torch.device("cpu")
@@ -49,6 +50,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 def kept(place: Path, work: Path, data: str, **settings: Any) -> tuple[list[dict[str, Any]], str]:
     given = KEPT | {"student": str(place / "student.json"), "embeddings": (place / f"rows of {data}",)}
     return train(work, place / data, **given | settings)
+
+
+def test_what_is_advised_in_place_of_the_teacher_can_be_typed() -> None:
+    advised = name_no_teacher(DistillSettings(student="ViT-B-32", text_tower="teacher", preset="cid"))
+    assert advised == "--teacher none without --text-tower teacher and --preset cid"
+    assert name_no_teacher(DistillSettings(student="ViT-B-32")) == "--teacher none"
 
 
 @pytest.mark.parametrize("online", [False, True])
@@ -97,6 +104,8 @@ def test_what_fits_on_a_gpu_is_computed_without_captions(data: str, place: Path,
     memories = (kept, 4e9, 8e9)
     none, small, large = (fitting_batch(run.inputs.settings, student, run.inputs, memory) for memory in memories)
     assert large > small > none == 0, "the text tower is there beside what is trained"
+    student.model.info.config["text_cfg"]["hf_model_name"] = "of/transformers"
+    assert fitting_batch(run.inputs.settings, student, run.inputs, memories[-1]) == large
 
 
 def test_the_report_shows_what_is_measured_of_images_alone(place: Path, tmp_path: Path) -> None:

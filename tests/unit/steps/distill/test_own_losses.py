@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Clipcid, run_clipcid
+from conftest import Clipcid, make_caption, make_image, run_clipcid, write_tar
 from distill_data import SHORT, losses, train
-from teaching_data import write_student
+from PIL import Image
+from teaching_data import Run, write_student
 
+from clipcid_cli.algorithms.losses.registry import SAMPLE_INPUTS
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.loss_file import read_loss_file
+from clipcid_cli.runtime.models.load import load_model
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.steps.distill.inputs import find_inputs
 from clipcid_cli.steps.distill.own_losses import load_own_loss
+from clipcid_cli.steps.distill.sample_inputs import COMPUTE
 from clipcid_cli.steps.evaluate import zeroshot
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
@@ -34,10 +41,11 @@ TAUGHT = """
 import torch
 import torch.nn.functional as F
 
-def taught(batch, scale):
+def taught(batch, scale, height):
     logits = scale * batch.image_BD[batch.own] @ batch.teacher_text_BD.T
     matching = torch.arange(len(batch))[batch.own]
-    return F.cross_entropy(logits, matching, reduction="sum") / len(batch)
+    losses = F.cross_entropy(logits, matching, reduction="none")
+    return (height[batch.own] * losses).sum() / height.sum()
 """
 
 
@@ -127,9 +135,50 @@ def test_a_loss_trains_as_its_formula_and_only_where_it_was_typed(tmp_path: Path
     zeroshot.run(EvalZeroshotSettings(work=work, model=model, device="cpu", workers=0))
 
 
+def test_numbers_of_samples_come_with_a_batch(tmp_path: Path, tiny_model: Path) -> None:
+    path = tmp_path / "my_losses.py"
+    path.write_text("def mine(batch, height): ...\ndef other(batch, scale, width): ...\n")
+    members = []
+    for number in range(4):
+        file = io.BytesIO()
+        Image.new("RGB", (40 + number, 30 + number)).save(file, "JPEG")
+        members += [(f"{number}.jpg", file.getvalue()), (f"{number}.txt", b"a caption")]
+    write_tar(tmp_path / "data.tar", members)
+    settings = DistillSettings(
+        work=tmp_path / "work",
+        data=str(tmp_path / "data.tar"),
+        student="student.json",
+        teacher=("none",),
+        loss=(f"{path}:mine=1", f"{path}:other=1"),
+        keep_list="none",
+        val_fraction=0.0,
+        workers=0,
+    )
+    rows, batch = Run(settings, find_inputs(settings, (), None)).show(load_model(parse_model(str(tiny_model))))
+    assert sorted(rows) == [0, 1, 2, 3]
+    assert batch.sample_inputs_bn is not None
+    assert batch.sample_inputs_bn.tolist() == [[40 + row, 30 + row] for row in rows]
+    assert COMPUTE.keys() == {*SAMPLE_INPUTS}
+
+
 def test_several_processes_share_a_loss_and_its_scale(distill_place: Path, torchrun: Clipcid) -> None:
     (distill_place / "my_losses.py").write_text(TAUGHT)
-    given = ("distill", *SHORT, "--preset", "clip", "--loss", "my_losses.py:taught=0.5", "--steps", 3, "--lr", 1e-4)
+    sides = [(f"{number:06d}.png", make_image(number, side=40 + number)) for number in range(24)]
+    captions = [(f"{number:06d}.txt", make_caption(number).encode()) for number in range(24)]
+    write_tar(distill_place / "sides.tar", sorted(sides + captions))
+    given = (
+        "distill",
+        "sides.tar",
+        *SHORT,
+        "--preset",
+        "clip",
+        "--loss",
+        "my_losses.py:taught=0.5",
+        "--steps",
+        3,
+        "--lr",
+        1e-4,
+    )
     run_clipcid(*given, "--name", "one", cwd=distill_place)
     torchrun(2, *given, "--name", "two")
     one, two = (losses(distill_place / "clipcid-work" / "distill" / name) for name in ("one", "two"))

@@ -138,7 +138,7 @@ def test_processes_share_what_one_would_take(work: Path, tiny_shards: Path, teac
     def make(step: int, rank: int, size: int) -> TrainingBatch:
         made = Batches(run.inputs, maker, None, 6, 3, DistContext(rank, size, rank, torch.device("cpu")))
         [dealt] = made.deal(range(step, step + 1))
-        return made.finish(dealt, made.make(dealt))
+        return made.finish(dealt, made.make_here(dealt))
 
     seen = set()
     for step in (0, 1, 7):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 from balance_data import heard, write_embeddings
-from conftest import TINY_CONFIG, changed, write_tiny_model
+from conftest import TINY_CONFIG, changed, shard_members, write_tar, write_tiny_model
 from distill_data import train
 from safetensors.numpy import load_file, save_file
-from teaching_data import embed_data, join, read_keys, write_student
+from teaching_data import ALONE, embed_data, join, read_keys, write_student
 
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
@@ -24,6 +26,7 @@ from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps import cluster
 from clipcid_cli.steps.distill import run as distill
+from clipcid_cli.steps.distill.space import choose_space
 from clipcid_cli.steps.distill.stored import open_stored
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -115,6 +118,16 @@ def test_keys_of_another_form_are_refused(tiny_shards: Path, tiny_model: Path, t
     assert raised.value.fix == "Add --keys shard."
 
 
+def test_samples_without_a_row_are_said_to_be_what_embed_skipped(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_tar(tmp_path / "0.tar", [*shard_members(0, 11), ("x.png", b"no image"), ("x.txt", b"a")])
+    rows = tmp_path / "tiny"
+    embed_data(data, tiny_model, rows, max_bad_fraction=0.5)
+    with heard() as told:
+        join(data, rows, max_bad_fraction=0.5)
+    why = f"which are left out; {rows / 'skipped.parquet'} lists 1 that embed skipped."
+    assert f"Without an embedding in {rows}: 1 of 12 samples, {why}" in told
+
+
 def test_images_alone_are_taught(tiny_shards: Path, tiny_model: Path, folders: dict[str, Path]) -> None:
     run = join(tiny_shards, folders["images"], preset="clip", loss=("fd=1",), teacher_space="pca")
     assert not run.inputs.teacher.first_captions, "any caption may be shown where the teacher knows none"
@@ -126,6 +139,12 @@ def test_images_alone_are_taught(tiny_shards: Path, tiny_model: Path, folders: d
     stored = run.embeddings.rows(Kind.IMAGES).take(np.array(rows)).astype(np.float32)
     found = image.numpy()
     assert np.corrcoef((found @ found.T).ravel(), (stored @ stored.T).ravel())[0, 1] > 0.95
+    # A loss that the run does not have decides nothing: without fd the student's rows are compared with one another only.
+    kept = {"preset": None, "loss": ("instance=0", "crd=1"), "teacher_space": "auto"}
+    settings = dataclasses.replace(run.settings, **kept)
+    teacher, asked, left = run.inputs.teacher, settings.losses, settings.losses_near_chance
+    assert choose_space(settings, asked, teacher, 24, ALONE) != SharedSpace(32)
+    assert choose_space(settings, left, teacher, 24, ALONE) == SharedSpace(32)
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,13 @@ def test_a_list_that_is_read_by_other_flags_is_not_called_changed(table: Path, t
         embed_list(table, tiny_model, key_column="Nr")
     assert refused.value.message.splitlines()[1:] == ['  settings.key_column: "key" there, "Nr" now']
     table.write_text(table.read_text().replace("a cat", "a dog"))
-    with pytest.raises(ClipcidError, match=r"inputs: 1 files there, 1 now; changed or gone: list\.csv"):
+    with pytest.raises(ClipcidError, match="other settings or inputs") as refused:
         embed_list(table, tiny_model)
+    assert refused.value.message.splitlines()[1:] == [f"  data: {table} has changed"]
+    other = table.rename(table.with_name("other.csv"))
+    with pytest.raises(ClipcidError, match="other settings or inputs") as refused:
+        embed_list(other, tiny_model)
+    assert refused.value.message.splitlines()[1:] == [f"  data: {table} before, {other} now"]
 
 
 def test_where_a_list_has_no_captions_its_columns_are_named(table: Path, tiny_model: Path) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 import fsspec
 import pyarrow.parquet as pq
 import pytest
+from balance_data import heard
 from conftest import shard_members, write_tar
 from teaching_data import embed_data
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.parts import DataPart, hold_part
 from clipcid_cli.formats.output import find_works
+from clipcid_cli.formats.sidecar import seal
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -101,7 +103,9 @@ def test_parts_in_a_folder_are_joined_to_what_one_process_writes(
                 again()
     embed_part("0/2")  # in how many parts does not matter
     begun = shutil.copytree(out, tmp_path / "begun")
-    join(out)
+    with heard() as told:
+        join(out, model="ViT-B-32", batch_size=4)
+    assert "since the parts record how they were made: --batch-size, --model." in told[0]
     assert outcome(out) == outcome(one)
     embed_data(data, tiny_model, begun, max_bad_fraction=0.5)  # the next step, say, does without the join
     assert outcome(begun) == outcome(one)
@@ -131,11 +135,11 @@ def test_parts_in_an_object_store_are_joined_here(
 
 
 def edit(objects: Objects, ending: str, change: Callable[[Any], Any]) -> None:
-    """Change the JSON of an object."""
+    """Change the JSON of an object, and seal a record again, as whoever means harm would."""
     name = next(name for name in objects if name.endswith(ending))
     content = json.loads(objects[name])
     change(content)
-    objects[name] = json.dumps(content).encode()
+    objects[name] = json.dumps(content if ending == ".run.json" else seal(content)).encode()
 
 
 def lead_out(record: Any) -> None:
@@ -206,7 +210,7 @@ def test_a_record_that_names_a_file_elsewhere_is_refused(data: Path, tiny_model:
     metadata = record["files"]["metadata"]
     (work / metadata["path"]).rename(tmp_path / "elsewhere.parquet")
     metadata["path"] = "../../elsewhere.parquet"
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(seal(record)))
     with pytest.raises(ClipcidError, match=r"Shard 00001 in .* is not what its record says"):
         join(out)
 

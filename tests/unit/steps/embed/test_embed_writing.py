@@ -87,6 +87,10 @@ def test_what_goes_wrong_in_writing_ends_the_run(
         with pytest.raises(ClipcidError, match="No space is left"):
             embed_data(tiny_shards, tiny_model, out)
     assert not (out / "embed.json").exists()
+    cost = embed_data(tiny_shards, tiny_model, out, dry_run=True)
+    assert isinstance(cost, EmbedCost)
+    assert (cost.shards, cost.shards_done) == (2 - broken, broken)
+    assert (cost.images + cost.images_done, cost.bytes) == (24, cost.images * cost.bytes_per_image)
     embed_data(tiny_shards, tiny_model, out)
     assert content(out) == expected
 

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from balance_data import heard
 from conftest import make_image, write_class_folders
 from sidecars import make_sidecar
 
+from clipcid_cli.algorithms.probe import ProbeProblem
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.benchmark import hash_lines
 from clipcid_cli.formats.files import write_json
+from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.results.features import ImageFeatures
 from clipcid_cli.formats.results.metrics import (
     EvaluationSidecar,
     LinesRecord,
     Metrics,
     predictions_path,
+    read_metrics,
     write_metrics,
     write_predictions,
 )
+from clipcid_cli.formats.sidecar import seal, sidecar_path
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
@@ -212,16 +219,37 @@ def test_few_shot_probes_see_no_image_that_chooses_their_strength() -> None:
     with heard() as told:
         fits = make_fits(images, shots="8,2", shot_repeats=2)
     assert told == ["--shots 8: 1 of 3 classes have fewer images, all of which are used."]
-    assert len(fits.fitted) + len(fits.held_out) == len(images)
-    held_out = {tuple(row) for row in fits.held_out.rows.tolist()}
-    assert held_out.isdisjoint({tuple(row) for row in fits.fitted.rows.tolist()})
+    assert len(fits.split.fitted) + len(fits.split.held_out) == len(images)
+    held_out = {tuple(row) for row in fits.split.held_out.rows.tolist()}
+    assert held_out.isdisjoint({tuple(row) for row in fits.split.fitted.rows.tolist()})
     curve = fits.few_shots(make_images([20, 20, 20], seed=1))
     assert [(point.shots, point.images) for point in curve] == [(2, 6), (8, 21)]
     half = make_fits(images, val_fraction=0.5)
-    assert (len(half.fitted), len(half.held_out), len(half.images)) == (33, 33, 66)
+    assert (len(half.split.fitted), len(half.split.held_out), len(half.images)) == (33, 33, 66)
+    assert half.folds == [half.split]
     assert all(len(set(point.metrics["lp_acc1"].values)) <= 2 for point in curve)
     again = make_fits(images, shots="8", shot_repeats=2).few_shots(make_images([20, 20, 20], seed=1))
     assert again == curve[1:]
+
+
+def test_of_few_images_each_chooses_the_strength_once() -> None:
+    images = make_images([20, 9, 1])
+    fits = make_fits(images)
+    held_out = [tuple(row) for fold in fits.folds for row in fold.held_out.rows.tolist()]
+    assert sorted(held_out) == sorted(tuple(row) for row in images.rows[:29].tolist())  # the last is alone in its class
+    assert [len(fold.held_out) for fold in fits.folds] == [6, 6, 6, 6, 5]
+    with heard() as told:
+        points, best = fits.sweep()
+    assert "values of C on 30 images in 5 folds" in told[0]
+    right = 0
+    for fold in fits.folds:
+        assert len(fold.fitted) + len(fold.held_out) == len(images)
+        solution = ProbeProblem(fold.fitted.rows, fold.fitted.labels, 3).fit(best.c)
+        (scores,) = solution.classifier.scores(fold.held_out.rows)
+        right += int((scores.argmax(dim=1) == fold.held_out.labels).sum())
+    assert best.score == right / 29 == max(point.score for point in points)
+    # Of many a fifth is enough, and costs a fifth.
+    assert [len(make_fits(make_images([2500, count])).folds) for count in (2499, 2500)] == [5, 1]
 
 
 def test_a_best_strength_at_an_end_is_told_once_for_each_number_of_shots() -> None:
@@ -265,6 +293,19 @@ def read_all(folder: Path) -> dict[str, bytes]:
     }
 
 
+def leave_out(result: ZeroshotResult, metric: str) -> None:
+    """Make a result that of a version which did not know a metric."""
+    path = Path(result.files["metrics"])
+    metrics = read_metrics(path)
+    del metrics.metrics[metric]
+    write_metrics(path, metrics)
+    sidecar = sidecar_path(path.parent / "sidecars", path.stem)
+    content = json.loads(sidecar.read_bytes())
+    for file in content["outputs"]:
+        file |= msgspec.to_builtins(record(sidecar.parent / file["path"])) | {"path": file["path"]}
+    write_json(sidecar, seal(content))
+
+
 def test_zeroshot_results_are_of_these_images_and_outlive_failures(tiny_model: Path, tmp_path: Path) -> None:
     data = write_photos(tmp_path / "photos", 0)
 
@@ -301,6 +342,13 @@ def test_zeroshot_results_are_of_these_images_and_outlive_failures(tiny_model: P
     assert "predictions" not in replaced.files  # those were of the other images
     assert evaluate().reused
 
+    # A metric that a later version measures, too.
+    leave_out(replaced, "acc1")
+    with heard() as told:
+        assert evaluate().metrics == replaced.metrics
+    assert any(line.endswith("has no acc1; measuring " + str(tiny_model) + " on photos again.") for line in told), told
+    assert evaluate().reused
+
 
 def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: Path, tmp_path: Path) -> None:
     data = tmp_path / "photos"
@@ -327,6 +375,29 @@ def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: 
     assert [is_there(shots) for shots in (None, "1,2", "2")] == [True, True, False]
     plain = probe(None)
     assert plain == msgspec.structs.replace(curve, reused=True)
+
+    # Predictions of each test image make two probes comparable, by the words of `eval-zeroshot --compare`.
+    with heard() as told:
+        predicted = eval_linear.run(dataclasses.replace(settings, predictions=True))
+    assert "has no predictions; measuring" in "\n".join(told)
+    assert isinstance(predicted, LinearResult)
+    (result,) = (tmp_path / "work" / "eval").glob("*.json")
+    other = shutil.copytree(tmp_path / "work" / "eval", tmp_path / "other") / result.name
+    rows = pq.read_table(predictions_path(other))
+    wrong = pa.array([1 - label for label in rows["label"].to_pylist()], pa.int32())
+    pq.write_table(rows.set_column(2, "predicted", wrong), predictions_path(other))
+    (other.parent / "sidecars" / other.name).unlink()
+    compared = EvalLinearSettings(model=str(result), data=str(other), compare=True, margin=1.0)
+    with heard() as told:
+        answer = eval_linear.run(compared)
+    assert isinstance(answer, ComparisonResult)
+    assert answer.prompts is None
+    assert answer.images == plain.images
+    judged = answer.differences["lp_acc1"]
+    assert (judged.first, judged.second) == (plain.metrics["lp_acc1"], 0.0)
+    assert not any("prompts" in line for line in told)
+    with pytest.raises(ClipcidError, match="is a result of eval-linear, and eval-zeroshot compares its own"):
+        compare(result, other)
     other = probe("2")
     assert not other.reused
     assert [point.shots for point in other.shots] == [2]

@@ -108,7 +108,14 @@ def test_what_a_copy_lacks_is_named(tmp_path: Path, tiny_model: Path, monkeypatc
     with pytest.raises(ClipcidError, match=r"camelyon17: the images are of \d groups by their \.npy; at most 1 are"):
         suite(tiny_model, tmp_path / "a", tmp_path / "work")
     monkeypatch.undo()
-    assert suite(tiny_model, tmp_path / "a", tmp_path / "work").measured == 1
+    write_winogavil(tmp_path / "a", most=6)  # the metric that counts is of cues with 10 to 12
+    result = suite(tiny_model, tmp_path / "a", tmp_path / "work")
+    (scored,) = result.models
+    assert (result.measured, result.without_metric, scored.scores["WinoGAViL"]) == (2, ["WinoGAViL"], None)
+    assert scored.mean_of_measured == scored.scores["Camelyon17"]
+    with io.StringIO() as text:
+        show_suite(result, Console(file=text, width=300))
+        assert "without the metric that counts: WinoGAViL. Without them there is no average" in text.getvalue()
 
 
 def test_tables_name_no_files_outside_and_are_not_compressed(tmp_path: Path, tiny_model: Path) -> None:

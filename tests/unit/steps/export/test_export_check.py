@@ -259,7 +259,14 @@ def test_limits_hold_for_what_is_there(tiny_model: Path, drawings: Path, tiny_sh
 
 
 def write_evaluation(
-    work: Path, name: str, weights_hash: str, value: float, dataset: str | None = None, config: str = ""
+    work: Path,
+    name: str,
+    weights_hash: str,
+    value: float,
+    dataset: str | None = None,
+    config: str = "",
+    task: str = "zeroshot_classification",
+    **counts: int,
 ) -> None:
     """Write what an evaluation leaves, as far as the card reads it."""
     (work / "eval" / SIDECARS).mkdir(parents=True, exist_ok=True)
@@ -267,7 +274,7 @@ def write_evaluation(
         dataset=dataset or name,
         model="m",
         pretrained="p",
-        task="zeroshot_classification",
+        task=task,
         language="en",
         metrics={"acc1": value},
     )
@@ -276,7 +283,7 @@ def write_evaluation(
     inputs += [{"path": "m/open_clip_config.json", "size": 1, "hash": config}] if config else []
     lines = [{"source": "default", "number": 1, "hash": digest} for digest in ("aa01", "bb02")]
     prompts = dict(zip(("class_names", "templates"), lines, strict=True))
-    sidecar = make_sidecar(EvaluationSidecar, inputs=inputs, prompts=prompts, counts={"images": 1234})
+    sidecar = make_sidecar(EvaluationSidecar, inputs=inputs, prompts=prompts, counts={"images": 1234} | counts)
     (work / "eval" / SIDECARS / f"{name}.json").write_text(json.dumps(sidecar))
 
 
@@ -299,6 +306,11 @@ def test_metrics_are_those_of_the_same_weights(model: ClipModel, tiny_model: Pat
         assert "| same |" in card
         assert "| others |" not in card
         assert "| sampled |" not in card
+    assert "A linear probe is" not in card
+    write_evaluation(tmp_path, "probe", "blake2b:aa", 0.8, task="linear_probe", repeated_images=12)
+    card = render(own, tagged, work=tmp_path)
+    assert "| probe | linear_probe, 12 test images among those of training | acc1 |" in card
+    assert "A linear probe is fitted and measured on one split" in card
     write_evaluation(tmp_path, "changed", "blake2b:aa", 0.9, config="blake2b:cc")
     assert "| changed |" not in render(own, parse_model(str(tiny_model)), work=tmp_path)
 

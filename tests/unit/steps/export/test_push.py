@@ -67,8 +67,10 @@ def test_what_the_hub_refuses_is_told_and_changes_nothing(
             push(folder, sidecar, "acme/tiny")
         assert hub.repositories == {"acme/tiny": {}}
     hub.refused, hub.ignored = "nothing", {"parity.json"}
-    with pytest.raises(ClipcidError, match=r"the hub left out parity\.json, which the \.gitignore there may name"):
-        push(folder, sidecar, "acme/tiny")
+    for earlier in ({}, {"parity.json": b"of an earlier commit"}):
+        hub.repositories["acme/tiny"] |= earlier
+        with pytest.raises(ClipcidError, match=r"the hub left out parity\.json, which the \.gitignore there may name"):
+            push(folder, sidecar, "acme/tiny")
     hub.refused, hub.ignored = "GET .*/tree/", set()
     with pytest.raises(ClipcidError, match=r"the files are committed, and .* did not list what has arrived") as caught:
         push(folder, sidecar, "acme/tiny")

@@ -71,6 +71,14 @@ def test_a_bad_value_of_the_environment_is_told_by_its_variable(group: click.Gro
     assert "Invalid value for CLIPCID_EXAMPLE_SHARE: 'half' is not a valid number" in result.output
 
 
+def test_an_empty_path_is_not_the_current_folder(group: click.Group) -> None:
+    for empty in ("", " "):
+        result = CliRunner().invoke(group, ["example", "--work", empty])
+        assert "Invalid value for '--work': The path is empty. If a shell variable holds it" in result.output
+    with pytest.raises(UsageError, match="--loss is empty"):
+        call(group, "--loss", "")
+
+
 def test_values_given_in_python_are_checked_too() -> None:
     for number in (2.0, float("nan")):  # and NaN alone of the command line, since click finds it in every range
         with pytest.raises(UsageError, match=f"--share {number:g} is not in the range 0<x<=1"):

@@ -1,6 +1,6 @@
 """What a search compares, as numbered jobs: pairs of panels, which are stretches of an order of rows.
 
-Exact, incremental and partitioned searches, and comparisons with other rows, are such plans. A chunk is a fixed stretch of
+Exact, incremental and partitioned searches, and comparisons with other rows, are such jobs. A chunk is a fixed stretch of
 the jobs, so what is done is known by the numbers of chunks, whatever the number of processes. 400 million rows have 300
 million jobs: none is stored.
 """
@@ -34,7 +34,7 @@ _MAX_STRIP = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Jobs:
     """Jobs (panel i, panel j) in strips: some panels i, which stay in memory while the panels j pass by once."""
 
     # Row numbers in the order that panels are stretches of, integers [M]; a row may occur in several panels.
@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def num_chunks(self) -> int:
-        """How many chunks there are; the plan alone decides."""
+        """How many chunks there are; the jobs alone decide."""
         return min(len(self), _MAX_CHUNKS)
 
     @property
@@ -78,7 +78,8 @@ class Plan:
         size, other = (int(self.stops[panel] - self.starts[panel]) for panel in job)
         return size * (size - 1) // 2 if job[0] == job[1] else size * other
 
-    def jobs(self, chunk: int) -> list[Job]:
+    def of_chunk(self, chunk: int) -> list[Job]:
+        """Return the jobs of a chunk, in order."""
         start, stop = (len(self) * index // self.num_chunks for index in (chunk, chunk + 1))
         jobs = list[Job]()
         for strip in range(int(np.searchsorted(self._ends, start, side="right")), len(self._ends)):
@@ -112,30 +113,30 @@ def panel_rows_of(num_rows: int, *, all_pairs: bool = True) -> int:
     return min(_MAX_PANEL, -(-(num_rows // _MIN_PANELS + 1) // _MIN_PANEL) * _MIN_PANEL)
 
 
-def triangle(rows: IntArray, in_memory: int, num_first: int | None = None) -> Plan:
+def triangle(rows: IntArray, in_memory: int, num_first: int | None = None) -> Jobs:
     """Compare all pairs of rows, each once, or all pairs with one of the first rows; `in_memory` rows fit into memory."""
     panel_rows = panel_rows_of(len(rows))
     starts, stops, ahead = _cut([len(rows) if num_first is None else num_first, len(rows)], panel_rows)
     first = np.arange(len(starts))
     last = np.where(first < ahead, len(starts), first)
-    return Plan(rows, starts, stops, first, last, _strip_width(in_memory // panel_rows))
+    return Jobs(rows, starts, stops, first, last, _strip_width(in_memory // panel_rows))
 
 
-def rectangle(rows: IntArray, others: IntArray, in_memory: int) -> Plan:
+def rectangle(rows: IntArray, others: IntArray, in_memory: int) -> Jobs:
     """Compare each of some rows, integers [N], with each of some others, integers [M]."""
     starts, stops, ahead = _cut([len(rows), len(rows) + len(others)], _PANEL)
     first = np.full(len(starts), ahead)
     last = np.where(np.arange(len(starts)) < ahead, len(starts), first)
-    return Plan(np.concatenate([rows, others]), starts, stops, first, last, _strip_width(in_memory // _PANEL))
+    return Jobs(np.concatenate([rows, others]), starts, stops, first, last, _strip_width(in_memory // _PANEL))
 
 
-def components(members: IntArray, labels: IntArray, in_memory: int) -> Plan:
+def components(members: IntArray, labels: IntArray, in_memory: int) -> Jobs:
     """Compare rows of one component, and others that share their panels, given the component of each, ascending."""
     starts, stops, _ = _cut([len(members)], _MIN_PANEL)
     # A panel shares a component with those that begin with what it ends with.
     last = np.searchsorted(labels[starts], labels[stops - 1], side="right")
     first = np.arange(len(starts))
-    return Plan(members, starts, stops, first, np.maximum(last, first + 1), _strip_width(in_memory // _MIN_PANEL))
+    return Jobs(members, starts, stops, first, np.maximum(last, first + 1), _strip_width(in_memory // _MIN_PANEL))
 
 
 def least_of_components(num_rows: int) -> int:
@@ -143,7 +144,7 @@ def least_of_components(num_rows: int) -> int:
     return num_rows // _MIN_PANEL * (_MIN_PANEL * (_MIN_PANEL - 1) // 2)
 
 
-def pieces(rows: IntArray, ends: IntArray, in_memory: int) -> Plan:
+def pieces(rows: IntArray, ends: IntArray, in_memory: int) -> Jobs:
     """Compare the rows at home in each partition with each other and with its visitors.
 
     Args:
@@ -154,7 +155,7 @@ def pieces(rows: IntArray, ends: IntArray, in_memory: int) -> Plan:
     first = np.arange(len(starts))
     owner = np.searchsorted(ends, starts, side="right")
     last = np.where(owner % 2 == 0, np.searchsorted(starts, ends[owner | 1]), first)
-    return Plan(rows, starts, stops, first, last, _strip_width(in_memory // _PANEL))
+    return Jobs(rows, starts, stops, first, last, _strip_width(in_memory // _PANEL))
 
 
 def _cut(ends: Sequence[int] | IntArray, panel_rows: int) -> tuple[IntArray, IntArray, int]:

@@ -1,8 +1,14 @@
-"""Searches for near pairs on all processes, resumable: what a chunk of a plan found is saved, and what is saved is done.
+"""Searches for near pairs on all processes, resumable: what a chunk of the jobs found is saved, and what is saved is done.
 
 A process saves the numbers of the chunks that it has done since its last save, and what its sink has gathered from them, in
 one file, whole or not at all. A later run, of any number of processes, merges all files and does the other chunks. A file
 that is lost or damaged costs its chunks.
+
+Resuming. Saved chunks lie in a folder whose name hashes all that decides their results (`Search.place`): the files of
+embeddings, the jobs (the rows compared, cut into panels), the distance searched to, and what a search adds, as the edges a
+forest begins with. A folder of another name is not read, so what is saved is lost to a search up to another distance, of
+other rows (more files, other filters), or on another kind of device, whose memory holds other panels at a time. The number
+of processes, the format of the fast product and all that is chosen after the search do not matter.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from clipcid_cli.algorithms.near.block import Block, bytes_an_entry, load_block
 from clipcid_cli.algorithms.near.cutoff import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import IntArray, ReadRows
-from clipcid_cli.algorithms.near.plan import Plan
+from clipcid_cli.algorithms.near.jobs import Jobs
 from clipcid_cli.algorithms.near.search import search_jobs
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import array_journal
@@ -34,7 +40,7 @@ from clipcid_cli.steps.balance.merge import Sink, merge
 # Each process has so many stretches of what is left: near rows, which take longer, are often beside each other, so everyone
 # should have jobs of a panel with itself. More stretches read more panels twice.
 _STRETCHES = 4
-# Another number wherever the same plan would have other chunks, or a part would hold something else.
+# Another number wherever the same jobs would have other chunks, or a part would hold something else.
 _VERSION = 2
 # In the folder of `balance`: what was compared with references, for later runs.
 _KEPT = ".references"
@@ -45,31 +51,32 @@ class Search:
     """A search for near pairs."""
 
     label: str  # names it to the user
-    plan: Plan
+    jobs: Jobs
     read: ReadRows
-    cutoff: float  # largest distance of the pairs that sinks are given, inclusive
+    searched_to: float  # largest distance of the pairs that sinks are given, inclusive
     new_sink: Callable[[], Sink]
-    # What decides what is found beside the inputs of the run, plan and cut-off; asked on the first process.
-    beside: Callable[[], str] = lambda: ""
-    is_kept: bool = False  # whether what it found stays for later runs
+    # Further text to hash into the name of the saved work, made on the first process; inputs, jobs and distance are in it
+    # already.
+    further_identity: Callable[[], str] = lambda: ""
+    stays: bool = False  # whether its results stay for later runs
 
     def place(self, run: BalanceRun) -> Path:
-        """Return where it is saved, under a name that hashes what decides what its chunks find."""
+        """Return where its chunks are saved, under a name that hashes all that decides their results."""
 
         def name() -> str:
-            plan = self.plan
-            cutoff = np.float32(self.cutoff).view(np.uint32)
-            decisive = [_VERSION, run.inputs, plan.identity, plan.num_chunks, cutoff, self.beside()]
+            jobs = self.jobs
+            distance = np.float32(self.searched_to).view(np.uint32)
+            decisive = [_VERSION, run.inputs, jobs.identity, jobs.num_chunks, distance, self.further_identity()]
             return hashlib.blake2b("\n".join(map(str, decisive)).encode(), digest_size=8).hexdigest()
 
-        folder = run.output.folder / _KEPT if self.is_kept else run.work / ".search"
+        folder = run.output.folder / _KEPT if self.stays else run.work / ".search"
         return folder / run.context.on_rank0(name)
 
 
 def run_chunks(run: BalanceRun, search: Search) -> Edges:
-    """Search all chunks of a plan that are not saved yet, and return what all found; the same on every process."""
+    """Search all chunks of the jobs that are not saved yet, and return what all found; the same on every process."""
     context = run.context
-    num_chunks = search.plan.num_chunks
+    num_chunks = search.jobs.num_chunks
     place = search.place(run)
     saved = context.on_rank0(lambda: _survey(place))
     done = set(chain.from_iterable(saved.values()))
@@ -97,32 +104,32 @@ def run_chunks(run: BalanceRun, search: Search) -> Edges:
 def _search(run: BalanceRun, search: Search, left: list[int], place: Path, known: Edges | None) -> None:
     """Search this process's share of the chunks that are left; what is saved is known."""
     context = run.context
-    plan = search.plan
+    jobs = search.jobs
     sink = search.new_sink()
     if known is not None:
         sink.add(known)
         sink.result()
         sink.drain()
         del known
-    largest = int((plan.stops - plan.starts).max()) * run.embeddings.width * bytes_an_entry(run.scan.dtype)
+    largest = int((jobs.stops - jobs.starts).max()) * run.embeddings.width * bytes_an_entry(run.scan.dtype)
 
     @lru_cache(maxsize=max(2, memory_for_rows(context.device, on_cpu=CACHE_BYTES) // largest))
     def load(panel: int) -> Block:
-        return load_block(search.read, plan.panel(panel), context.device, run.scan.dtype)
+        return load_block(search.read, jobs.panel(panel), context.device, run.scan.dtype)
 
     stretches = np.array_split(left, _STRETCHES * context.size)[context.rank :: context.size]
     mine = np.concatenate(stretches).tolist()
     # Adding up the pairs of hundreds of millions of jobs would take minutes; most compare nearly equal numbers.
-    total = plan.num_pairs * len(mine) // plan.num_chunks
+    total = jobs.num_pairs * len(mine) // jobs.num_chunks
     journal = array_journal(place)
     pace = SavePace(expected=0.0)
     since = list[int]()
     with reporting.progress(search.label, total, "pairs") as progress:
         for chunk in mine:
-            for job, pieces in search_jobs(plan.jobs(chunk), load, search.cutoff, sink.wants):
+            for job, pieces in search_jobs(jobs.of_chunk(chunk), load, search.searched_to, sink.wants):
                 for edges in pieces:
                     sink.add(edges)
-                progress.advance(plan.pairs_of(job))
+                progress.advance(jobs.pairs_of(job))
             since.append(chunk)
             if chunk == mine[-1] or pace.is_due():
                 with pace.saving():
@@ -138,7 +145,7 @@ def _survey(place: Path) -> dict[str, list[int]]:
     Two files can hold one chunk where a file could not be read for a while, or was merged right before a kill. Only one of
     them counts, that with more chunks.
     """
-    readable = {name: saved["chunks"].tolist() for name, saved in array_journal(place).parts()}
+    readable = {name: saved["chunks"].tolist() for name, saved in array_journal(place).entries()}
     counted = dict[str, list[int]]()
     done = set[int]()
     for name in sorted(readable, key=lambda name: -len(readable[name])):
