@@ -18,17 +18,22 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from balance import describe_machine
 
-from clipcid_cli.algorithms.near.duplicates import hash_rows
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
 from clipcid_cli.algorithms.near.partitions import group_rows
 from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import central_rows, distances_to, find_diameters
+from clipcid_cli.formats.embeddings.rows import FileRows, find_npy
+from clipcid_cli.formats.parquet import read_first_column
 from clipcid_cli.formats.results.forest import StoredForest, forest_spec, write_forest
 from clipcid_cli.formats.results.keep_list import write_keep_list
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance.groups import Groups
+from clipcid_cli.steps.balance.rows import read_rows
+from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 
 DROPPED = 0.437
 VISITS = 3.2
@@ -114,11 +119,18 @@ def measure_shared(folder: Path, rows: int, read: int, width: int) -> None:
 
     with timed("shared", "lists of partitions made", rows):
         group_rows(entries, 2 * partitions, lambda length: np.empty(length, np.int32))
+    columns = {"key": np.arange(10_000).astype(str), "shard": ["00000"] * 10_000, "caption": [9 * "word "] * 10_000}
+    pq.write_table(pa.table(columns), folder / "metadata.parquet", compression="zstd")
+    with timed("shared", "keys and shards read", 50 * 10_000):
+        for _ in range(50):
+            for name in ("key", "shard"):
+                read_first_column(folder / "metadata.parquet", (name,), pa.large_string(), "")
     stored = random.standard_normal((read, width), np.float32)
     stored = (stored / np.linalg.norm(stored, axis=1, keepdims=True)).astype(np.float16)
-    with timed("shared", "rows hashed", read):
-        for at in range(0, read, 512):
-            hash_rows(stored[at : at + 512])
+    np.save(folder / "rows.npy", stored)
+    with open_dist_context("cpu") as context, timed("shared", "rows looked at", read):
+        images = FileRows([find_npy(folder / "rows.npy")], width, as_stored=True)
+        read_rows(SharedArrays(context, folder), images)
     copy = np.memmap(folder / "copy", np.float16, "w+", shape=stored.shape)
     with timed("shared", "rows copied, once of twice", read):
         copy[random.permutation(read)] = stored
