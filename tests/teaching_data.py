@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -24,7 +25,7 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
 from clipcid_cli.runtime.models.views import Processor, apply_colors
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.data_index import ensure_index
-from clipcid_cli.steps.distill.batches import Batches, BatchMaker
+from clipcid_cli.steps.distill.batches import Batches, BatchMaker, DealtBatch
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
 from clipcid_cli.steps.distill.space import choose_space
 from clipcid_cli.steps.distill.teachers import OnlineTeacher, RunningModel, Teacher, TeacherRows
@@ -84,6 +85,13 @@ def index_data(dataset: Dataset, folder: Path) -> Dataset:
         return ensure_index(dataset, context, 0)
 
 
+def assert_bytes_are_counted(maker: BatchMaker, dealt: DealtBatch, parts: Sequence[TrainingBatch]) -> None:
+    """Check that the bytes of the parts of a batch are those that are counted beforehand."""
+    for work, part in zip(dealt.work, parts, strict=True):
+        taken = sum(value.nbytes for value in vars(part).values() if isinstance(value, Tensor))
+        assert maker.count_bytes(len(work.items), len(work.extra_texts)) == taken
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What a run reads, and the batches that it makes of it."""
@@ -100,16 +108,15 @@ class Run:
         batches = Batches(inputs, maker, None, inputs.training.total, self.settings.seed, ALONE)
         [dealt] = batches.deal(range(epoch, epoch + 1))
         parts = batches.make_here(dealt)
-        for work, part in zip(dealt.work, parts, strict=True):
-            taken = sum(value.nbytes for value in vars(part).values() if isinstance(value, Tensor))
-            assert maker.count_bytes(len(work.items), len(work.extra_texts)) == taken
+        assert_bytes_are_counted(maker, dealt, parts)
         return dealt.rows.tolist(), batches.finish(dealt, parts)
 
     def teach(self, batch: TrainingBatch, width: int = 32, online: ClipModel | None = None) -> tuple[Tensor, ...]:
         """Return what the teacher tells a student of some width: rows of images, of captions and of further texts."""
-        teacher = self._taught_by(online).teacher
-        space = choose_space(self.settings, self.inputs.losses, teacher, width, ALONE)
-        teacher.prepare(self.inputs.losses)
+        inputs = self._taught_by(online)
+        teacher = inputs.teacher
+        space = choose_space(inputs, width, ALONE)
+        teacher.prepare(inputs.losses)
         rows = teacher.rows(batch)
         assert isinstance(rows, TeacherRows)
         shared = (None if part is None else project(part.float(), space.axes) for part in rows)

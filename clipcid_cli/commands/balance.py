@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.embed import show as show_embedded
 from clipcid_cli.commands.summary import count, format_phases, format_skipped, print_facts
-from clipcid_cli.steps.balance.result import Audit, BalanceResult, ReferenceResult
+from clipcid_cli.steps.balance.result import Audit, BalanceCost, BalanceResult, ReferenceResult
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.balance import BalanceSettings
-
-if TYPE_CHECKING:
-    from clipcid_cli.steps.balance.cost import BalanceCost
 
 # Files that only a later `balance` reads: the JSON object names them, too.
 _OWN_FILES = ("row_numbering", "forest_row_numbering", "forest_sidecar")
@@ -28,22 +23,20 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
         return
     threshold = result.threshold
     other = result.other_linkage
-    cap = result.cluster_cap
     facts = {
         "kept": f"{result.kept:,} of {count(result.images, 'image')} ({result.keep_ratio:.1%})",
         "cut-off": "none, since nothing is merged" if threshold is None else f"{threshold:.6g} (Euclidean distance)",
         "largest set": count(result.largest_component, "image"),
     }
-    is_filtered = any(part is not None for part in (result.against, result.caption_window, result.near, cap))
-    repeats = "dropped repeats" if is_filtered else "dropped images"
+    repeats = "dropped repeats" if result.is_filtered else "dropped images"
     if threshold is not None:
         facts["not covered"] = (
             f"{result.uncovered_ratio:.1%} of the {repeats} are farther from their kept image than the cut-off"
         )
-    if is_filtered:
+    if result.is_filtered:
         facts["dropped"] = _format_dropped(result)
     if other is not None:
-        before = "" if cap is None else " before clusters are capped"
+        before = "" if result.cluster_cap is None else " before clusters are capped"
         of = f"of {count(result.images, 'image')} "
         if result.searched < result.images:
             of = f"of the {result.searched:,} left "
@@ -64,7 +57,7 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
     if (near := result.near) is not None:
         of = count(near.kept + near.dropped, "image")
         facts["near"] = f"{near.kept:,} of {of} within {near.threshold:g}: {_format_references(near.references)}"
-    if cap is not None:
+    if (cap := result.cluster_cap) is not None:
         facts["clusters"] = (
             f"{cap.dropped:,} of the {count(result.components, 'image')} kept before are dropped: "
             f"{cap.capped:,} of {count(cap.clusters, 'cluster')} had more than {count(cap.most, 'image')}"

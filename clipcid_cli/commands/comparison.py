@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
-from clipcid_cli.commands.summary import count, format_percent, print_facts, print_table, shorten_metric
+from clipcid_cli.commands.summary import count, format_percent, print_facts, print_table, shorten_metric, wrap
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.evaluate.comparison import ComparisonResult, Difference
+    from clipcid_cli.steps.evaluate.comparison import Comparison, ComparisonResult, Difference
     from clipcid_cli.steps.evaluate.draws import Draws
 
 
-def show_comparison(answer: ComparisonResult, console: Console) -> None:
+def show_comparison(answer: Comparison, console: Console) -> None:
+    """Print a table of the differences on each data set, and of those of the mean over them."""
+    from clipcid_cli.steps.evaluate.comparison import ComparisonResult
+
+    if isinstance(answer, ComparisonResult):
+        _show_dataset(answer, console)
+        return
+    for result in answer.results:
+        _show_dataset(result, console)
+        console.print()
+    for mean in answer.means:
+        title = f"B against A on the mean over {', '.join(mean.counted)}"
+        counted = ", ".join(dict.fromkeys(map(shorten_metric, mean.counted.values())))
+        _show_differences(title, {f"mean {counted}": mean}, answer.margin, console)
+
+
+def _show_dataset(answer: ComparisonResult, console: Console) -> None:
     """Print the files, whether their class names and templates are the same, and a table of the differences."""
     files = dict[str, str]()
     for side, compared in zip("AB", answer.compared, strict=True):
@@ -28,12 +46,22 @@ def show_comparison(answer: ComparisonResult, console: Console) -> None:
     }
     print_facts(console, "", prompts)
     on = f"on {answer.dataset}, {count(answer.images, 'image')}"
-    is_pair = len(files) == 2
-    if not is_pair:
+    if answer.groups is not None:
+        on += f" in {count(answer.groups, 'group')}"
+    if len(files) > 2:
         _show_seeds(answer, list(files), f"Each seed {on}", console)
         on += f", {len(files) // 2} seeds each (mean ± std)"
+    _show_differences(f"B against A {on}", answer.differences, answer.margin, console)
+
+
+def _show_differences(
+    title: str, differences: Mapping[str, Difference], margin: float | None, console: Console
+) -> None:
+    """Print a table of differences, what their intervals are of, and what a margin makes of them."""
     rows = []
-    for name, judged in answer.differences.items():
+    is_pair = all(isinstance(judged.first, float) for judged in differences.values())
+    has_test = any(judged.p_value is not None for judged in differences.values())
+    for name, judged in differences.items():
         row = [
             shorten_metric(name),
             _format_side(judged.first),
@@ -41,18 +69,21 @@ def show_comparison(answer: ComparisonResult, console: Console) -> None:
             f"{100 * judged.difference:+.2f}",
             " … ".join(f"{100 * bound:+.2f}" for bound in judged.interval),
         ]
-        if is_pair:
+        if has_test:
             row.append("–" if judged.p_value is None else f"{judged.p_value:.2g}")
         rows.append([*row, "yes" if judged.real else "no" if judged.enough_seeds else "too few seeds"])
-    columns = ["metric", "A", "B", "B − A", "95% interval", *["McNemar p"] * is_pair, "significant"]
-    print_table(console, f"B against A {on}", columns, rows)
-    if answer.margin is not None:
-        _show_margin(answer, answer.margin, console)
+    columns = ["metric", "A", "B", "B − A", "95% interval", *["McNemar p"] * has_test, "significant"]
+    print_table(console, title, columns, rows)
+    if not is_pair:
+        note = "The intervals are over images and, by Student's t, over seeds."
+        console.print(Text(wrap(note, console.width), style="dim"), soft_wrap=True)
+    if margin is not None:
+        _show_margin(differences, margin, console)
 
 
-def _show_margin(answer: ComparisonResult, margin: float, console: Console) -> None:
+def _show_margin(differences: Mapping[str, Difference], margin: float, console: Console) -> None:
     """Print what the intervals say of a margin."""
-    rows = [[shorten_metric(name), _by_margin(judged, margin)] for name, judged in answer.differences.items()]
+    rows = [[shorten_metric(name), _by_margin(judged, margin)] for name, judged in differences.items()]
     console.print()
     print_table(console, f"With a margin of {margin:g} point{'' if margin == 1 else 's'}", ["metric", "verdict"], rows)
 

@@ -13,7 +13,7 @@ from clipcid_cli.commands.summary import count, format_percent, print_facts, pri
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.evaluate.comparison import ComparisonResult
+    from clipcid_cli.steps.evaluate.comparison import Comparison
     from clipcid_cli.steps.evaluate.draws import Draws
     from clipcid_cli.steps.evaluate.probe_result import LinearResult
     from clipcid_cli.steps.evaluate.result import Preview
@@ -23,7 +23,7 @@ _PER_BAR = 2  # values of C, to fit a terminal
 _DIGITS = 2
 
 
-def show(answer: LinearResult | Preview | ComparisonResult, console: Console) -> None:
+def show(answer: LinearResult | Preview | Comparison, console: Console) -> None:
     """Print the metrics, how the strength was chosen, and the few-shot curve; of a comparison its verdicts."""
     from clipcid_cli.steps.evaluate.probe_result import LinearResult
     from clipcid_cli.steps.evaluate.result import Preview
@@ -48,6 +48,8 @@ def show(answer: LinearResult | Preview | ComparisonResult, console: Console) ->
         )
         facts["chance"] = guessed + describe_majority(answer.majority, "%")
     facts["measured on"] = f"{count(answer.images, 'image')} of {count(answer.classes, 'class', 'classes')}"
+    if answer.groups is not None:
+        facts["measured on"] += f", in {count(answer.groups, 'group')} that the intervals draw whole"
     if answer.repeated_images:
         facts["measured on"] += f"; {answer.repeated_images:,} are among those of training too"
     facts["fitted on"] = count(answer.train_images, "image")

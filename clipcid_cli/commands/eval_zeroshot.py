@@ -13,8 +13,8 @@ from clipcid_cli.commands.summary import format_percent, print_facts, print_tabl
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.evaluate.comparison import ComparisonResult
-    from clipcid_cli.steps.evaluate.result import ZeroshotResult
+    from clipcid_cli.steps.evaluate.comparison import Comparison
+    from clipcid_cli.steps.evaluate.result import ZeroshotResult, ZeroshotResults
     from clipcid_cli.steps.evaluate.suite_result import SuiteResult
     from clipcid_cli.steps.evaluate.zeroshot import Answer
 
@@ -28,6 +28,8 @@ def show(answer: Answer, console: Console) -> None:
         return
     results = answer.results if isinstance(answer, ZeroshotResults | Previews) else [answer]
     show_tables([one for one in results if not isinstance(one, Preview)], console)
+    if isinstance(answer, ZeroshotResults):
+        _show_means(answer, console)
     kinds = ("metrics", "predictions", "skipped")
     files = {kind: "\n".join(one.files[kind] for one in results if kind in one.files) for kind in kinds}
     if not isinstance(answer, Previews):
@@ -35,7 +37,7 @@ def show(answer: Answer, console: Console) -> None:
     print_facts(console, "", {}, {name: paths for name, paths in files.items() if paths})
 
 
-def _show_other(answer: ComparisonResult | SuiteResult, console: Console) -> None:
+def _show_other(answer: Comparison | SuiteResult, console: Console) -> None:
     from clipcid_cli.steps.evaluate.suite_result import SuiteResult
 
     if isinstance(answer, SuiteResult):
@@ -44,6 +46,24 @@ def _show_other(answer: ComparisonResult | SuiteResult, console: Console) -> Non
         show_suite(answer, console)
     else:
         show_comparison(answer, console)
+
+
+def _show_means(answer: ZeroshotResults, console: Console) -> None:
+    """Print a table for each task with several data sets: what each model scores on their mean."""
+    shown = {(one.model, one.pretrained): one.shown_model for one in answer.results}
+    for task in dict.fromkeys(mean.task for mean in answer.means):
+        means = [mean for mean in answer.means if mean.task == task]
+        title = f"Mean over {', '.join(means[0].counted)} of the metric with *"
+        rows = [
+            [
+                shown[mean.model, mean.pretrained],
+                format_percent(mean.value),
+                "–" if mean.interval is None else " … ".join(map(format_percent, mean.interval)),
+            ]
+            for mean in means
+        ]
+        print_table(console, title, ["model", "mean", "95% interval"], rows)
+        console.print()
 
 
 def show_tables(results: list[ZeroshotResult], console: Console) -> None:
@@ -75,6 +95,7 @@ def _show_table(rows: list[ZeroshotResult], console: Console) -> None:
     note = "* the metric usually reported for this data"
     if any(len(names) == 1 and names[0] in one.intervals for names in metrics.values() for one in rows):
         note += "; ± half the 95% bootstrap interval"
+        note += ", of groups of images" if rows[0].groups is not None else ""
     notes = [note, *_describe_chance(rows), *_describe_prompts(rows)]
     console.print(Text(wrap("\n".join(notes), console.width), style="dim"), soft_wrap=True)
 

@@ -24,16 +24,18 @@ def show_suite(answer: SuiteResult, console: Console) -> None:
     of = f" of {models[0]}" if len(models) == 1 else ""
     print_table(console, f"Suite {answer.suite}{of}", columns, rows, left=2)
     console.print()
-    means = {name: [one.groups[name] for one in answer.models] for name in answer.models[0].groups}
+    means = {
+        name: [_with_half(one.groups[name], one.group_intervals.get(name)) for one in answer.models]
+        for name in answer.models[0].groups
+    }
     scored = answer.measured - len(answer.without_metric)
     lacking = {"missing": answer.missing, "without the metric that counts": answer.without_metric}
     is_whole = scored == answer.datasets
-    if is_whole:
-        means[f"average of all {answer.datasets}"] = [one.average for one in answer.models]
-    else:
-        means[f"mean of these {scored}"] = [one.mean_of_measured for one in answer.models]
-    shown = [[name, *map(format_percent, values)] for name, values in means.items()]
-    print_table(console, "Means", ["", *(["score"] if len(models) == 1 else models)], shown)
+    every = f"average of all {answer.datasets}" if is_whole else f"mean of these {scored}"
+    means[every] = [_with_half(one.mean_of_measured, one.mean_interval) for one in answer.models]
+    shown = [[name, *values] for name, values in means.items()]
+    title = "Means, ± half the 95% interval over the images" if answer.models[0].intervals else "Means"
+    print_table(console, title, ["", *(["score"] if len(models) == 1 else models)], shown)
     if not is_whole:
         named = "; ".join(f"{what}: {', '.join(titles)}" for what, titles in lacking.items() if titles)
         note = (
@@ -43,3 +45,8 @@ def show_suite(answer: SuiteResult, console: Console) -> None:
         console.print(Text(wrap(note, console.width), style="yellow"), soft_wrap=True)
     console.print()
     print_facts(console, "", {}, answer.files)
+
+
+def _with_half(value: float | None, bounds: tuple[float, float] | None) -> str:
+    half = "" if bounds is None else f" ±{50 * (bounds[1] - bounds[0]):.1f}"
+    return format_percent(value) + half

@@ -228,7 +228,7 @@ def plan_cluster(settings: ClusterSettings) -> GpuPlan:
 
 
 def plan_balance(settings: BalanceSettings) -> GpuPlan:
-    """Compute what the search takes: all pairs by their products alone, partitions also by what the host does beside them."""
+    """Compute what the search takes: of all pairs the products alone, of partitions also what the host does."""
     gpus = _choose_gpus(settings.gpus, settings.precision)
     known = _look_up(settings)
     images = _count_images(settings, known.images)

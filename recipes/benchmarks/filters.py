@@ -29,7 +29,9 @@ from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import OutputSpec, open_output
 from clipcid_cli.formats.results.clusters import ClusterSidecar
 from clipcid_cli.steps.balance import compute, partition, report, run, sets, write
-from clipcid_cli.steps.balance.filters import against, captions, cluster_cap
+from clipcid_cli.steps.balance.filters.against import Against
+from clipcid_cli.steps.balance.filters.captions import Captions
+from clipcid_cli.steps.balance.filters.cluster_cap import MaxPerCluster
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 CLUSTER_SIZE = 200
@@ -81,18 +83,18 @@ def watch_parts() -> dict[str, tuple[float, float]]:
     taken: dict[str, tuple[float, float]] = {}
     parts: list[tuple[Any, str, str]] = [
         (compute, "read_rows", "read rows, find copies"),
-        (against, "find_near", "--against"),
-        (captions, "find_captions", "caption window"),
+        (Against, "apply", "--against"),
+        (Captions, "apply", "caption window"),
         (compute, "make_sets", "search and sets"),
         (sets, "_measure", "of these, distances and diameters"),
         (partition, "audit_kept", "audit"),
-        (cluster_cap, "cap_clusters", "--max-per-cluster"),
+        (MaxPerCluster, "apply", "--max-per-cluster"),
         (report, "find_chains", "chains of the report"),
         (write, "write_tables", "keep list, sets, curve"),
         (write, "write_report", "report, chains included"),
     ]
-    for module, name, label in parts:
-        setattr(module, name, timed(getattr(module, name), label, taken))
+    for owner, name, label in parts:
+        setattr(owner, name, timed(getattr(owner, name), label, taken))
     return taken
 
 

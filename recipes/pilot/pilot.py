@@ -3,9 +3,9 @@
     python recipes/pilot/pilot.py --steps 100000 --student ViT-B-32 --batch-size 4096
     python recipes/pilot/pilot.py --launch 'torchrun --nproc-per-node 8 -m clipcid_cli' --steps 100000 --student ViT-B-32
 
-What it does not know itself goes to `clipcid distill` (data, teacher, work directory, ...). Presets `fd-instance` (the
-default), `cid` and `clip` at half the default rate, at it and at twice that; the last line is the command to go on with.
-Stop it when you like: the same command continues.
+What it does not know itself goes to `clipcid distill` (data, teacher, ...). Presets `fd-instance` (the default), `clip-kd`,
+`cid` and `clip` at half the default rate, at it and at twice that; all are compared with the best on the held-out pairs, and
+the last line is the command to go on with. Stop it when you like: the same command continues.
 """
 
 from __future__ import annotations
@@ -13,38 +13,39 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import shlex
 import subprocess
 import sys
+from typing import Any
 
 FRACTION = 0.05
 FACTORS = (1.0, 0.5, 2.0)  # the default first, which tells its rate
-MEASURED = 5_000  # held-out pairs that distill looks at, if there are as many
-PRESETS = ("fd-instance", "cid", "clip")
+PRESETS = ("fd-instance", "clip-kd", "cid", "clip")
+RECALLS = ("image_retrieval_recall@1", "text_retrieval_recall@1")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Run:
     """A trial that has ended.
 
     Attributes:
         factor: Of the default rate.
-        recall: Recall@1 on the held-out samples, mean of image and text.
-        images: How many are held out.
+        measured: What `eval-zeroshot` says of the student on the held-out pairs.
+        behind: What `eval-zeroshot --compare` says of it beside the best one, by metric; empty for that one itself.
     """
 
     preset: str
     factor: float
     lr: float
-    recall: float
-    images: int
+    student: str
     samples_per_second: float
+    measured: dict[str, Any] = dataclasses.field(default_factory=dict)
+    behind: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def error(self) -> float:
-        """Standard error of the recall, as of that many independent answers."""
-        return math.sqrt(self.recall * (1 - self.recall) / self.images)
+    def recall(self) -> float:
+        """Recall@1 on the held-out pairs, mean of image and text."""
+        return sum(float(self.measured["metrics"][name]) for name in RECALLS) / 2
 
 
 def main() -> None:
@@ -57,9 +58,11 @@ def main() -> None:
         "--factors", type=float, nargs="+", default=FACTORS, help="of the default rate; 1 is always tried"
     )
     parser.add_argument("--launch", default="clipcid", help="how clipcid is started")
+    parser.add_argument("--work", help="work directory")
     arguments, further = parser.parse_known_args()
     steps = max(1, round(arguments.fraction * arguments.steps))
-    distill = [*shlex.split(arguments.launch), "distill", *further]
+    work = [] if arguments.work is None else ["--work", arguments.work]
+    distill = [*shlex.split(arguments.launch), "distill", *further, *work]
     runs: list[Run] = []
     for preset in arguments.presets:
         trial = [*distill, "--preset", preset, "--steps", str(steps)]
@@ -69,7 +72,7 @@ def main() -> None:
             runs += [default, *(run for run in others if run is not None)]
     if not runs:
         raise SystemExit("No trial succeeded; their errors are above.")
-    runs.sort(key=lambda run: -run.recall)
+    compare(runs, [*shlex.split(arguments.launch), "eval-zeroshot", *work])
     show(runs, steps)
     print(warn(runs), end="")
     best = runs[0]
@@ -80,29 +83,64 @@ def main() -> None:
 def try_out(trial: list[str], preset: str, factor: float = 1.0, default: float | None = None) -> Run | None:
     """Train one student, or read what was trained; None where `distill` fails, which says why."""
     rate = [] if default is None else ["--lr", f"{factor * default:g}"]
-    command = [*trial, *rate, "--name", f"pilot-{preset}-x{factor:g}", "--json"]
-    print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
+    answer = ask([*trial, *rate, "--name", f"pilot-{preset}-x{factor:g}"])
+    if answer is None:
         return None
-    answer = json.loads(done.stdout)
     with open(answer["files"]["sidecar"], encoding="utf-8") as file:
         sidecar = json.load(file)
     if not answer["metrics"]:
         raise SystemExit("distill held out too few pairs to compare students by: raise --val-fraction.")
-    recalls = [answer["metrics"][f"{kind}_retrieval_recall@1"] for kind in ("image", "text")]
-    images = min(sidecar["counts"]["held_out"], MEASURED)
-    return Run(preset, factor, sidecar["settings"]["lr"], sum(recalls) / 2, images, answer["samples_per_second"])
+    return Run(preset, factor, sidecar["settings"]["lr"], answer["student"], answer["samples_per_second"])
+
+
+def compare(runs: list[Run], evaluate: list[str]) -> None:
+    """Measure all students on what their runs held out, sort them, and compare each with the best."""
+    models = [word for run in runs for word in ("--model", run.student)]
+    answer = ask([*evaluate, *models, "--predictions", "--overwrite"])
+    if answer is None:
+        raise SystemExit("The students could not be measured; the error is above.")
+    for run, measured in zip(runs, answer.get("results", [answer]), strict=True):
+        run.measured = measured
+    runs.sort(key=lambda run: -run.recall)
+    best, *others = runs
+    for run in others:
+        files = [one.measured["files"]["metrics"] for one in (best, run)]
+        compared = ask([*evaluate, "--compare", *files])
+        if compared is None:
+            raise SystemExit("The students could not be compared; the error is above.")
+        run.behind = compared["differences"]
+
+
+def ask(command: list[str]) -> dict[str, Any] | None:
+    """Run a command and return its answer; None where it fails, which it has said why."""
+    command = [*command, "--json"]
+    print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    answer: dict[str, Any] | None = None if done.returncode else json.loads(done.stdout)
+    return answer
 
 
 def show(runs: list[Run], steps: int) -> None:
     """Print the table, the best first."""
-    print(f"\n{steps:,} steps each; R@1 in % on {runs[0].images:,} held-out pairs, mean of image and text\n")
-    print("| preset | rate | R@1 | samples/s |\n|---|---|---|---|")
+    images = runs[0].measured["images"]
+    print(f"\n{steps:,} steps each; R@1 in % on {images:,} held-out pairs, and how far it is from the best trial's")
+    print("(95 % interval over the pairs, by eval-zeroshot --compare)\n")
+    print("| preset | rate | image R@1 | from the best | text R@1 | from the best | samples/s |")
+    print("|---|---|---|---|---|---|---|")
     for run in runs:
-        recall = f"{100 * run.recall:.2f} ± {196 * run.error:.2f}"
-        print(f"| {run.preset} | {run.lr:g} (× {run.factor:g}) | {recall} | {run.samples_per_second:,.0f} |")
+        cells = [run.preset, f"{run.lr:g} (× {run.factor:g})"]
+        for name in RECALLS:
+            cells += [f"{100 * run.measured['metrics'][name]:.2f}", describe(run.behind.get(name))]
+        print(f"| {' | '.join([*cells, f'{run.samples_per_second:,.0f}'])} |")
     print()
+
+
+def describe(judged: dict[str, Any] | None) -> str:
+    """Write a difference with its interval, in points; of the best trial itself there is none."""
+    if judged is None:
+        return "–"
+    low, high = judged["interval"]
+    return f"{100 * judged['difference']:+.2f} ({100 * low:+.2f} … {100 * high:+.2f})"
 
 
 def warn(runs: list[Run]) -> str:
@@ -115,10 +153,11 @@ def warn(runs: list[Run]) -> str:
         told += (
             f"No rate beyond {best.lr:g} was tried: add --presets {best.preset} --factors {best.factor:g} {beyond:g}\n"
         )
-    near = {run.preset for run in runs if best.recall - run.recall < 1.96 * math.hypot(best.error, run.error)}
+    near = {run.preset for run in runs[1:] if not any(run.behind[name]["real"] for name in RECALLS)}
     if rivals := sorted(near - {best.preset}):
-        told += f"{best.images:,} pairs cannot tell {best.preset} from {', '.join(rivals)}: see --val-fraction.\n"
-    return told
+        pairs = best.measured["images"]
+        told += f"{pairs:,} pairs cannot tell {best.preset} from {', '.join(rivals)}: see --val-fraction.\n"
+    return told + "Each trial is one seed: this compares checkpoints, and another seed may order near ones otherwise.\n"
 
 
 if __name__ == "__main__":

@@ -27,12 +27,17 @@ say balance --keep 0.563
 say cluster --num-clusters 256 --features joint
 
 # The same student three times on the same images, for the same steps: with the default losses, with those of the CLIP-CID
-# paper, and without a teacher.
+# paper, and without a teacher. A tenth of the images is held out: the teacher was trained on them, no student is.
 # Two cores train so small a model faster when none of them decodes beside it.
-length=(--steps "$steps" --batch-size 64 --eval-every 500 --checkpoint-every 1000 --workers 0)
+length=(--steps "$steps" --batch-size 64 --eval-every 500 --checkpoint-every 1000 --val-fraction 0.1 --workers 0)
 say distill --teacher teacher --student student.json --name taught "${length[@]}"
 say distill --teacher teacher --student student.json --preset cid --name cid "${length[@]}"
 say distill --preset clip --student student.json --name alone "${length[@]}"
+
+# What was held out: does a student know what only its teacher has seen?
+say eval-zeroshot "$taught" --model "$cid" --model "$alone" --model teacher --predictions
+held_out() { echo "$CLIPCID_WORK/eval/pairs-held-out_$1-student_zeroshot_retrieval.json"; }
+say eval-zeroshot --compare "$(held_out alone)" "$(held_out taught)" --json > "$CLIPCID_WORK/taught-alone.json"
 
 # Concepts that nobody was trained on: zero-shot classes and retrieval, then a linear probe on frozen features.
 say eval-zeroshot "$taught" data/classification data/retrieval --model "$cid" --model "$alone" --model teacher

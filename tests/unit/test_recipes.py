@@ -213,7 +213,8 @@ def test_a_pilot_names_the_command_to_go_on_with(tmp_path: Path, tiny_model: Pat
     flags = f"{tiny_shards} --student {student} --teacher none --batch-size 8 --val-fraction 0.2 --workers 0".split()
     done = subprocess.run([*pilot, *trials, *flags], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "| clip |" in done.stdout
+    assert re.search(r"\| clip \| \S+ \(× \S\) \| \d+\.\d\d \| – \| \d+\.\d\d \| – \|", done.stdout), "the best"
+    assert re.search(r"\| [+-]\d+\.\d\d \([+-]\d+\.\d\d … [+-]\d+\.\d\d\) \|", done.stdout), "beside it the other"
     assert "(× 2)" in done.stdout
     assert "| cid |" not in done.stdout, "it needs a teacher, and says so"
     assert "preset cid" in " ".join(done.stderr.split())

@@ -42,7 +42,7 @@ def jaccard_metrics(cues_N: Array, is_associated_N: Array, is_chosen_N: Array) -
         means = [_mean(draws_BQ[:, part_Q], jaccard_Q[part_Q]) for part_Q in parts]
         return dict(zip(ASSOCIATION_METRICS, means, strict=True))
 
-    return CellMetrics(np.ones(len(jaccard_Q), np.int64), of_draws)
+    return CellMetrics(np.arange(len(jaccard_Q)), of_draws)
 
 
 def _mean(draws_BQ: Array, values_Q: Array) -> Array:

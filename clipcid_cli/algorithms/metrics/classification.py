@@ -19,7 +19,7 @@ from clipcid_cli.algorithms.metrics.intervals import (
     CellMetrics,
     PairedMetric,
     compare,
-    count_cells,
+    find_cells,
     mcnemar,
     mean_of_drawn,
     ratio,
@@ -81,25 +81,31 @@ def accuracy_metrics(labels_N: Array, ranks_N: Array, num_classes: int) -> CellM
 
     Source: LAION-AI/CLIP_benchmark 1.6.2, metrics/zeroshot_classification.py; its NaN for acc5 is kept.
     """
-    cells_U3, images_U = count_cells(np.stack([labels_N, ranks_N == 0, ranks_N < ACCURACY_TOP_K], axis=1))
-    return CellMetrics(images_U, partial(accuracies, cells_U3, num_classes))
+    cells_U3, cells_N = find_cells(np.stack([labels_N, ranks_N == 0, ranks_N < ACCURACY_TOP_K], axis=1))
+    return CellMetrics(cells_N, partial(accuracies, cells_U3, num_classes))
 
 
 def compare_accuracies(
-    labels_N: Array, first_S: Sequence[Array], second_S: Sequence[Array], num_classes: int, replicates: int, seed: int
+    labels_N: Array,
+    first_S: Sequence[Array],
+    second_S: Sequence[Array],
+    num_classes: int,
+    replicates: int,
+    seed: int,
+    groups_N: Array | None = None,
 ) -> dict[str, PairedMetric]:
-    """Compare `accuracy_metrics` of two models, or of seeds of each, by the ranks, int64 [N]."""
+    """Compare `accuracy_metrics` of two models, or of seeds of each, by the ranks, int64 [N]; groups as for `compare`."""
     ranks = [*first_S, *second_S]
     right = [ranks_N == 0 for ranks_N in ranks]
     among = [ranks_N < ACCURACY_TOP_K for ranks_N in ranks]
-    cells_UV, images_U = count_cells(np.stack([labels_N, *right, *among], axis=1))
+    cells_UV, cells_N = find_cells(np.stack([labels_N, *right, *among], axis=1))
     models = [
-        CellMetrics(images_U, partial(accuracies, cells_UV[:, [0, 1 + model, 1 + len(ranks) + model]], num_classes))
+        CellMetrics(cells_N, partial(accuracies, cells_UV[:, [0, 1 + model, 1 + len(ranks) + model]], num_classes))
         for model in range(len(ranks))
     ]
     num_seeds = len(first_S)
     p_values = {"acc1": mcnemar(*right), "acc5": mcnemar(*among)} if num_seeds == 1 else None
-    return compare(models[:num_seeds], models[num_seeds:], replicates, seed, p_values)
+    return compare(models[:num_seeds], models[num_seeds:], replicates, seed, p_values, groups_N)
 
 
 def accuracies(cells_U3: Array, num_classes: int, draws_BU: Array) -> dict[str, Array]:
@@ -156,7 +162,7 @@ def precision_metrics(scores_NC: Array, positive_NC: Array) -> CellMetrics:
         forms = average_precision(draws_BN, scores_NC, positive_NC)
         return dict(zip(MULTI_LABEL_METRICS, map(mean_of_drawn, forms), strict=True))
 
-    return CellMetrics(np.ones(len(scores_NC), np.int64), of_draws)
+    return CellMetrics(np.arange(len(scores_NC)), of_draws)
 
 
 def average_precision(draws_BN: Array, scores_NC: Array, positive_NC: Array) -> tuple[Array, Array]:

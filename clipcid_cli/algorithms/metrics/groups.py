@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, accuracies
-from clipcid_cli.algorithms.metrics.intervals import Array, CellMetrics, count_cells
+from clipcid_cli.algorithms.metrics.intervals import Array, CellMetrics, find_cells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def own_metrics(
     """
     among_N = predicted_N if groups_N is None else groups_N
     right_N, first_N = ranks_N == 0, ranks_N < ACCURACY_TOP_K
-    cells_U4, images_U = count_cells(np.stack([labels_N, right_N, first_N, among_N], axis=1))
+    cells_U4, cells_N = find_cells(np.stack([labels_N, right_N, first_N, among_N], axis=1))
 
     def of_draws(draws_BU: Array) -> dict[str, Array]:
         return accuracies(cells_U4[:, :3], num_classes, draws_BU) | {own.name: measure(draws_BU)}
@@ -57,7 +57,7 @@ def own_metrics(
         measure = partial(mean_f1, cells_U4[:, 0], cells_U4[:, 3])
     else:
         measure = partial(worst_accuracy, cells_U4[:, 3], cells_U4[:, 1 if own.top == 1 else 2])
-    return CellMetrics(images_U, of_draws)
+    return CellMetrics(cells_N, of_draws)
 
 
 def worst_accuracy(groups_U: Array, right_U: Array, draws_BU: Array) -> Array:

@@ -17,7 +17,7 @@ from clipcid_cli.algorithms.metrics.intervals import (
     CellMetrics,
     PairedMetric,
     compare,
-    count_cells,
+    find_cells,
     mcnemar,
     ratio,
 )
@@ -106,20 +106,25 @@ def retrieval_metrics(ranks: Ranks, image_of_text_M: torch.Tensor) -> CellMetric
     Source: LAION-AI/CLIP_benchmark 1.6.2, metrics/zeroshot_retrieval.py, names and definitions; equal similarities
         rank in row order here, where its ``torch.topk`` promises no order.
     """
-    cells_UV, images_U = count_cells(_sum_scores(ranks, image_of_text_M))
-    return CellMetrics(images_U, partial(_mean_scores, cells_UV))
+    cells_UV, cells_N = find_cells(_sum_scores(ranks, image_of_text_M))
+    return CellMetrics(cells_N, partial(_mean_scores, cells_UV))
 
 
 def compare_retrieval(
-    first_S: Sequence[Ranks], second_S: Sequence[Ranks], image_of_text_M: torch.Tensor, replicates: int, seed: int
+    first_S: Sequence[Ranks],
+    second_S: Sequence[Ranks],
+    image_of_text_M: torch.Tensor,
+    replicates: int,
+    seed: int,
+    groups_N: Array | None = None,
 ) -> dict[str, PairedMetric]:
-    """Compare `retrieval_metrics` of two models, or of seeds of each.
+    """Compare `retrieval_metrics` of two models, or of seeds of each; groups as for `compare`.
 
     McNemar's test is of images alone, since captions are not independent, and of recalls, which are right or wrong.
     """
     scores = [_sum_scores(ranks, image_of_text_M) for ranks in (*first_S, *second_S)]
-    cells_UW, images_U = count_cells(np.concatenate(scores, axis=1))
-    models = [CellMetrics(images_U, partial(_mean_scores, cells_UV)) for cells_UV in np.hsplit(cells_UW, len(scores))]
+    cells_UW, cells_N = find_cells(np.concatenate(scores, axis=1))
+    models = [CellMetrics(cells_N, partial(_mean_scores, cells_UV)) for cells_UV in np.hsplit(cells_UW, len(scores))]
     num_seeds = len(first_S)
     p_values = None
     if num_seeds == 1:
@@ -128,7 +133,7 @@ def compare_retrieval(
             retrieval_name("text", f"recall@{k}"): mcnemar((first_N < k).numpy(), (second_N < k).numpy())
             for k in RECALL_AT
         }
-    return compare(models[:num_seeds], models[num_seeds:], replicates, seed, p_values)
+    return compare(models[:num_seeds], models[num_seeds:], replicates, seed, p_values, groups_N)
 
 
 def _sum_scores(ranks: Ranks, image_of_text_M: torch.Tensor) -> Array:

@@ -25,7 +25,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import array_journal
 from clipcid_cli.formats.files import atomic_file, reading
 from clipcid_cli.formats.fingerprint import FileRecord, validate_unchanged
-from clipcid_cli.formats.parquet import count_rows, read_columns
+from clipcid_cli.formats.parquet import count_rows
 from clipcid_cli.formats.sidecar import Sidecar, read_sidecar, run_again, sidecar_path
 from clipcid_cli.formats.work_directory import CLUSTERS
 from clipcid_cli.records import ModelRecord
@@ -135,12 +135,6 @@ def top_paths(folder: Path, tower: str) -> tuple[Path, Path]:
     """Return where the numbers of the nearest centroids and their similarities are."""
     prefix = _PREFIXES[tower]
     return folder / f"{prefix}top_clusters.npy", folder / f"{prefix}top_similarities.npy"
-
-
-def read_labels(table: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Read from the table the nearest centroid of each image and its similarity, [N] each."""
-    columns = read_columns(table, {"cluster": pa.int32(), "similarity": pa.float32()}, _AGAIN)
-    return columns["cluster"].to_numpy(), columns["similarity"].to_numpy()
 
 
 def read_label_parts(folder: Path) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:

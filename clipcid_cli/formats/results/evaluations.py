@@ -37,6 +37,7 @@ class ZeroshotSidecar(EvaluationSidecar, kw_only=True):
     images_per_second: float
     customary: str
     intervals: dict[str, tuple[float, float]]
+    groups: int | None = None  # of which the intervals are; None where they are of images
     chance: dict[str, float] = msgspec.field(default_factory=dict)
     majority: float | None = None
     per_class: list[ClassScore]

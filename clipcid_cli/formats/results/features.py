@@ -64,5 +64,10 @@ def read_features(path: Path) -> ImageFeatures | None:
     lengths = torch.linalg.vector_norm(rows, dim=-1)
     if rows.ndim != 2 or len(rows) != len(labels) or not bool(((lengths - 1).abs() < _LENGTH_TOLERANCE).all()):
         return None
-    keys = json.loads(str(arrays["keys"]))
-    return ImageFeatures(rows, labels, Skips(**json.loads(str(arrays["skips"]))), keys)
+    try:  # of a stranger's work directory, whose hash fits what is in it
+        keys, skips = json.loads(str(arrays["keys"])), Skips(**json.loads(str(arrays["skips"])))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    if not isinstance(keys, list) or [type(key) for key in keys] != [str] * len(rows):
+        return None
+    return ImageFeatures(rows, labels, skips, keys)

@@ -1,4 +1,4 @@
-"""From rows to what is kept, on all processes: filters, sets, the limit on clusters, the audit."""
+"""From rows to what is kept, on all processes: filters, sets, filters of what they have left, the audit."""
 
 from __future__ import annotations
 
@@ -30,11 +30,8 @@ from clipcid_cli.steps.balance.sets import Sets, make_sets
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 from clipcid_cli.steps.embeddings import skip_rows
 
-if TYPE_CHECKING:  # the filters are loaded where a run has them
-    from clipcid_cli.steps.balance.filters.against import NearReferences
-    from clipcid_cli.steps.balance.filters.captions import CaptionWindow
-    from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
-    from clipcid_cli.steps.balance.filters.near import FarImages
+if TYPE_CHECKING:
+    from clipcid_cli.steps.balance.filters.filter import Dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,26 +39,23 @@ class Outcome:
     """What is to be written: what each filter has found, sets, the forest they were made from, and which rows are kept."""
 
     run: BalanceRun  # with the rows that filters have left to be searched
-    against: NearReferences | None
-    captions: CaptionWindow | None
-    far: FarImages | None
+    dropped_first: list[Dropped]  # by each filter before the search, in their order
     sets: Sets
     forest: Edges
     compared: ComparedLinkage | NotComputed
-    cap: ClusterCap | None
+    dropped_last: list[Dropped]  # by each filter of what repeats have left
     is_kept: BoolArray  # in the end, bool [N]
     audit: Audit | None
 
     @property
-    def filters(self) -> list[NearReferences | CaptionWindow | FarImages | ClusterCap]:
-        """Those of the run, in their order."""
-        filters = (self.against, self.captions, self.far, self.cap)
-        return [dropping for dropping in filters if dropping is not None]
+    def filters(self) -> list[Dropped]:
+        """What all filters have dropped, in their order."""
+        return self.dropped_first + self.dropped_last
 
     @property
     def searches(self) -> frozenset[str]:
         """The names of the comparisons with references."""
-        return frozenset[str]().union(*(kind.nearest.searches for kind in (self.against, self.far) if kind is not None))
+        return frozenset[str]().union(*(dropped.searches for dropped in self.filters))
 
 
 def begin(plan: BalancePlan, output: Output[BalanceSidecar], context: DistContext) -> BalanceRun:
@@ -98,69 +92,46 @@ def compute(plan: BalancePlan, output: Output[BalanceSidecar], context: DistCont
     """Find what is kept, on all processes."""
     if plan.settings.neighbors == "partitioned":  # the tiles of partitions are of many sizes
         keep_few_kernels()
-    run = begin(plan, output, context)
-    against, captions = _find_filtered(run)
-    run = _leave_out(run, [dropping.is_dropped for dropping in (against, captions) if dropping is not None])
-    far = _find_far(run)
-    run = _leave_out(run, [] if far is None else [far.is_dropped])
-    if run.clusters is not None:
-        from clipcid_cli.steps.balance.filters.cluster_cap import warn_of_few
-
-        warn_of_few(run.settings, run.clusters, run.rows.num_searched)
+    run, dropped_first = _filter_rows(begin(plan, output, context))
+    for rule in run.filters:
+        if risk := rule.find_risk(run.rows.num_searched):
+            reporting.warn(risk)
     sets, forest, reused = make_sets(run)
     if reused:
         reporting.note("The forest of these embeddings exists: keep list, curve and report are made from it.")
     compared = compare_linkages(run, sets, forest)
-    cap = _cap_clusters(run, sets)
-    is_kept = sets.kept if cap is None else sets.kept & ~cap.is_dropped
+    dropped_last, is_kept = _filter_kept(run, sets.kept)
     audit = _audit(run, sets, is_kept)
     context.barrier()  # until here another process may read what it has mapped
-    return Outcome(run, against, captions, far, sets, forest.edges, compared, cap, is_kept, audit)
+    return Outcome(run, dropped_first, sets, forest.edges, compared, dropped_last, is_kept, audit)
 
 
-def _find_filtered(run: BalanceRun) -> tuple[NearReferences | None, CaptionWindow | None]:
-    """Find what is dropped before repeats are searched."""
-    against = captions = None
-    if run.settings.against:
-        from clipcid_cli.steps.balance.filters.against import find_near
-
-        against = find_near(run)
-    if run.settings.has_window:
-        from clipcid_cli.steps.balance.filters.captions import find_captions
-
-        captions = find_captions(run)
-    return against, captions
-
-
-def _find_far(run: BalanceRun) -> FarImages | None:
-    """Find what of the rest is far from all targets."""
-    if not run.settings.near:
-        return None
-    from clipcid_cli.steps.balance.filters.near import find_far
-
-    return find_far(run)
+def _filter_rows(run: BalanceRun) -> tuple[BalanceRun, list[Dropped]]:
+    """Apply the filters that come before the search, and leave out of it what they drop."""
+    dropped: list[Dropped] = []
+    is_left = np.ones(len(run.rows), np.bool_)
+    for rule in run.filters:
+        if rule.follows_search:
+            continue
+        dropped.append(rule.apply(run, is_left))
+        is_left = is_left & ~dropped[-1].is_dropped
+        if not is_left.any():
+            raise ClipcidError(
+                f"All {len(is_left):,} images are dropped before repeats are searched.",
+                "Give a smaller --against-threshold, or a wider window of caption similarity.",
+            )
+        run = dataclasses.replace(run, rows=run.rows.restrict(run.shared, is_left))
+    return run, dropped
 
 
-def _leave_out(run: BalanceRun, dropped: list[BoolArray]) -> BalanceRun:
-    """Leave out of the search what filters drop: each is a mask over the rows of the keep list, bool [N]."""
-    if not dropped:
-        return run
-    is_left = ~np.logical_or.reduce(dropped)
-    if not is_left.any():
-        raise ClipcidError(
-            f"All {len(is_left):,} images are dropped before repeats are searched.",
-            "Give a smaller --against-threshold, or a wider window of caption similarity.",
-        )
-    return dataclasses.replace(run, rows=run.rows.restrict(run.shared, is_left))
-
-
-def _cap_clusters(run: BalanceRun, sets: Sets) -> ClusterCap | None:
-    """Find what is dropped after repeats."""
-    if run.clusters is None:
-        return None
-    from clipcid_cli.steps.balance.filters.cluster_cap import cap_clusters
-
-    return cap_clusters(run, run.clusters, sets.kept)
+def _filter_kept(run: BalanceRun, is_kept: BoolArray) -> tuple[list[Dropped], BoolArray]:
+    """Apply the filters that come after the search to the images that repeats have left, bool [N]; return which stay."""
+    dropped: list[Dropped] = []
+    for rule in run.filters:
+        if rule.follows_search:
+            dropped.append(rule.apply(run, is_kept))
+            is_kept = is_kept & ~dropped[-1].is_dropped
+    return dropped, is_kept
 
 
 def _audit(run: BalanceRun, sets: Sets, is_kept: BoolArray) -> Audit | None:

@@ -1,4 +1,4 @@
-"""The figure of the report of `balance`: the share of images kept over the cut-off."""
+"""What the report of `balance` draws: the share of images kept over the cut-off, and how many sets are of which size."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.compared_linkage import ComparedLinkage
@@ -45,3 +46,25 @@ def draw_curves(run: BalanceRun, sets: Sets, compared: ComparedLinkage | NotComp
     axes.set(xlabel="cut-off ε", ylabel="share kept", xlim=(0, 1.15 * farthest or 1), ylim=(0, 1.02))
     axes.legend(loc="lower left", frameon=False)
     return svg(figure, "Share of images kept over the cut-off")
+
+
+def count_sizes(sizes: IntArray, **more: IntArray) -> list[dict[str, Any]]:
+    """Count sets and the images in them by size, int64 [S], in powers of two.
+
+    Args:
+        more: Other numbers of each set, [S], to be added up likewise.
+    """
+    is_set = sizes > 0
+    power = np.ceil(np.log2(sizes[is_set])).astype(np.int64)
+    num_sets = np.bincount(power)
+    sums = dict[str, IntArray]()
+    for name, values in {"images": sizes, **more}.items():
+        sums[name] = np.bincount(power, weights=values[is_set]).astype(np.int64)
+    rows = list[dict[str, Any]]()
+    for p in np.flatnonzero(num_sets).tolist():
+        name = f"{2**p}" if p < 2 else f"{2 ** (p - 1) + 1:,}–{2**p:,}"
+        row = {"name": name, "sets": int(num_sets[p]), "share": sums["images"][p] / sums["images"].max()}
+        for column, total in sums.items():
+            row[column] = int(total[p])
+        rows.append(row)
+    return rows

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
-from clipcid_cli.algorithms.near.exact import IntArray
+from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.dataset import Dataset
@@ -41,6 +43,12 @@ class Picture:
     source: str
     kept: bool = False
     distance: float = 0.0
+
+
+def pair_up(ones: Iterable[Picture], others: Iterable[Picture], distances: FloatArray) -> list[dict[str, Any]]:
+    """Join pictures to pairs, as the template shows them."""
+    pairs = zip(ones, others, distances.tolist(), strict=True)
+    return [{"a": one, "b": other, "distance": distance} for one, other, distance in pairs]
 
 
 class ReportPictures:

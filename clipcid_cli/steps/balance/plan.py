@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,28 +22,25 @@ from clipcid_cli.formats.results.forest import ROW_NUMBERING, NumberedFile, read
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.balance.filters import identify
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
-
-@dataclasses.dataclass(frozen=True)
-class CapClusters:
-    """The clusters of ``--max-per-cluster``, the hash of their table, and how many images are in them."""
-
-    folder: Path
-    identity: str
-    images: int
-    skipped: int  # how many are in none, since their rows are not usable
-    of_repaired: bool  # whether they were made of repaired rows, which `balance` does not read
+if TYPE_CHECKING:
+    from clipcid_cli.steps.balance.filters.filter import Filter
 
 
 @dataclasses.dataclass(frozen=True)
 class NamedReference:
     """Images that others are compared with, by the flag and name that the user gave; a dry run does not embed them."""
 
-    flag: str  # ``--against`` or ``--near``
+    flag: str
     name: str
     rows: Embeddings | EmbedCost
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.num_rows if isinstance(self.rows, Embeddings) else self.rows.images + self.rows.images_done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +49,7 @@ class BalanceInputs:
 
     embeddings: Embeddings
     references: Sequence[NamedReference]
-    clusters: CapClusters | None  # of ``--max-per-cluster``
+    filters: Sequence[Filter]
     seconds: dict[str, float]  # time by phase, to which later phases add theirs
 
 
@@ -78,7 +76,7 @@ class BalancePlan:
     settings: BalanceSettings
     embeddings: Embeddings
     data: Dataset | None = None  # the data that kept samples are copied from; None where they are not
-    clusters: CapClusters | None = None
+    filters: Sequence[Filter] = ()  # in the order in which they drop images
     references: Sequence[Reference] = ()
     spec: OutputSpec[BalanceSidecar]
     seconds: dict[str, float]
@@ -110,7 +108,7 @@ def plan_checked(settings: BalanceSettings, inputs: BalanceInputs, data: Dataset
         settings=settings,
         embeddings=inputs.embeddings,
         data=data,
-        clusters=inputs.clusters,
+        filters=inputs.filters,
         references=references,
         spec=spec,
         seconds=inputs.seconds,
@@ -170,22 +168,15 @@ def _identify(
     All settings may change on an existing forest; of the inputs, there may be more.
     """
     embeddings = inputs.embeddings
-    names = ["keep", "threshold", "cosine_distance", "linkage", "select", "neighbors", "max_per_cluster"]
-    names += ["min_caption_similarity", "max_caption_similarity"]
     opened = [embeddings, *(reference.embeddings for reference in references)]
     files = embeddings.fingerprints([Kind.TEXTS] if settings.reads_texts else [])
     texts = files.pop() if settings.reads_texts else None
-    identity = {name: getattr(settings, name) for name in names} | {
+    identity = {name: getattr(settings, name) for name in settings.decisive} | {
         "seed": settings.seed if settings.select == "random" else None,
         "texts": None if texts is None else texts.hash,
         "keys": next((rows.key_rule for rows in opened if rows.key_rule is not None), None),
-        "clusters": None if inputs.clusters is None else inputs.clusters.identity,
-        "against": _name_contents(references, "--against"),
-        "against_threshold": settings.reference_distance if settings.against else None,
-        "near": _name_contents(references, "--near"),
-        "near_distance": settings.near_distance,
-        "near_keep": settings.near_keep,
     }
+    identity |= identify(inputs.filters, references)
     return OutputSpec(
         WorkDirectory(settings.work).balance,
         "balance",
@@ -195,10 +186,6 @@ def _identify(
         overwrite=settings.overwrite,
         may_differ={*identity} if settings.overwrite else {*identity, "inputs"},
     )
-
-
-def _name_contents(references: Sequence[Reference], flag: str) -> list[list[str]] | None:
-    return [[reference.name, reference.identity] for reference in references if reference.flag == flag] or None
 
 
 def _note_new_shards(settings: BalanceSettings, embeddings: Embeddings) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.files import validate_writable
@@ -11,21 +13,24 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.plan import BalanceInputs, CapClusters, NamedReference
+from clipcid_cli.steps.balance.filters import make_filters
+from clipcid_cli.steps.balance.plan import BalanceInputs, NamedReference
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embeddings import open_given
-from clipcid_cli.steps.models import find_embedded_model
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.balance.filters.filter import Filter
 
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """The embeddings to balance: a folder, or the model that makes them; and the clusters to cap."""
+    """The embeddings to balance: a folder, or the model that makes them; and the filters."""
 
     folder: Path | None
     model: str | None
-    clusters: CapClusters | None
+    filters: Sequence[Filter]
 
 
 def prepare(settings: BalanceSettings, context: DistContext) -> BalanceInputs | EmbedCost:
@@ -41,11 +46,11 @@ def prepare(settings: BalanceSettings, context: DistContext) -> BalanceInputs | 
             return folder
         embeddings = open_given(settings, folder, None if settings.dry_run else settings.work)
         references = _open_references(settings, embeddings, context)
-    return BalanceInputs(embeddings, references, choice.clusters, seconds)
+    return BalanceInputs(embeddings, references, choice.filters, seconds)
 
 
 def _choose(settings: BalanceSettings) -> _Choice:
-    """Choose embeddings and clusters, and refuse what cannot be compared or written in the end."""
+    """Choose embeddings and filters, and refuse what cannot be compared or written in the end."""
     for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
         if path is not None:
             validate_writable(path)
@@ -53,25 +58,29 @@ def _choose(settings: BalanceSettings) -> _Choice:
         from clipcid_cli.steps.balance.write_data import validate_target
 
         validate_target(settings)
-    clusters = None
-    if settings.max_per_cluster is not None:
-        from clipcid_cli.steps.balance.filters.cluster_cap import find_cap_clusters
-
-        clusters = find_cap_clusters(settings)
+    filters = make_filters(settings)
     work = WorkDirectory(settings.work)
     folder = settings.embeddings
     model = None
     if folder is None and settings.data is None and settings.model is None:
         folder = work.find_embeddings()
     elif folder is None:
-        model = settings.model or find_embedded_model(work) or configured().get("model", DEFAULT_MODEL)
+        model = settings.model or _choose_model(work)
     if settings.named_references:
         from clipcid_cli.steps.balance.filters.references import validate_references
 
         validate_references(settings, model)
     if folder is not None and settings.embeddings is None:
         reporting.note(f"Embeddings: {folder}.")
-    return _Choice(folder, model, clusters)
+    return _Choice(folder, model, filters)
+
+
+def _choose_model(work: WorkDirectory) -> str:
+    """Choose the model that has embedded before, or else the one of the configuration."""
+    from clipcid_cli.steps.models import find_embedded_model
+
+    model: str = find_embedded_model(work) or configured().get("model", DEFAULT_MODEL)
+    return model
 
 
 def _embed(settings: BalanceSettings, model: str | None, context: DistContext) -> Path | EmbedCost:

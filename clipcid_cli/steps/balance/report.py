@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
+from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.report import render_report
 from clipcid_cli.formats.skips import REASONS
@@ -18,23 +18,22 @@ from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chains import find_chains
 from clipcid_cli.steps.balance.changes import compare_classes
 from clipcid_cli.steps.balance.compute import Outcome
-from clipcid_cli.steps.balance.curves import draw_curves
+from clipcid_cli.steps.balance.curves import count_sizes, draw_curves
 from clipcid_cli.steps.balance.linkages import LINKAGES
 from clipcid_cli.steps.balance.pairs import NotComputed
-from clipcid_cli.steps.balance.pictures import Picture, ReportPictures
+from clipcid_cli.steps.balance.pictures import Picture, ReportPictures, pair_up
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.sets import Sets
 from clipcid_cli.typed import this_command
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.balance.filters.references import Nearest
+    from clipcid_cli.steps.balance.filters.filter import Dropped
 
 REPORT = "report.html"
 
 _SETS_SHOWN = 12
 _IMAGES_SHOWN = 9
 _PAIRS_SHOWN = 8
-_REFERENCES_SHOWN = 12
 
 
 def write_report(outcome: Outcome, result: BalanceResult, warnings: list[str]) -> dict[str, Any]:
@@ -58,7 +57,7 @@ def write_report(outcome: Outcome, result: BalanceResult, warnings: list[str]) -
     def show(edges: Edges) -> list[dict[str, Any]]:
         ones = [pictures[row] for row in edges.a.tolist()]
         others = [pictures[row] for row in edges.b.tolist()]
-        return _pair_up(ones, others, edges.weight)
+        return pair_up(ones, others, edges.weight)
 
     unread = gallery.unread
     why = next(iter(unread.values()), "")
@@ -80,7 +79,7 @@ def write_report(outcome: Outcome, result: BalanceResult, warnings: list[str]) -
         num_sets=len(table),
         why_not_compared=compared.reason if isinstance(compared, NotComputed) else "",
         curve_figure=draw_curves(run, sets, compared),
-        sizes=_count_sizes(np.concatenate([table.size, alone])),
+        sizes=count_sizes(np.concatenate([table.size, alone])),
         sets=[
             {"size": size, "images": [pictures[row] for row in rows.tolist()]}
             for size, rows in zip(table.size[largest].tolist(), members, strict=True)
@@ -90,10 +89,9 @@ def write_report(outcome: Outcome, result: BalanceResult, warnings: list[str]) -
         outside=show(outside),
         why_no_images=gallery.closed,
         classes=compare_classes(gallery.data, run.embeddings, run.rows, outcome.is_kept),
-        cluster_sizes=[] if outcome.cap is None else _count_sizes(outcome.cap.before, outcome.cap.most),
-        against=[] if outcome.against is None else _show_near(run, outcome.against.nearest, gallery),
-        near=[] if outcome.far is None else _show_near(run, outcome.far.nearest, gallery),
-        window_figure=None if outcome.captions is None else outcome.captions.draw(),
+        dropped=_list_dropped(outcome, result) if result.is_filtered else [],
+        sections=_show_filters(outcome.dropped_first, run, gallery),
+        last_sections=_show_filters(outcome.dropped_last, run, gallery),
         reasons=REASONS,
         embeddings=str(run.embeddings.folder),
     )
@@ -105,6 +103,19 @@ def _pairs_at_cutoff(sets: Sets, forest: Edges) -> tuple[Edges, Edges]:
     """Return the edges of the forest just within the cut-off, and those just beyond it."""
     end = 0 if sets.threshold is None else len(forest.up_to(sets.threshold))
     return forest[max(0, end - _PAIRS_SHOWN) : end], forest[end : end + _PAIRS_SHOWN]
+
+
+def _list_dropped(outcome: Outcome, result: BalanceResult) -> list[tuple[int, str]]:
+    """Return how many images were dropped, and by what, in words, each image once."""
+    words = {dropped.reason: dropped.words for dropped in outcome.filters}
+    is_rest = result.searched < result.images
+    words["repeat"] = f"repeats among the {result.searched:,} left" if is_rest else "repeats"
+    return [(count, words[reason]) for reason, count in result.dropped_by.items() if count]
+
+
+def _show_filters(filters: Sequence[Dropped], run: BalanceRun, gallery: ReportPictures) -> list[tuple[str, Any]]:
+    """Return for each filter the name of its section's template, and what that shows."""
+    return [(f"balance_{dropped.name}.html", dropped.show(run, gallery)) for dropped in filters]
 
 
 def _load_pictures(outcome: Outcome, gallery: ReportPictures, rows: IntArray) -> dict[int, Picture]:
@@ -126,40 +137,3 @@ def _choose_members(sets: Sets, label: int) -> IntArray:
         half = _IMAGES_SHOWN // 2
         members = np.concatenate([members[:half], members[-half:]])
     return members
-
-
-def _pair_up(ones: Iterable[Picture], others: Iterable[Picture], distances: FloatArray) -> list[dict[str, Any]]:
-    pairs = zip(ones, others, distances.tolist(), strict=True)
-    return [{"a": one, "b": other, "distance": distance} for one, other, distance in pairs]
-
-
-def _show_near(run: BalanceRun, near: Nearest, gallery: ReportPictures) -> list[dict[str, Any]]:
-    """Choose some pairs of each reference, from the nearest to the farthest, and load their images."""
-    shown = []
-    for index, reference in enumerate(near.references):
-        rows = np.flatnonzero(near.owner == index)
-        rows = rows[np.argsort(near.distance[rows], kind="stable")]
-        chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _REFERENCES_SHOWN)).round().astype(np.int64)]
-        theirs = ReportPictures(run, reference.embeddings)
-        ours = gallery.load(run.rows.numbers[chosen])
-        pairs = _pair_up(ours, theirs.load(near.row[chosen]), near.distance[chosen])
-        shown.append({"name": reference.name, "number": len(rows), "pairs": pairs})
-    return shown
-
-
-def _count_sizes(sizes: IntArray, most: int | None = None) -> list[dict[str, Any]]:
-    """Count sets and the images in them by size, int64 [S], in powers of two; of each, `most` images stay."""
-    sizes = sizes[sizes > 0]
-    power = np.ceil(np.log2(sizes)).astype(np.int64)
-    left = sizes if most is None else np.minimum(sizes, most)
-    num_sets, images, after = (np.bincount(power, weights=weights).astype(np.int64) for weights in (None, sizes, left))
-    return [
-        {
-            "name": f"{2**p}" if p < 2 else f"{2 ** (p - 1) + 1:,}–{2**p:,}",
-            "sets": int(num_sets[p]),
-            "images": int(images[p]),
-            "share": images[p] / images.max(),
-            "after": int(after[p]),
-        }
-        for p in np.flatnonzero(num_sets).tolist()
-    ]

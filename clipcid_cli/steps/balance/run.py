@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -27,16 +26,13 @@ from clipcid_cli.steps.balance.keep_list import read_names
 from clipcid_cli.steps.balance.pictures import has_new_pictures
 from clipcid_cli.steps.balance.plan import BalanceInputs, BalancePlan, list_row_numbering, make_plan, plan_checked
 from clipcid_cli.steps.balance.prepare import prepare
-from clipcid_cli.steps.balance.result import BalanceResult
+from clipcid_cli.steps.balance.result import BalanceCost, BalanceResult
 from clipcid_cli.steps.balance.samples import validate_data_there
 from clipcid_cli.steps.balance.shared_arrays import remove_shared
 from clipcid_cli.steps.balance.write import name_files, validate_new, write, write_lists
 from clipcid_cli.steps.claim import claim_output, preview_output
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.balance import BalanceSettings
-
-if TYPE_CHECKING:
-    from clipcid_cli.steps.balance.cost import BalanceCost
 
 
 def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:

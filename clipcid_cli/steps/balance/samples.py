@@ -53,7 +53,7 @@ def validate_data(settings: BalanceSettings, embeddings: Embeddings, purpose: st
 
 def validate_data_there(settings: BalanceSettings, embeddings: Embeddings) -> None:
     """Check that the data is there where ``--select resolution`` reads it; what is finished needs none."""
-    if settings.select == "resolution" and (settings.keep != 1.0 or settings.max_per_cluster is not None):
+    if settings.reads_sizes:
         validate_data(settings, embeddings, "--select resolution")
 
 

@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -41,6 +42,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.compared_linkage import ComparedLinkage
 from clipcid_cli.steps.balance.compute import Outcome
+from clipcid_cli.steps.balance.filters import count_dropped
 from clipcid_cli.steps.balance.keep_list import Names, write_list, write_sets
 from clipcid_cli.steps.balance.linkages import LINKAGES
 from clipcid_cli.steps.balance.plan import BalancePlan
@@ -90,10 +92,8 @@ def summarise(outcome: Outcome) -> BalanceResult:
     run, sets, compared = outcome.run, outcome.sets, outcome.compared
     rows = run.rows
     kept = int(np.count_nonzero(outcome.is_kept))
-    against = None if outcome.against is None else outcome.against.summarise()
-    near = None if outcome.far is None else outcome.far.summarise()
-    by_reference = 0 if against is None else against.dropped
-    far = {} if near is None else {"far": near.dropped}
+    repeats = rows.num_searched - sets.num_kept
+    parts: dict[str, Any] = {dropped.name: dropped.summarise() for dropped in outcome.filters}
     embedded = {} if run.embeddings.sidecar is None else run.embeddings.sidecar.counts["skipped"]
     return BalanceResult(
         images=len(rows),
@@ -107,17 +107,8 @@ def summarise(outcome: Outcome) -> BalanceResult:
         other_linkage=compared.result if isinstance(compared, ComparedLinkage) else None,
         neighbors=run.settings.neighbors,
         audit=outcome.audit,
-        dropped_by={
-            "reference": by_reference,
-            "caption": len(rows) - rows.num_searched - by_reference - sum(far.values()),
-            **far,
-            "repeat": rows.num_searched - sets.num_kept,
-            "cluster": sets.num_kept - kept,
-        },
-        against=against,
-        near=near,
-        caption_window=None if outcome.captions is None else outcome.captions.summarise(),
-        cluster_cap=None if outcome.cap is None else outcome.cap.summarise(),
+        dropped_by=count_dropped(outcome.dropped_first, repeats, outcome.dropped_last),
+        **parts,
         skipped={**embedded, **run.skips.counts},
         seconds=run.phases(),
     )

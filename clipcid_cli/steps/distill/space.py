@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.losses.registry import LossEntry
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, second_moment
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
@@ -18,7 +16,7 @@ from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.distill.teachers import Teacher
+from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 # Cut to the student's width only where that keeps at least this share of the teacher's squared length.
@@ -27,24 +25,19 @@ _ENOUGH_LENGTH = 0.98
 _AXES_ROWS = 2**20
 
 
-def choose_space(
-    settings: DistillSettings,
-    losses: Collection[LossEntry],
-    teacher: Teacher,
-    student_width: int,
-    context: DistContext,
-) -> SharedSpace:
+def choose_space(inputs: Inputs, student_width: int, context: DistContext) -> SharedSpace:
     """Choose the space in which losses compare student and teacher; all processes take the first one's axes.
 
     For equal widths, and where no loss compares features of the two, it is the teacher's as it is, unless requested
     otherwise; else as requested, but ``pca`` cannot widen, or do without stored embeddings: ``project`` takes its place.
     """
+    settings, teacher = inputs.settings, inputs.teacher
     teacher_width = teacher.width
     if teacher_width is None:
         return SharedSpace(student_width)
     embeddings = teacher.embeddings
     requested = settings.teacher_space
-    if requested == "auto" and all(loss.space == "own" for loss in losses):
+    if requested == "auto" and all(loss.space == "own" for loss in inputs.losses):
         return SharedSpace(teacher_width)
     if requested != "project" and student_width == teacher_width:
         return SharedSpace(teacher_width)

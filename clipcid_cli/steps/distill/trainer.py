@@ -64,7 +64,7 @@ class Trainer:
         model = student.model
         teacher = inputs.teacher
         width = model.info.embed_dim
-        space = choose_space(settings, inputs.losses, teacher, width, context)
+        space = choose_space(inputs, width, context)
         clusters = None
         if inputs.clusters is not None:
             table_rows = inputs.training.column("clusters")

@@ -1,24 +1,22 @@
 """`--compare A B` of both evaluations: is the difference of two results larger than the choice of images explains?
 
-Where A and B are several seeds each, patterns or lists of files, the choice of seeds counts too.
+Where A and B are several seeds each, patterns or lists of files, the choice of seeds counts too. Where they are of several
+data sets, so does the mean over these.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
-from difflib import get_close_matches
-from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 
 from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compare_accuracies, precision_metrics
-from clipcid_cli.algorithms.metrics.intervals import MIN_SEEDS, Array, PairedMetric, compare
+from clipcid_cli.algorithms.metrics.intervals import MIN_SEEDS, Array, PairedMetric, compare, compare_means
 from clipcid_cli.algorithms.metrics.retrieval import Ranks, compare_retrieval
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.samples import match_pattern
+from clipcid_cli.formats.data.benchmark import RECALL, customary_metric
 from clipcid_cli.formats.results.metrics import (
     ASSOCIATION,
     CLASSIFICATION,
@@ -28,37 +26,87 @@ from clipcid_cli.formats.results.metrics import (
     EvaluationSidecar,
     Metrics,
     Predictions,
-    predictions_path,
-    read_metrics,
-    read_predictions,
-    validate_unchanged_metrics,
 )
-from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.evaluate.comparison import ComparedLines, ComparisonResult, Difference
+from clipcid_cli.steps.evaluate.compared import Result, read_sides
+from clipcid_cli.steps.evaluate.comparison import (
+    ComparedLines,
+    Comparison,
+    ComparisonResult,
+    ComparisonResults,
+    Difference,
+    MeanDifference,
+)
 from clipcid_cli.steps.evaluate.draws import Draws
+from clipcid_cli.steps.evaluate.image_groups import find_groups
 from clipcid_cli.steps.settings.comparing import ComparingSettings
 
-# Metrics files that an error names.
-_NAMED = 8
+
+def compare_results(settings: ComparingSettings) -> Comparison:
+    """Compare two results on the same images, or several pairs of them: of seeds, of data sets, or of both."""
+    sides = read_sides(settings)
+    datasets = [list(dict.fromkeys(result.dataset for result in side)) for side in sides]
+    if max(map(len, datasets)) > 1:
+        return _compare_datasets(sides, datasets, settings)
+    answer, _ = _compare_sides(sides, settings)
+    for judged in answer.differences.values():
+        reporting.note(judged.verdict)
+    _note_checkpoints(answer)
+    return answer
 
 
-def compare_results(settings: ComparingSettings) -> ComparisonResult:
-    """Compare two results on the same images, or several pairs of them."""
+def _compare_datasets(
+    sides: list[list[Result]], datasets: list[list[str]], settings: ComparingSettings
+) -> ComparisonResults:
+    """Compare both sides on each data set, and on the mean over those of one task."""
+    for side, there, other in (("A", *datasets), ("B", *reversed(datasets))):
+        lacking = [dataset for dataset in other if dataset not in there]
+        if lacking:
+            raise ClipcidError(
+                f"{side} has no result on {', '.join(lacking)}.",
+                "Give results of both sides on the same data sets, or compare one data set at a time.",
+            )
+    answers = list[ComparisonResult]()
+    counted: dict[str, dict[str, tuple[str, PairedMetric]]] = {}
+    for dataset in datasets[0]:
+        own = [[result for result in side if result.dataset == dataset] for side in sides]
+        answer, metrics = _compare_sides(own, settings)
+        if answers and answer.models != answers[0].models:
+            raise ClipcidError(
+                f"The models on {dataset} are not those on {answers[0].dataset}: {answer.models} and {answers[0].models}.",
+                "Give the results of the same models, in the same order, on every data set.",
+            )
+        answers.append(answer)
+        name = _customary(dataset, own[0][0], list(metrics))
+        counted.setdefault(own[0][0].metrics.task, {})[dataset] = (name, metrics[name])
+    means = [_average(task, of_task, settings) for task, of_task in counted.items() if len(of_task) > 1]
+    for mean in means:
+        reporting.note(mean.verdict)
+    _note_checkpoints(answers[0])
+    return ComparisonResults(answers, means, settings.margin, {})
+
+
+def _customary(dataset: str, result: Result, metrics: list[str]) -> str:
+    """Return the metric that a data set is usually reported by, among those that are compared."""
+    if result.predictions.kind == RETRIEVAL:
+        return RECALL
+    return result.prefix + customary_metric(dataset, [name.removeprefix(result.prefix) for name in metrics])
+
+
+def _average(task: str, counted: dict[str, tuple[str, PairedMetric]], settings: ComparingSettings) -> MeanDifference:
+    metric = compare_means([metric for _, metric in counted.values()], settings.bootstrap, settings.seed)
+    judged = _judge(f"mean over {', '.join(counted)}", metric, ["A", "B"], settings.margin)
+    names = {dataset: name for dataset, (name, _) in counted.items()}
+    return MeanDifference(**msgspec.structs.asdict(judged), task=task, counted=names)
+
+
+def _compare_sides(
+    sides: list[list[Result]], settings: ComparingSettings
+) -> tuple[ComparisonResult, dict[str, PairedMetric]]:
+    """Compare both sides on one data set; return also the metrics behind the answer."""
     command = f"clipcid {settings.command}"
-    sides = [_find_files(side) for side in settings.compared]
-    paths = [path for side in sides for path in side]
-    work = WorkDirectory(settings.work)
-    for path in paths:
-        if path.is_dir():
-            raise _folder_error(path, work, command)
-        if not path.exists():
-            raise _missing_error(path, work, command)
-    again = f"Run {command} --predictions --overwrite for that model and data set again."
-    sidecars = [validate_unchanged_metrics(path, again) for path in paths]
-    records = [read_metrics(path) for path in paths]
-    _validate_tasks(paths, records, settings)
-    predictions = [read_predictions(predictions_path(path), command) for path in paths]
+    results = [*sides[0], *sides[1]]
+    predictions = [result.predictions for result in results]
     truth = predictions[0]
     for other in predictions[1:]:
         _validate_same_data(truth, other, command)
@@ -69,80 +117,38 @@ def compare_results(settings: ComparingSettings) -> ComparisonResult:
             f"Give the same number of each, in the same order of seeds, or list some with commas: {command} --compare "
             "A1.json,A2.json B1.json,B2.json",
         )
-    files = [str(path) for path in paths]
+    files = [str(result.path) for result in results]
     models = [side.model for side in predictions]
     is_pair = num_seeds == 1
+    records = [result.metrics for result in results]
     names = _tell_apart(records, files) if is_pair else ["A", "B"]
     has_prompts = records[0].task != LINEAR_PROBE and truth.kind != RETRIEVAL
+    sidecars = [result.sidecar for result in results]
     prompts = _compare_prompts(sidecars, names if is_pair else files) if has_prompts else None
-    metrics = _compare(predictions[:num_seeds], predictions[num_seeds:], settings)
-    if records[0].task == LINEAR_PROBE:
-        metrics = {f"lp_{name}": metric for name, metric in metrics.items()}
-    differences = {name: _judge(name, metric, names) for name, metric in metrics.items()}
-    if settings.margin is not None:
-        for judged in differences.values():
-            _judge_by_margin(judged, settings.margin, names)
-    for judged in differences.values():
-        reporting.note(judged.verdict)
-    if is_pair and models[0] != models[1]:
-        reporting.note(
-            "This compares two checkpoints, not two methods: for methods, give several seeds of each, trained as long as "
-            "you mean to train."
-        )
-    return ComparisonResult(
+    groups = find_groups(truth.keys.tolist(), truth.dataset, settings)
+    compared = _compare(predictions[:num_seeds], predictions[num_seeds:], groups, settings)
+    metrics = {results[0].prefix + name: metric for name, metric in compared.items()}
+    answer = ComparisonResult(
         compared=files if is_pair else [files[:num_seeds], files[num_seeds:]],
         models=models if is_pair else [models[:num_seeds], models[num_seeds:]],
         dataset=truth.dataset,
         images=len(truth),
+        groups=None if groups is None else int(groups.max()) + 1,
         prompts=prompts,
-        differences=differences,
+        differences={name: _judge(name, metric, names, settings.margin) for name, metric in metrics.items()},
         files={},
         margin=settings.margin,
     )
+    return answer, metrics
 
 
-def _find_files(side: str) -> list[Path]:
-    """Return the file of one side, or those that a pattern matches, seed 2 before seed 10, or that commas separate."""
-    if os.path.exists(side):
-        return [Path(side)]
-    return [Path(file) for part in side.split(",") for file in match_pattern(part)]
-
-
-def _validate_tasks(paths: Sequence[Path], records: Sequence[Metrics], settings: ComparingSettings) -> None:
-    """Refuse results of the other evaluation."""
-    for path, metrics in zip(paths, records, strict=True):
-        command = "eval-linear" if metrics.task == LINEAR_PROBE else "eval-zeroshot"
-        if command != settings.command:
-            raise ClipcidError(
-                f"{path} is a result of {command}, and {settings.command} compares its own.",
-                f"Compare results of one evaluation: clipcid {command} --compare A.json B.json",
-            )
-
-
-def _folder_error(folder: Path, work: WorkDirectory, command: str) -> ClipcidError:
-    """Return the error for a model's folder in place of a metrics file, which names the metrics files of that model."""
-    files = list[str]()
-    for path in sorted(work.eval.glob("*.json")):
-        with suppress(ClipcidError):  # not ours, or damaged
-            if Path(str(read_metrics(path).pretrained)).resolve().is_relative_to(folder.resolve()):
-                files.append(str(path))
-    fix = f"Measure the model first: {command} MODEL DATA --predictions"
-    if files:
-        fix = "Give one of its metrics files:\n" + "\n".join(f"  {file}" for file in files[:_NAMED])
-    return ClipcidError(f"{folder} is a folder; --compare takes two metrics files.", fix)
-
-
-def _missing_error(path: Path, work: WorkDirectory, command: str) -> ClipcidError:
-    """Return the error for a metrics file that is not there, which names those of close names, beside it or in eval/."""
-    files = [*path.parent.glob("*.json"), *work.eval.glob("*.json")]
-    by_name = {file.stem: file for file in files}  # of two of one name that of the work directory
-    near = get_close_matches(path.name.removesuffix(".json"), by_name, n=3)
-    fix = f"Measure the model first: {command} MODEL DATA --predictions"
-    if near:
-        fix = "Did you mean one of these?\n" + "\n".join(f"  {by_name[name]}" for name in near)
-    elif next(work.eval.glob("*.json"), None) is not None:
-        fix = f"Those of this work directory are in {work.eval}."
-    return ClipcidError(f"There is no metrics file {path}.", fix)
+def _note_checkpoints(answer: ComparisonResult) -> None:
+    first, second = answer.models
+    if isinstance(first, str) and first != second:
+        reporting.note(
+            "This compares two checkpoints, not two methods: for methods, give several seeds of each, trained as long as "
+            "you mean to train."
+        )
 
 
 def _validate_same_data(first: Predictions, second: Predictions, command: str) -> None:
@@ -191,7 +197,7 @@ def _compare_prompts(sidecars: list[EvaluationSidecar | None], names: list[str])
 
 
 def _compare(
-    first: Sequence[Predictions], second: Sequence[Predictions], settings: ComparingSettings
+    first: Sequence[Predictions], second: Sequence[Predictions], groups: Array | None, settings: ComparingSettings
 ) -> dict[str, PairedMetric]:
     """Compare the predictions of both sides, one or more of each."""
     replicates = settings.bootstrap
@@ -199,17 +205,18 @@ def _compare(
     truth = first[0]
     if truth.kind == CLASSIFICATION:
         ranks, other_ranks = ([_class_ranks(predictions) for predictions in side] for side in (first, second))
-        return compare_accuracies(truth.column("label"), ranks, other_ranks, truth.num_classes, replicates, seed)
+        labels = truth.column("label")
+        return compare_accuracies(labels, ranks, other_ranks, truth.num_classes, replicates, seed, groups)
     if truth.kind == MULTI_LABEL:
         metrics, others = (
             [precision_metrics(predictions.matrix("class_scores"), truth.positive) for predictions in side]
             for side in (first, second)
         )
-        return compare(metrics, others, replicates, seed)
+        return compare(metrics, others, replicates, seed, groups_N=groups)
     recalls, other_recalls = ([_retrieval_ranks(predictions) for predictions in side] for side in (first, second))
     captions = torch.from_numpy(truth.lengths("image_ranks"))
     image_of_text = torch.repeat_interleave(torch.arange(len(captions)), captions)
-    return compare_retrieval(recalls, other_recalls, image_of_text, replicates, seed)
+    return compare_retrieval(recalls, other_recalls, image_of_text, replicates, seed, groups)
 
 
 def _retrieval_ranks(predictions: Predictions) -> Ranks:
@@ -223,8 +230,8 @@ def _class_ranks(predictions: Predictions) -> Array:
     return np.where(predictions.column("predicted") == label, 0, np.where(among, 1, ACCURACY_TOP_K))
 
 
-def _judge(name: str, metric: PairedMetric, names: list[str]) -> Difference:
-    """State a difference in numbers and in words."""
+def _judge(name: str, metric: PairedMetric, names: list[str], margin: float | None) -> Difference:
+    """State a difference in numbers and in words, and what a margin in points makes of it."""
     difference, (low, high) = metric.difference, metric.interval
     better, worse = (1, 0) if difference > 0 else (0, 1)
     numbers = f"{100 * difference:+.2f} points, 95 % interval {100 * low:+.2f} … {100 * high:+.2f}"
@@ -239,7 +246,7 @@ def _judge(name: str, metric: PairedMetric, names: list[str]) -> Difference:
         verdict = f"{name}: no difference ({numbers})."
     else:
         verdict = f"{name}: {names[better]} scores higher, but the difference may be due to chance ({numbers})."
-    return Difference(
+    judged = Difference(
         first=_summarise(metric.first),
         second=_summarise(metric.second),
         difference=difference,
@@ -249,6 +256,9 @@ def _judge(name: str, metric: PairedMetric, names: list[str]) -> Difference:
         enough_seeds=metric.has_enough_seeds,
         verdict=verdict,
     )
+    if margin is not None:
+        _judge_by_margin(judged, margin, names)
+    return judged
 
 
 def _judge_by_margin(judged: Difference, margin: float, names: list[str]) -> None:

@@ -1,6 +1,8 @@
-"""What `eval-zeroshot --compare` answers: the JSON object, in the order of its keys."""
+"""What `--compare` of both evaluations answers: the JSON objects, in the order of their keys."""
 
 from __future__ import annotations
+
+from typing import TypeAlias
 
 import msgspec
 
@@ -45,3 +47,23 @@ class ComparisonResult(msgspec.Struct):
     differences: dict[str, Difference]
     files: dict[str, str]
     margin: float | None = None  # in points
+    groups: int | None = None  # of images that the intervals draw together; None where they draw each by itself
+
+
+class MeanDifference(Difference, kw_only=True):
+    """The mean over data sets of one task, of the customary metric of each."""
+
+    task: str
+    counted: dict[str, str]  # the metric that counts, by data set
+
+
+class ComparisonResults(msgspec.Struct):
+    """Two models, or seeds of each, on several data sets; `means` are over those of one task."""
+
+    results: list[ComparisonResult]
+    means: list[MeanDifference]
+    margin: float | None
+    files: dict[str, str]
+
+
+Comparison: TypeAlias = ComparisonResult | ComparisonResults

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.evaluate.features import extract_features
+from clipcid_cli.steps.evaluate.image_groups import find_groups
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, warn_of_skips
 from clipcid_cli.steps.evaluate.predictions import lacks_predictions, wants_predictions
 from clipcid_cli.steps.evaluate.probe_fits import ProbeFits, describe_fits, guess_labels
@@ -38,14 +40,14 @@ from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.evaluate.comparison import ComparisonResult
+    from clipcid_cli.steps.evaluate.comparison import Comparison
 
 # What the probe itself does not depend on: what is measured beside it, and its intervals.
 _BESIDE = frozenset({"shots", "shot_repeats", "knn"})
-_MAY_DIFFER = _BESIDE | {"bootstrap"}
+_MAY_DIFFER = _BESIDE | {"bootstrap", "groups"}
 
 
-def run(settings: EvalLinearSettings) -> LinearResult | Preview | ComparisonResult:
+def run(settings: EvalLinearSettings) -> LinearResult | Preview | Comparison:
     """Fit and measure a linear probe. ``--compare`` compares two earlier results."""
     if settings.compare:
         from clipcid_cli.steps.evaluate.compare import compare_results  # it measures nothing
@@ -132,7 +134,9 @@ def _write(
         solution = fits.refit(best)
         of_images = fits.measure(solution.classifier, test)
         measured = of_images.values()
-        intervals = of_images.intervals(plan.settings.bootstrap, plan.settings.seed)
+        groups = find_groups(test.keys, plan.dataset, plan.settings)
+        draws = dataclasses.replace(of_images, groups_N=groups)
+        intervals = draws.intervals(plan.settings.bootstrap, plan.settings.seed)
     if "acc5" in measured and len(plan.classes) < ACCURACY_TOP_K:
         reporting.note(f"lp_acc5 is null because there are only {len(plan.classes)} classes.")
     with timed(seconds, "shots"):
@@ -163,6 +167,7 @@ def _write(
     }
     result = {
         "intervals": {f"lp_{name}": bounds for name, bounds in intervals.items()},
+        "groups": None if groups is None else int(groups.max()) + 1,
         "metric": plan.metric,
         "c": best.c,
         "folds": len(fits.folds),

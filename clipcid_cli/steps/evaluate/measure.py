@@ -176,7 +176,7 @@ def _measure_multi_label(rows: TaskRows, weights: torch.Tensor) -> TaskResult:
     positive = rows.labels
     scores = torch.cat(list(_score(rows, weights)))
     draws = precision_metrics(scores.numpy(), positive.numpy())
-    areas = average_precision(draws.images_U[None], scores.numpy(), positive.numpy())[0][0].tolist()
+    areas = average_precision(draws.sizes[None], scores.numpy(), positive.numpy())[0][0].tolist()
 
     return TaskResult(
         draws=draws,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import msgspec
@@ -22,12 +23,16 @@ from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import note_captions
+from clipcid_cli.steps.evaluate.image_groups import describe_groups, find_groups
 from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_skips
 from clipcid_cli.steps.evaluate.predictions import lacks_predictions, wants_predictions
 from clipcid_cli.steps.evaluate.result import ZeroshotResult
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+
+# Settings that change the intervals only.
+_DRAWS = ("bootstrap", "seed", "groups")
 
 
 def evaluate_pair(
@@ -62,9 +67,8 @@ def is_measured(model: EvaluatedModel, task: ZeroshotTask, path: Path, settings:
 def _identify(
     model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord], path: Path, settings: EvalZeroshotSettings
 ) -> OutputSpec[ZeroshotSidecar]:
-    # They change the intervals only.
-    draws = {"bootstrap": settings.bootstrap, "seed": settings.seed}
-    return model.specify(path, ZeroshotSidecar, task.describe() | draws, data, draws)
+    draws = {"bootstrap": settings.bootstrap, "seed": settings.seed} | describe_groups(settings)
+    return model.specify(path, ZeroshotSidecar, task.describe() | draws, data, _DRAWS)
 
 
 def _find_finished(
@@ -104,7 +108,9 @@ def _write(
     seconds = dict(rows.seconds)
     with timed(seconds, "compare"):
         measured = measure(rows, model.context.device)
-        intervals = measured.draws.intervals(settings.bootstrap, settings.seed)
+        groups = find_groups(rows.keys, task.name, settings)
+        draws = dataclasses.replace(measured.draws, groups_N=groups)
+        intervals = draws.intervals(settings.bootstrap, settings.seed)
     output.start()
     written = [output.work_top / path.name]
     write_metrics(written[0], model.make_metrics(task.name, task.task, measured.draws.values()))
@@ -124,6 +130,7 @@ def _write(
         prompts=task.prompt_lines,
         customary=task.customary,
         intervals=intervals,
+        groups=None if groups is None else int(groups.max()) + 1,
         chance=measured.chance,
         majority=measured.majority,
         per_class=measured.per_class,
@@ -143,6 +150,7 @@ def _make_result(sidecar: ZeroshotSidecar, task: ZeroshotTask, path: Path, *, re
         prompts=task.prompt_lines,
         customary=sidecar.customary,
         intervals=sidecar.intervals,
+        groups=sidecar.groups,
         chance=sidecar.chance,
         majority=sidecar.majority,
         images=sidecar.counts["images"],

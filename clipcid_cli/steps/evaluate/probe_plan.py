@@ -25,6 +25,7 @@ from clipcid_cli.formats.results.metrics import CLASSIFICATION, LINEAR_PROBE, MU
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.data_index import open_named, refuse_empty
+from clipcid_cli.steps.evaluate.image_groups import describe_groups
 from clipcid_cli.steps.evaluate.task_plan import find_copy
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.models import choose_model
@@ -58,6 +59,7 @@ class ProbePlan:
             "shot_repeats": settings.shot_repeats if settings.shot_counts else None,
             "knn": list(settings.neighbour_counts),
             "bootstrap": settings.bootstrap,
+            **describe_groups(settings),
             "grid": regularisation_grid(),
             "tolerance": TOLERANCE,
             "promised_decrease": PROMISED_DECREASE,

@@ -30,6 +30,7 @@ class LinearResult(Metrics, kw_only=True):
 
     # The 95 % interval of each metric after ``lp_``, over the test images; the probe itself is one.
     intervals: dict[str, tuple[float, float]] = msgspec.field(default_factory=dict)
+    groups: int | None = None  # of test images that the intervals draw together; None where they draw each by itself
     metric: str  # by which the strength `c` was chosen
     c: float
     # In which the images were held out in turn to choose it; 1 where one part of them was, or those of ``--val``.

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 
 from clipcid_cli.algorithms.metrics.associations import ASSOCIATION_METRICS
+from clipcid_cli.algorithms.metrics.intervals import interval_of_mean
+from clipcid_cli.algorithms.metrics.retrieval import retrieval_name
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.arrow_tables import find_tables, open_captioned, open_cued
 from clipcid_cli.formats.data.benchmark import KNOWN_DATASETS, RECALL, hash_lines
@@ -32,6 +34,8 @@ from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan, choose_models, eva
 from clipcid_cli.steps.models import tell_apart
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+
+_RECALLS = tuple(retrieval_name(sought, "recall@1") for sought in ("image", "text"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,13 +142,34 @@ def _score(datasets: Sequence[SuiteDataset], results: Sequence[ZeroshotResult]) 
             f"No data set has the metric that counts: {', '.join(scores)} have too few images or candidates.",
             "Download the data sets again.",
         )
+    intervals = {
+        dataset.title: _count_interval(dataset, result)
+        for dataset, result in zip(datasets, results, strict=True)
+        if dataset.title in known and result.intervals
+    }
     groups = {
         name: fmean(known[title] for title in titles) if known.keys() >= set(titles) else None
         for name, titles in DATACOMP_GROUPS.items()
     }
     mean = fmean(known.values())
     is_whole = len(known) == len(DATACOMP)
-    return SuiteScores(results[0].model, results[0].pretrained, scores, groups, mean if is_whole else None, mean)
+
+    def interval_of(titles: Sequence[str]) -> tuple[float, float]:
+        return interval_of_mean([known[title] for title in titles], [intervals[title] for title in titles])
+
+    return SuiteScores(
+        results[0].model,
+        results[0].pretrained,
+        scores,
+        groups,
+        average=mean if is_whole else None,
+        mean_of_measured=mean,
+        intervals=intervals,
+        group_intervals={
+            name: interval_of(titles) for name, titles in DATACOMP_GROUPS.items() if intervals.keys() >= set(titles)
+        },
+        mean_interval=interval_of(list(known)) if intervals else None,
+    )
 
 
 def _count(dataset: SuiteDataset, result: ZeroshotResult) -> float | None:
@@ -152,6 +177,14 @@ def _count(dataset: SuiteDataset, result: ZeroshotResult) -> float | None:
     metrics: dict[str, float | None] = result.metrics
     if dataset.metric != MEAN_RECALL:
         return metrics.get(dataset.metric)
-    recalls = [metrics.get(f"{kind}_retrieval_recall@1") for kind in ("image", "text")]
+    recalls = [metrics.get(name) for name in _RECALLS]
     known = [recall for recall in recalls if recall is not None]
     return fmean(known) if len(known) == len(recalls) else None
+
+
+def _count_interval(dataset: SuiteDataset, result: ZeroshotResult) -> tuple[float, float]:
+    """Return the interval of what `_count` does; of two recalls of the same images one that is at least as wide."""
+    if dataset.metric != MEAN_RECALL:
+        return result.intervals[dataset.metric]
+    lows, highs = zip(*(result.intervals[name] for name in _RECALLS), strict=True)
+    return fmean(lows), fmean(highs)

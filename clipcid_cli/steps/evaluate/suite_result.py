@@ -16,6 +16,10 @@ class SuiteScores(msgspec.Struct):
     groups: dict[str, float | None]  # means of some data sets; None where one of them is missing
     average: float | None  # the mean of all data sets; None where one is missing
     mean_of_measured: float  # the mean of those with a score, which is not the suite's where one is missing
+    # 95 % intervals over the images, of `scores`, of `groups` and of the mean of those measured; none with --bootstrap 0.
+    intervals: dict[str, tuple[float, float]]
+    group_intervals: dict[str, tuple[float, float]]
+    mean_interval: tuple[float, float] | None
 
 
 class SuiteResult(msgspec.Struct):

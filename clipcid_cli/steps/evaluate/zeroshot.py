@@ -17,6 +17,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.evaluate.means import average_results
 from clipcid_cli.steps.evaluate.model import EvaluatedModel
 from clipcid_cli.steps.evaluate.pair import evaluate_pair, is_measured
 from clipcid_cli.steps.evaluate.report import write_summary
@@ -28,10 +29,10 @@ from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.evaluate.comparison import ComparisonResult
+    from clipcid_cli.steps.evaluate.comparison import Comparison
     from clipcid_cli.steps.evaluate.suite_result import SuiteResult
 
-Answer: TypeAlias = "ZeroshotResult | ZeroshotResults | Preview | Previews | ComparisonResult | SuiteResult"
+Answer: TypeAlias = "ZeroshotResult | ZeroshotResults | Preview | Previews | Comparison | SuiteResult"
 
 
 def run(settings: EvalZeroshotSettings) -> Answer:
@@ -165,4 +166,4 @@ def evaluate(plan: ZeroshotPlan, context: DistContext) -> ZeroshotResults:
             results.append(evaluate_pair(model, task, inputs, path, settings))
     datasets = [task.dataset for task in plan.tasks] * len(plan.names)
     files = context.on_rank0(lambda: write_summary(WorkDirectory(settings.work), results, datasets))
-    return ZeroshotResults(results, files)
+    return ZeroshotResults(results, files, average_results(results))

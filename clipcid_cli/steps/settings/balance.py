@@ -45,6 +45,19 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings, GpuPlanSettings)
     # A tenth faster on 2 cores.
     openmp_spins: ClassVar[str] = BRIEF_SPINS
 
+    # What decides the output by its value; what inputs hold does so, too.
+    decisive: ClassVar = (
+        "keep",
+        "threshold",
+        "cosine_distance",
+        "linkage",
+        "select",
+        "neighbors",
+        "max_per_cluster",
+        "min_caption_similarity",
+        "max_caption_similarity",
+    )
+
     keep: float | None = _amount(
         None, "Share of the images to keep; the distance cut-off follows from it.", within=Range(0, 1, min_open=True)
     )
@@ -236,6 +249,11 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings, GpuPlanSettings)
     def reads_texts(self) -> bool:
         """Whether images are compared with their captions."""
         return self.has_window or self.select == "similarity"
+
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether the sizes of images decide which of them are kept."""
+        return self.select == "resolution" and (self.keep != 1.0 or self.max_per_cluster is not None)
 
     @property
     def reference_distance(self) -> float | None:

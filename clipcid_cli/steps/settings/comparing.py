@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import ClassVar
 
 from clipcid_cli.errors import UsageError
@@ -17,7 +18,9 @@ from clipcid_cli.steps.settings.shared import (
 )
 
 # Settings that a comparison follows.
-_COMPARING = frozenset({"model", "data", "bootstrap", "margin", "seed"})
+_COMPARING = frozenset({"model", "data", "bootstrap", "groups", "group_column", "margin", "seed"})
+# Settings by which the table of groups is read.
+_OF_GROUPS = frozenset({"key_column", "image_column"})
 
 _result = group("Results")
 
@@ -29,6 +32,16 @@ class ComparingSettings(EvaluationSettings):
     command: ClassVar[str]
 
     bootstrap: int = _result(1000, "Bootstrap samples for the 95% intervals; 0 disables them.", within=Range(0))
+    groups: Path | None = _result(
+        None,
+        "Table (csv, tsv, parquet) with the `key` and the group of each image, such as the keep list of `clipcid balance` "
+        "on the test images: the intervals draw whole groups, since near copies, or images of one thing, are no "
+        "independent evidence.",
+        metavar="FILE",
+    )
+    group_column: str = _result(
+        "component", "Column of --groups with the groups; of a keep list its sets of near images.", metavar="NAME"
+    )
     predictions: bool = _result(
         False,
         "Also write the predictions for each image to a parquet file (key, label, predicted, top, scores).",
@@ -59,6 +72,16 @@ class ComparingSettings(EvaluationSettings):
                 "--margin has no effect without --compare.",
                 f"Compare two results: clipcid {self.command} --compare A.json B.json --margin 1",
             )
+        if self.groups is None and self.group_column != ComparingSettings.group_column:
+            raise UsageError(
+                "--group-column has no effect without --groups.",
+                f"Name the table with that column: --groups FILE --group-column {self.group_column}",
+            )
+        if self.groups is not None and self.bootstrap == 0:
+            raise UsageError(
+                "--groups has no effect without bootstrap samples, but --bootstrap is 0.",
+                "Omit --bootstrap or --groups.",
+            )
 
     def _validate_comparison(self) -> None:
         named = self.named
@@ -78,15 +101,16 @@ class ComparingSettings(EvaluationSettings):
                 "--compare needs bootstrap samples, but --bootstrap is 0.", "Omit --bootstrap or give --bootstrap 1000."
             )
         # Settings of a measurement have no effect here; ignoring them silently would mislead.
+        followed = _COMPARING if self.groups is None else _COMPARING | _OF_GROUPS
         idle = [
             flag_of(field)
             for field in given_fields(self)
-            if field.name not in _COMPARING and (field.name == "predictions" or not setting_of(field).operational)
+            if field.name not in followed and (field.name == "predictions" or not setting_of(field).operational)
         ]
         if idle:
             raise UsageError(
                 f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect with --compare, which measures nothing.",
-                "Give only --margin, --bootstrap and --seed with --compare.",
+                "Give only --margin, --bootstrap, --groups and --seed with --compare.",
             )
 
     @property

@@ -67,6 +67,11 @@ class EvalZeroshotSettings(ComparingSettings):
                 f"--{given[0]} cannot be combined with --suite: a score of {suite} is of its own splits and prompts.",
                 f"Omit --{given[0]}, or name the data sets one by one.",
             )
+        if self.groups is not None:
+            raise UsageError(
+                f"--groups cannot be combined with --suite: no table has the groups of all data sets of {suite}.",
+                "Omit --groups, or name the data sets one by one.",
+            )
 
     @property
     def named(self) -> tuple[str, ...]:

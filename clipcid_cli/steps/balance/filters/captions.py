@@ -20,7 +20,10 @@ from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.result import CaptionWindowResult
+from clipcid_cli.steps.balance.filters.filter import SAMPLED, Dropped, Filter, FilterCost
+from clipcid_cli.steps.balance.pictures import ReportPictures
+from clipcid_cli.steps.balance.plan import BalanceInputs
+from clipcid_cli.steps.balance.result import CaptionCost, CaptionWindowResult
 from clipcid_cli.steps.reporting import Progress
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -29,23 +32,23 @@ _BARS = 80
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptionWindow:
-    """The window, from −∞ or to ∞ where it has no such end, that the similarity of images to their captions must be in."""
+class CaptionWindow(Dropped):
+    """The window, from −∞ or to ∞ where it has no such end, of caption similarity; images outside are dropped."""
 
+    name: ClassVar = "caption_window"
     reason: ClassVar = "caption"
+    words: ClassVar = "outside the window of caption similarity"
     low: float
     high: float
-    similarity: FloatArray  # cosine of each image and its caption, float32 [N]; NaN where there is no usable caption
+    # Cosine of each image and its caption, float32 [N]; NaN, and so outside, where there is no usable caption.
+    similarity: FloatArray
 
     @classmethod
     def from_settings(cls, settings: BalanceSettings, similarity: FloatArray) -> CaptionWindow:
-        low, high = settings.min_caption_similarity, settings.max_caption_similarity
-        return cls(-math.inf if low is None else low, math.inf if high is None else high, similarity)
-
-    @property
-    def is_dropped(self) -> BoolArray:
-        """Which images lie outside, or have no usable caption, bool [N]."""
-        return ~((self.similarity >= np.float32(self.low)) & (self.similarity <= np.float32(self.high)))
+        low = -math.inf if settings.min_caption_similarity is None else settings.min_caption_similarity
+        high = math.inf if settings.max_caption_similarity is None else settings.max_caption_similarity
+        is_inside = (similarity >= np.float32(low)) & (similarity <= np.float32(high))
+        return cls(~is_inside, low, high, similarity)
 
     def summarise(self) -> CaptionWindowResult:
         """Return what the JSON object says: the ends of the window, and how many images lie where."""
@@ -80,7 +83,8 @@ class CaptionWindow:
         ends = [("from", self.low), ("to", self.high)]
         return " ".join(f"{word} {end:g}" for word, end in ends if math.isfinite(end))
 
-    def draw(self) -> Markup:
+    def show(self, run: BalanceRun, pictures: ReportPictures) -> Markup:
+        """Draw how similar images are to their captions."""
         usable = self.similarity[~np.isnan(self.similarity)].astype(np.float64)
         low, high = float(usable.min()), float(usable.max())
         counts, edges = np.histogram(usable, bins=_BARS, range=(low, high) if low < high else (low - 0.01, low + 0.01))
@@ -95,27 +99,40 @@ class CaptionWindow:
         return svg(figure, "Histogram of the similarity of images to their captions")
 
 
-def find_captions(run: BalanceRun) -> CaptionWindow:
-    """Compare every image with its caption, each process a share of them; the same on every process."""
-    rows = run.rows
-    start, stop = run.context.rank_range(len(rows))
-    mine = rows.numbers[start:stop]
+@dataclasses.dataclass(frozen=True)
+class Captions(Filter):
+    """Drops images by how similar they are to their captions."""
 
-    def compare() -> Arrays:
-        with reporting.progress("captions", len(mine), "images") as progress:
-            return (compare_captions(run.embeddings, mine, progress),)
+    def estimate(self, inputs: BalanceInputs, sample: IntArray, searched: int) -> FilterCost:
+        embeddings = inputs.embeddings
+        window = CaptionWindow.from_settings(self.settings, compare_captions(embeddings, sample, Progress()))
+        if embeddings.num_rows <= SAMPLED:
+            window.validate_not_empty()
+        cost = CaptionCost(len(sample), int(np.count_nonzero(~window.is_dropped)) / len(sample))
+        # Texts are read, and a similarity of each image is written as a float32.
+        fields = {"caption_window": cost}
+        return FilterCost(fields, round(cost.share * searched), mapped_rows=embeddings.num_rows, bytes_an_image=4)
 
-    parts = run.shared.collect(compare)
+    def apply(self, run: BalanceRun, is_left: BoolArray) -> CaptionWindow:
+        rows = run.rows
+        start, stop = run.context.rank_range(len(rows))
+        mine = rows.numbers[start:stop]
 
-    def merge() -> tuple[FloatArray]:
-        similarity = np.concatenate([part for (part,) in parts])
-        CaptionWindow.from_settings(run.settings, similarity).validate_not_empty()
-        return (similarity,)
+        def compare() -> Arrays:
+            with reporting.progress("captions", len(mine), "images") as progress:
+                return (compare_captions(run.embeddings, mine, progress),)
 
-    window = CaptionWindow.from_settings(run.settings, *run.shared.publish(merge))
-    num_inside = np.count_nonzero(~window.is_dropped)
-    reporting.note(f"{num_inside:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
-    return window
+        parts = run.shared.collect(compare)
+
+        def merge() -> tuple[FloatArray]:
+            similarity = np.concatenate([part for (part,) in parts])
+            CaptionWindow.from_settings(self.settings, similarity).validate_not_empty()
+            return (similarity,)
+
+        window = CaptionWindow.from_settings(self.settings, *run.shared.publish(merge))
+        num_inside = np.count_nonzero(~window.is_dropped)
+        reporting.note(f"{num_inside:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
+        return window
 
 
 def compare_captions(embeddings: Embeddings, numbers: IntArray, progress: Progress) -> FloatArray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,13 +18,17 @@ from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN
 from clipcid_cli.formats.fingerprint import record, validate_unchanged
 from clipcid_cli.formats.join import join, parquet_listing
-from clipcid_cli.formats.results.clusters import ClusterSidecar, read_labels
+from clipcid_cli.formats.parquet import read_columns
+from clipcid_cli.formats.results.clusters import ClusterSidecar
 from clipcid_cli.formats.results.keep_list import Column
 from clipcid_cli.formats.sidecar import read_sidecar, run_again, sidecar_path
 from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.plan import CapClusters
+from clipcid_cli.steps.balance.curves import count_sizes
+from clipcid_cli.steps.balance.filters.filter import Dropped, Filter, FilterCost
+from clipcid_cli.steps.balance.pictures import ReportPictures
+from clipcid_cli.steps.balance.plan import BalanceInputs, Reference
 from clipcid_cli.steps.balance.result import ClusterCapResult
 from clipcid_cli.steps.balance.scores import SCORES
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -34,13 +38,14 @@ _ROWS_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class ClusterCap:
+class ClusterCap(Dropped):
     """Which of the images that repeats have left are dropped because their cluster has more than it may."""
 
+    name: ClassVar = "cluster_cap"
     reason: ClassVar = "cluster"
+    words: ClassVar = "in clusters with too many images"
     most: int  # images that stay of each cluster at most
     cluster: npt.NDArray[np.int32]  # cluster of each row, int32 [N]; −1 where it is in none
-    is_dropped: BoolArray
     before: npt.NDArray[np.int64]  # images of each cluster before, int64 [K]
 
     def summarise(self) -> ClusterCapResult:
@@ -58,8 +63,72 @@ class ClusterCap:
 
         return [Column("cluster", pa.int32(), read)]
 
+    def show(self, run: BalanceRun, pictures: ReportPictures) -> list[dict[str, Any]]:
+        return count_sizes(self.before, after=np.minimum(self.before, self.most))
 
-def find_cap_clusters(settings: BalanceSettings) -> CapClusters:
+
+@dataclasses.dataclass(frozen=True)
+class MaxPerCluster(Filter):
+    """Drops images of crowded clusters; the hash of the clusters' table, and how many images are in them."""
+
+    follows_search: ClassVar = True
+    folder: Path
+    hash: str
+    images: int
+    skipped: int  # how many are in none, since their rows are not usable
+    of_repaired: bool  # whether they were made of repaired rows, which `balance` does not read
+
+    def identify(self, references: Sequence[Reference]) -> dict[str, Any]:
+        return {"clusters": self.hash}
+
+    def estimate(self, inputs: BalanceInputs, sample: IntArray, searched: int) -> FilterCost:
+        note = f"After it, clusters are capped: {self.folder}, {self.images:,} images."
+        # The cluster of each image is written as an int32.
+        return FilterCost({"clustered_images": self.images}, searched, bytes_an_image=4, note=note)
+
+    def find_risk(self, searched: int) -> str:
+        if self.images + self.skipped >= searched:
+            return ""
+        return (
+            f"The clusters in {self.folder} are of {self.images:,} images, and {searched:,} are balanced: if a kept "
+            f"image is in no cluster, the run ends with an error. To cluster all images: "
+            f"{_cluster_all(self.settings, overwrite=True)}"
+        )
+
+    def apply(self, run: BalanceRun, is_left: BoolArray) -> ClusterCap:
+        most = self.settings.max_per_cluster
+        assert most is not None  # it was asked for
+
+        def cap() -> Arrays:
+            cluster, similarity = _look_up(run, self.folder / CLUSTERS)
+            kept = np.flatnonzero(is_left)
+            labels = cluster[kept]
+            if num_missing := int(np.count_nonzero(labels < 0)):
+                raise ClipcidError(
+                    f"{num_missing:,} of the {len(kept):,} images that are kept are in none of the clusters in "
+                    f"{self.folder}, which were made from other images.",
+                    "Name other clusters with --clusters, or cluster all images: "
+                    f"{_cluster_all(self.settings, overwrite=True)}",
+                )
+            before = np.bincount(labels, minlength=int(cluster.max(initial=-1)) + 1)
+            crowded = kept[before[labels] > most]
+            scores: FloatArray | DoubleArray
+            if self.settings.select != "central":
+                scores = SCORES[self.settings.select](run, crowded)
+            elif self.of_repaired:
+                scores = _similarity_to_means(run, cluster, crowded)
+            else:
+                scores = similarity[crowded]
+            stays = best_of_groups(scores.astype(np.float64), cluster[crowded], most)
+            is_dropped = np.zeros(len(is_left), np.bool_)
+            is_dropped[crowded[~stays]] = True
+            return is_dropped, cluster, before
+
+        is_dropped, cluster, before = run.shared.publish(cap)
+        return ClusterCap(is_dropped, most, cluster, before)
+
+
+def find_clusters(settings: BalanceSettings) -> MaxPerCluster:
     """Find the clusters of ``--max-per-cluster``, and say which they are."""
     folder = settings.clusters or WorkDirectory(settings.work).find_clusters(**_flags_for_all(settings))
     path = sidecar_path(folder, "cluster")
@@ -80,17 +149,7 @@ def find_cap_clusters(settings: BalanceSettings) -> CapClusters:
             f"{_cluster_all(settings, overwrite=True)}"
         )
     skipped = sum(sidecar.counts["skipped"].values())
-    return CapClusters(folder, record(folder / CLUSTERS).hash, images, skipped, of_repaired)
-
-
-def warn_of_few(settings: BalanceSettings, clusters: CapClusters, num_rows: int) -> None:
-    """Warn, before the search, where clusters are of fewer images than are balanced."""
-    if clusters.images + clusters.skipped < num_rows:
-        reporting.warn(
-            f"The clusters in {clusters.folder} are of {clusters.images:,} images, and {num_rows:,} are balanced: if a kept "
-            f"image is in no cluster, the run ends with an error. To cluster all images: "
-            f"{_cluster_all(settings, overwrite=True)}"
-        )
+    return MaxPerCluster(settings, folder, record(folder / CLUSTERS).hash, images, skipped, of_repaired)
 
 
 def _flags_for_all(settings: BalanceSettings) -> dict[str, Any]:
@@ -112,38 +171,6 @@ def _cluster_all(settings: BalanceSettings, **more: Any) -> str:
     return command_line("cluster", **_flags_for_all(settings), work=settings.work, **more)
 
 
-def cap_clusters(run: BalanceRun, clusters: CapClusters, is_kept: BoolArray) -> ClusterCap:
-    """Choose which of the images that repeats have left, bool [N], stay; the same on every process."""
-    settings, most = run.settings, run.settings.max_per_cluster
-    assert most is not None  # clusters were looked for
-
-    def cap() -> Arrays:
-        cluster, similarity = _look_up(run, clusters.folder / CLUSTERS)
-        kept = np.flatnonzero(is_kept)
-        labels = cluster[kept]
-        if num_missing := int(np.count_nonzero(labels < 0)):
-            raise ClipcidError(
-                f"{num_missing:,} of the {len(kept):,} images that are kept are in none of the clusters in "
-                f"{clusters.folder}, which were made from other images.",
-                f"Name other clusters with --clusters, or cluster all images: {_cluster_all(settings, overwrite=True)}",
-            )
-        before = np.bincount(labels, minlength=int(cluster.max(initial=-1)) + 1)
-        crowded = kept[before[labels] > most]
-        scores: FloatArray | DoubleArray
-        if settings.select != "central":
-            scores = SCORES[settings.select](run, crowded)
-        elif clusters.of_repaired:
-            scores = _similarity_to_means(run, cluster, crowded)
-        else:
-            scores = similarity[crowded]
-        stays = best_of_groups(scores.astype(np.float64), cluster[crowded], most)
-        is_dropped = np.zeros(len(is_kept), np.bool_)
-        is_dropped[crowded[~stays]] = True
-        return cluster, is_dropped, before
-
-    return ClusterCap(most, *run.shared.publish(cap))
-
-
 def _look_up(run: BalanceRun, table: Path) -> tuple[npt.NDArray[np.int32], FloatArray]:
     """Return the cluster of each row and its similarity to the centroid, [N] each; −1 and 0 where it is in none."""
 
@@ -152,7 +179,9 @@ def _look_up(run: BalanceRun, table: Path) -> tuple[npt.NDArray[np.int32], Float
         return (pa.chunked_array([piece]) for piece in pieces)
 
     place = join(keys, len(run.rows), parquet_listing(table), run.settings.work)[:, 0]
-    labels, similarities = read_labels(table)
+    fix = "Run their command again with --overwrite."
+    columns = read_columns(table, {"cluster": pa.int32(), "similarity": pa.float32()}, fix)
+    labels, similarities = columns["cluster"].to_numpy(), columns["similarity"].to_numpy()
     is_there = place >= 0
     return np.where(is_there, labels[place], np.int32(-1)), np.where(is_there, similarities[place], np.float32(0.0))
 

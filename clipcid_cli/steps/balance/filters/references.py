@@ -1,19 +1,18 @@
-"""What images are compared with, for ``--against`` and ``--near``: embeddings, or images embedded by the same model."""
+"""What filters compare images with: the rows of references, which are embeddings, or images embedded by the same model."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipcid_cli.algorithms.near.cutoff import Neighbours, draw_sample, find_neighbours
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, HalfArray, IntArray, ReadRows, row_type
 from clipcid_cli.algorithms.near.jobs import rectangle
@@ -28,8 +27,9 @@ from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.plan import Reference
-from clipcid_cli.steps.balance.result import ReferenceResult
+from clipcid_cli.steps.balance.pictures import ReportPictures, pair_up
+from clipcid_cli.steps.balance.plan import BalanceInputs, Reference
+from clipcid_cli.steps.balance.result import ReferenceCost, ReferenceResult
 from clipcid_cli.steps.balance.run_search import Search, run_chunks
 from clipcid_cli.steps.data_index import holds_embeddings, open_named, refuse_empty
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
@@ -38,10 +38,8 @@ from clipcid_cli.steps.models import find_mismatch
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
-_SAMPLE_ROWS = 512
-# Share of the rows that is compared no farther than it must: of 20,000 rows with 5,000, at a distance within which all pairs
-# are, 2 s were needed in place of 52.
-_MOST = 0.95
+# Pairs of a reference that the report shows.
+_PAIRS_SHOWN = 12
 
 
 def validate_references(settings: BalanceSettings, model: str | None) -> None:
@@ -162,6 +160,29 @@ def _validate_same_model(embeddings: Embeddings, reference: Embeddings, flag: st
         )
 
 
+def name_contents(references: Sequence[Reference], flag: str) -> list[list[str]]:
+    """Name the references of a flag by what they hold."""
+    return [[reference.name, reference.identity] for reference in references if reference.flag == flag]
+
+
+def count_references(inputs: BalanceInputs, flag: str, compared: int) -> list[ReferenceCost]:
+    """Count what it takes to compare so many images with the references of a flag."""
+    costs = list[ReferenceCost]()
+    for reference in inputs.references:
+        if reference.flag == flag:
+            embedding = reference.rows if isinstance(reference.rows, EmbedCost) else None
+            costs.append(
+                ReferenceCost(
+                    name=reference.name,
+                    rows=reference.num_rows,
+                    to_embed=embedding is not None,
+                    embed_seconds=0.0 if embedding is None else embedding.seconds["encode"],
+                    pairs=compared * reference.num_rows,
+                )
+            )
+    return costs
+
+
 @dataclasses.dataclass(frozen=True)
 class Nearest:
     """The nearest reference row of each row, where one is near enough."""
@@ -226,6 +247,19 @@ class Nearest:
             float_column(f"{name}_distance", self.distance),
         ]
 
+    def show(self, run: BalanceRun, pictures: ReportPictures) -> list[dict[str, Any]]:
+        """Choose some pairs of each reference, from the nearest to the farthest, and load their images."""
+        shown = []
+        for index, reference in enumerate(self.references):
+            rows = np.flatnonzero(self.owner == index)
+            rows = rows[np.argsort(self.distance[rows], kind="stable")]
+            chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _PAIRS_SHOWN)).round().astype(np.int64)]
+            theirs = ReportPictures(run, reference.embeddings)
+            ours = pictures.load(run.rows.numbers[chosen])
+            pairs = pair_up(ours, theirs.load(self.row[chosen]), self.distance[chosen])
+            shown.append({"name": reference.name, "count": len(rows), "pairs": pairs})
+        return shown
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -235,19 +269,6 @@ class Comparison:
     references: Sequence[Reference]
     pairs: list[Edges]  # of each reference, whose rows are numbered after those of the run
     searches: frozenset[str]
-
-    def count_near(self) -> int:
-        """Count the rows that are near a reference."""
-        return int(np.count_nonzero(np.isfinite(self.distances())))
-
-    def distances(self) -> FloatArray:
-        """Return the distance of each row to the nearest reference row, float32 [N]; infinite where none is near."""
-        distance = np.full(len(self.run.rows), np.inf, np.float32)
-        for pairs in self.pairs:
-            distance[pairs.a] = np.minimum(distance[pairs.a], pairs.weight)
-        copies = self.run.rows.copies
-        distance[copies.b] = distance[copies.a]
-        return distance
 
     def up_to(self, threshold: float) -> Nearest:
         """Choose what is within a distance, inclusive, on the first process; the same on every process."""
@@ -277,28 +298,21 @@ class Comparison:
 
 
 def compare(
-    run: BalanceRun,
-    references: Sequence[Reference],
-    searched_to: float,
-    label: str,
-    sampled_RS: FloatArray | None = None,
+    run: BalanceRun, references: Sequence[Reference], distances: Sequence[Sequence[float]], label: str
 ) -> Comparison:
     """Compare all rows that are to be searched with all references; the same on every process.
 
     What was compared stays for later runs in the folder of `balance`.
 
     Args:
-        sampled_RS: Of `sample_distances`. With it, a distance beyond most rows takes little longer than a near one.
+        distances: Of each reference, ascending: rows that have a near one within one of them are compared no farther.
     """
     pairs, searches = list[Edges](), set[str]()
-    for index, reference in enumerate(references):
-        distances = [searched_to]
-        if sampled_RS is not None:
-            distances = [*_steps_before(searched_to, sampled_RS[index]), searched_to]
-        others, read = _number(run, reference)
+    for reference, ascending in zip(references, distances, strict=True):
+        others, read = number_rows(run, reference)
         left = run.rows.unique.astype(others.dtype, copy=False)
         steps = list[Edges]()
-        for distance in distances:
+        for distance in ascending:
             if not len(left):
                 break
             nearest, name = _compare(run, reference, left, others, read, distance, label)
@@ -307,15 +321,6 @@ def compare(
             left = np.setdiff1d(left, nearest.a, assume_unique=True)
         pairs.append(Edges.concatenate(steps))
     return Comparison(run, references, pairs, frozenset(searches))
-
-
-def _steps_before(searched_to: float, sampled_S: FloatArray) -> list[float]:
-    """Return smaller distances, within which most rows have their nearest one: only the others are compared farther.
-
-    Within a distance beyond most of the nearest rows there are most other rows, too, and each of them would be a candidate.
-    """
-    most = np.quantile(sampled_S, (_MOST, 1.0)).astype(np.float32)
-    return [float(step) for step in np.unique(most[most < np.float32(searched_to)])]
 
 
 def _compare(
@@ -333,7 +338,7 @@ def _compare(
     return run_chunks(run, search), search.place(run).name
 
 
-def _number(run: BalanceRun, reference: Reference) -> tuple[IntArray, ReadRows]:
+def number_rows(run: BalanceRun, reference: Reference) -> tuple[IntArray, ReadRows]:
     """Number the rows of a reference after those to balance; return their numbers, and what reads rows of one of both."""
     images = reference.embeddings.rows(Kind.IMAGES)
     num_rows = len(run.rows)
@@ -343,19 +348,3 @@ def _number(run: BalanceRun, reference: Reference) -> tuple[IntArray, ReadRows]:
         return run.rows.read(rows) if rows[0] < num_rows else images.take(reference.numbers[rows - num_rows])
 
     return numbers.astype(row_type(num_rows + len(numbers))), read
-
-
-def sample_distances(run: BalanceRun, references: Sequence[Reference]) -> FloatArray:
-    """Return the distance of sampled rows to the nearest row of each reference, float32 [R, S]; the same everywhere."""
-    unique, context = run.rows.unique, run.context
-    sample = unique[draw_sample(len(unique), _SAMPLE_ROWS, seed=0)]
-    sampled = np.arange(len(sample))
-    distances = list[FloatArray]()
-    for reference in references:
-        others, read = _number(run, reference)
-        rows = np.concatenate([sample.astype(others.dtype), others])
-        start, stop = context.rank_range(len(others))
-        share = (len(sample) + start, len(sample) + stop)
-        find = partial(find_neighbours, read, rows, sampled, 1, context.device, share)
-        distances.append(Neighbours.nearest(context.gather(context.on_all(find)), 1).distance)
-    return np.stack(distances)

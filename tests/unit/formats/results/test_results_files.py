@@ -91,9 +91,14 @@ def test_clusters_that_lack_a_file_are_refused(tmp_path: Path, name: str, messag
 @pytest.mark.parametrize("rows", [torch.zeros(3, 4), torch.eye(4)[:2], torch.full((3, 4), float("nan"))])
 def test_rows_that_no_model_makes_and_damaged_files_are_none(tmp_path: Path, rows: torch.Tensor) -> None:
     path = tmp_path / "tiny-0.npz"
-    write_features(path, ImageFeatures(rows, torch.arange(3)))
+    write_features(path, ImageFeatures(rows, torch.arange(3), keys="abc"))
     assert read_features(path) is None
-    write_features(path, ImageFeatures(torch.eye(3), torch.arange(3)))
+    write_features(path, ImageFeatures(torch.eye(3), torch.arange(3), keys="ab"))
+    assert read_features(path) is None  # a key lacks
+    write_features(path, ImageFeatures(torch.eye(3), torch.arange(3), keys="abc"))
+    read = read_features(path)
+    assert read is not None
+    assert read.keys == ["a", "b", "c"]
     content = path.read_bytes()
     path.write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])
     assert read_features(path) is None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.clusters import ClusterSidecar
 from clipcid_cli.formats.sidecar import read_sidecar, write_sidecar
+from clipcid_cli.steps.balance import filters
 from clipcid_cli.steps.cluster import run as run_cluster
 from clipcid_cli.steps.embed.run import run as run_embed
 from clipcid_cli.steps.runs import run as list_runs
@@ -68,10 +71,15 @@ def make_clusters(work: Path, embeddings: Path, num_clusters: int) -> Path:
     return work / "clusters"
 
 
-def test_another_amount_needs_no_search_and_the_forest_of_all_images_stays(tmp_path: Path) -> None:
+def test_another_amount_needs_no_search_and_the_forest_of_all_images_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows, texts, _ = make_pairs()
     folder, work = write_embeddings(tmp_path / "e", rows, texts=texts), tmp_path / "work"
-    balance(work, folder, keep=0.5)
+    with monkeypatch.context() as without:  # what is not asked for is not loaded
+        for module in pkgutil.iter_modules(filters.__path__, f"{filters.__name__}."):
+            without.setitem(sys.modules, module.name, None)
+        balance(work, folder, keep=0.5)
     whole = (work / "balance" / "forest.parquet").read_bytes()
     result, _ = balance(work, folder, keep=0.5, min_caption_similarity=0.5)
     assert result["caption_window"]["without"] == 2, "of a folder without captions, texts without direction"

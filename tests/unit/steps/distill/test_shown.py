@@ -20,6 +20,7 @@ from PIL import Image
 from teaching_data import (
     ALONE,
     FP32,
+    assert_bytes_are_counted,
     embed_data,
     encode_shown,
     join,
@@ -138,7 +139,9 @@ def test_processes_share_what_one_would_take(work: Path, tiny_shards: Path, teac
     def make(step: int, rank: int, size: int) -> TrainingBatch:
         made = Batches(run.inputs, maker, None, 6, 3, DistContext(rank, size, rank, torch.device("cpu")))
         [dealt] = made.deal(range(step, step + 1))
-        return made.finish(dealt, made.make_here(dealt))
+        parts = made.make_here(dealt)
+        assert_bytes_are_counted(maker, dealt, parts)
+        return made.finish(dealt, parts)
 
     seen = set()
     for step in (0, 1, 7):

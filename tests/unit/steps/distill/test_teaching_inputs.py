@@ -140,11 +140,11 @@ def test_images_alone_are_taught(tiny_shards: Path, tiny_model: Path, folders: d
     found = image.numpy()
     assert np.corrcoef((found @ found.T).ravel(), (stored @ stored.T).ravel())[0, 1] > 0.95
     # A loss that the run does not have decides nothing: without fd the student's rows are compared with one another only.
-    kept = {"preset": None, "loss": ("instance=0", "crd=1"), "teacher_space": "auto"}
-    settings = dataclasses.replace(run.settings, **kept)
-    teacher, asked, left = run.inputs.teacher, settings.losses, settings.losses_near_chance
-    assert choose_space(settings, asked, teacher, 24, ALONE) != SharedSpace(32)
-    assert choose_space(settings, left, teacher, 24, ALONE) == SharedSpace(32)
+    settings = dataclasses.replace(run.settings, preset=None, loss=("instance=0", "crd=1"), teacher_space="auto")
+    asked = dataclasses.replace(run.inputs, settings=settings, losses=settings.losses)
+    left = dataclasses.replace(asked, losses=settings.losses_near_chance)
+    assert choose_space(asked, 24, ALONE) != SharedSpace(32)
+    assert choose_space(left, 24, ALONE) == SharedSpace(32)
 
 
 @pytest.mark.parametrize(

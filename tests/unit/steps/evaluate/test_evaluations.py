@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from balance_data import heard
 from conftest import make_image, write_class_folders
+from rich.console import Console
 from sidecars import make_sidecar
 
 from clipcid_cli.algorithms.probe import ProbeProblem
+from clipcid_cli.commands.comparison import show_comparison
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.benchmark import hash_lines
 from clipcid_cli.formats.files import write_json
@@ -37,8 +41,9 @@ from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
 from clipcid_cli.steps.evaluate.compare import compare_results
-from clipcid_cli.steps.evaluate.comparison import ComparisonResult
+from clipcid_cli.steps.evaluate.comparison import ComparisonResult, ComparisonResults
 from clipcid_cli.steps.evaluate.linear import warn_of_repeats
+from clipcid_cli.steps.evaluate.means import average_results
 from clipcid_cli.steps.evaluate.probe_fits import ProbeFits
 from clipcid_cli.steps.evaluate.probe_plan import ProbePlan
 from clipcid_cli.steps.evaluate.probe_result import LinearResult
@@ -70,6 +75,7 @@ def compare(one: Path, other: Path) -> tuple[ComparisonResult, str]:
     """Compare two results; returns the answer and what was said."""
     with heard() as told:
         answer = compare_results(EvalZeroshotSettings(model=str(one), data=(str(other),), compare=True))
+    assert isinstance(answer, ComparisonResult)
     return answer, "\n".join(told)
 
 
@@ -117,14 +123,14 @@ def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
         compare(a, b)
 
 
-def write_answers(path: Path, model: str, right: int, images: int) -> Path:
+def write_answers(path: Path, model: str, right: int, images: int, dataset: str = "d") -> Path:
     """Write metrics and predictions of a model that has so many of its images right."""
-    kind = {"dataset": "d", "model": model, "pretrained": "p", "task": "zeroshot_classification", "language": "en"}
+    kind = {"dataset": dataset, "model": model, "pretrained": "p", "task": "zeroshot_classification", "language": "en"}
     write_metrics(path, Metrics(**kind, metrics={"acc1": right / images}))
     predicted = [0] * right + [1] * (images - right)
     rows = {"key": [f"{image:04}" for image in range(images)], "label": [0] * images, "predicted": predicted}
     rows |= {"top": [[0, 1]] * images, "scores": [[0.2, 0.1]] * images}
-    write_predictions(predictions_path(path), "classification", model, "d", 2, rows)
+    write_predictions(predictions_path(path), "classification", model, dataset, 2, rows)
     return path
 
 
@@ -147,6 +153,7 @@ def test_a_margin_tells_no_worse_from_not_significant(
     ]
     with heard() as told:
         answer = compare_results(EvalZeroshotSettings(model=files[0], data=(files[1],), compare=True, margin=margin))
+    assert isinstance(answer, ComparisonResult)
     judged = answer.differences["acc1"]
     low, high = (100 * end for end in judged.interval)
     assert (judged.no_worse, judged.equivalent) == (no_worse, equivalent)
@@ -155,6 +162,100 @@ def test_a_margin_tells_no_worse_from_not_significant(
     assert said in judged.verdict
     assert answer.margin == margin
     assert any("This compares two checkpoints, not two methods" in line for line in told)
+
+
+def test_several_data_sets_are_compared_on_their_mean(tmp_path: Path) -> None:
+    right = {("pets", "a"): 500, ("pets", "b"): 560, ("dtd", "a"): 300, ("dtd", "b"): 330}
+    for (dataset, model), count in right.items():
+        write_answers(tmp_path / f"{dataset}_{model}.json", model, count, 1000, dataset)
+    sides = [str(tmp_path / f"*_{model}.json") for model in "ab"]
+    with heard() as told:
+        answer = compare_results(EvalZeroshotSettings(model=sides[0], data=(sides[1],), compare=True, margin=1.0))
+    assert isinstance(answer, ComparisonResults)
+    assert [one.dataset for one in answer.results] == ["dtd", "pets"]
+    (mean,) = answer.means
+    assert mean.counted == {"dtd": "acc1", "pets": "mean_per_class_recall"}
+    assert mean.difference == pytest.approx(0.045)
+    own = [one.differences[mean.counted[one.dataset]] for one in answer.results]
+    widths = [judged.interval[1] - judged.interval[0] for judged in own]
+    assert mean.interval[1] - mean.interval[0] == pytest.approx(np.hypot(*widths) / 2, rel=0.1)
+    assert (mean.real, mean.no_worse, mean.p_value) == (True, True, None)
+    assert "mean over dtd, pets: B is better than A, and the difference is real" in "\n".join(told)
+    text = io.StringIO()
+    show_comparison(answer, Console(file=text, width=80))
+    assert "B against A on the mean over dtd, pets" in text.getvalue()
+
+    (tmp_path / "dtd_b.json").unlink()
+    with pytest.raises(ClipcidError, match="B has no result on dtd"):
+        compare_results(EvalZeroshotSettings(model=sides[0], data=(sides[1],), compare=True))
+
+
+def test_images_that_belong_together_are_drawn_together(tmp_path: Path) -> None:
+    files = [write_answers(tmp_path / f"{name}.json", name, right, 1000) for name, right in (("a", 900), ("b", 880))]
+    # The twenty images that one model alone has wrong are copies of each other: one thing that it does not know.
+    groups = [(f"{image:04}", "copies" if 880 <= image < 900 else "") for image in range(1000)]
+    table = tmp_path / "groups.csv"
+
+    def write(rows: list[tuple[str, str]]) -> None:
+        table.write_text("key,concept\n" + "".join(f"{key},{group}\n" for key, group in rows))
+
+    write(groups)
+    alone = EvalZeroshotSettings(model=str(files[0]), data=(str(files[1]),), compare=True)
+    grouped = dataclasses.replace(alone, groups=table, group_column="concept")
+    with heard() as told:
+        answers = [compare_results(settings) for settings in (alone, grouped)]
+    assert [answer.groups for answer in answers if isinstance(answer, ComparisonResult)] == [None, 981]
+    judged = [answer.differences["acc1"] for answer in answers if isinstance(answer, ComparisonResult)]
+    assert [one.difference for one in judged] == [pytest.approx(-0.02)] * 2
+    assert [one.real for one in judged] == [True, False]
+    assert judged[1].p_value is None
+    assert "d: 1,000 images in 981 groups by concept of" in "\n".join(told)
+    for rows, message in (
+        (groups[1:], "has no row for 1 of 1,000 images, such as 0000"),
+        ([*groups, ("0001", "other")], "puts 0001 into two groups, '' and 'other'"),
+        ([(key, "one") for key, _ in groups], "puts all 1,000 images into one group"),
+    ):
+        write(rows)
+        with pytest.raises(ClipcidError, match=message):
+            compare_results(grouped)
+    with pytest.raises(ClipcidError, match="has no column 'component'; it has key, concept"):
+        compare_results(dataclasses.replace(alone, groups=table))
+    with pytest.raises(UsageError, match="--group-column has no effect without --groups"):
+        dataclasses.replace(alone, group_column="concept")
+
+
+def test_the_mean_over_measured_data_sets_has_an_interval() -> None:
+    def result(dataset: str, value: float | None, low: float, high: float, task: str = "classification") -> Any:
+        return msgspec.convert(
+            {
+                "dataset": dataset,
+                "model": "m",
+                "pretrained": "p",
+                "task": task,
+                "language": "en",
+                "prompts": None,
+                "groups": None,
+                "metrics": {"acc1": value},
+                "customary": "acc1",
+                "intervals": {"acc1": (low, high)},
+                "chance": {},
+                "majority": None,
+                "images": 9,
+                "skipped": {},
+                "images_per_second": 1,
+                "seconds": {},
+                "files": {},
+                "reused": False,
+            },
+            ZeroshotResult,
+        )
+
+    results = [result("a", 0.5, 0.47, 0.56), result("b", 0.7, 0.66, 0.78), result("c", 0.1, 0.1, 0.1, "retrieval")]
+    (mean,) = average_results(results)
+    assert mean.counted == {"a": "acc1", "b": "acc1"}
+    assert mean.value == pytest.approx(0.6)
+    assert mean.interval == pytest.approx((0.575, 0.65))
+    assert average_results([*results, result("d", None, 0, 0)]) == []  # of some data sets a mean would mislead
 
 
 def test_a_margin_without_a_comparison_is_refused() -> None:
@@ -317,6 +418,14 @@ def test_zeroshot_results_are_of_these_images_and_outlive_failures(tiny_model: P
 
     first = evaluate(predictions=True)
     assert evaluate().reused
+    keys = pq.read_table(first.files["predictions"])["key"].to_pylist()
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("filepath,pair\n" + "".join(f"{key},{place // 2}\n" for place, key in enumerate(keys)))
+    grouped = evaluate(groups=pairs, group_column="pair")
+    assert (grouped.groups, grouped.reused, grouped.metrics) == (4, False, first.metrics)
+    assert evaluate(groups=pairs, group_column="pair").reused
+    with pytest.raises(ClipcidError, match="has no column 'kind'"):
+        evaluate(groups=pairs, group_column="kind")
     rows = Path(first.files["predictions"])
     said = rows.read_bytes()
     # Other draws keep what was said of each image.
@@ -356,7 +465,7 @@ def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: 
     write_photos(data / "test", 50)
 
     settings = EvalLinearSettings(
-        model=str(tiny_model), data=str(data), work=tmp_path / "work", workers=0, shot_repeats=1
+        model=str(tiny_model), data=str(data), work=tmp_path / "work", workers=0, shot_repeats=1, val_fraction=0.2
     )
 
     def probe(shots: str | None) -> LinearResult:
