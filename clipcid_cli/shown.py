@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 REDACTED = "REDACTED"
@@ -112,6 +113,11 @@ def _redact_command(command: str) -> str:
 
 def _redact_value(part: re.Match[str]) -> str:
     return part[0] if _VARIABLE.fullmatch(part["value"]) else part["name"] + REDACTED
+
+
+def short_name(spec: str) -> str:
+    """Name data or a model: a local folder by its last part, since its path means nothing on another machine."""
+    return spec if ":" in spec else Path(spec).name
 
 
 # What stands in titles for parts of the names that metrics have in files.

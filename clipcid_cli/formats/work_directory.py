@@ -20,6 +20,8 @@ KEEP_LIST = "keep.parquet"
 """Name of the keep list in its folder."""
 CLUSTERS = "clusters.parquet"
 """Name of the table of clusters in its folder."""
+FolderName = str | list[str]
+"""The name of embeddings in a sidecar; of joined ones those of their folders."""
 
 
 class _Balanced(Sidecar, kw_only=True):
@@ -53,13 +55,6 @@ class WorkDirectory:
         """Return the file of the second moment of embeddings, in which `distill` finds principal axes."""
         return self.path / ".second-moments" / f"{identity}.npy"
 
-    def repair(self, embeddings: Sequence[Path], weights: Sequence[float]) -> Path:
-        """Return the folder of what was decided of the repair of a teacher, or of several with these weights."""
-        names = [self.name_of(folder) for folder in embeddings]
-        label = "+".join(Path(name).name for name in names)
-        identity = [names, list(weights)] if len(names) > 1 else names[0]
-        return self.path / "repair" / f"{label}-{hash_json(identity)[:8]}"
-
     def distill(self, name: str) -> Path:
         return self.path / "distill" / name
 
@@ -71,6 +66,10 @@ class WorkDirectory:
         folder = folder.resolve()
         here = self.path.resolve()
         return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
+    def folders_of(self, name: FolderName) -> list[Path]:
+        """Return the folders of embeddings that a sidecar names."""
+        return [self.path / folder for folder in ([name] if isinstance(name, str) else name)]
 
     def has_embeddings(self) -> bool:
         """Whether there are finished embeddings, or a `balance` that used some of another place."""

@@ -52,7 +52,7 @@ from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output, preview_output
-from clipcid_cli.steps.embeddings import open_teachers, skip_rows
+from clipcid_cli.steps.embeddings import open_kept, skip_rows
 from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -304,9 +304,8 @@ def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows) -> int:
 def _choose_rows(settings: ClusterSettings) -> ClusterRows:
     """Find the embeddings and the keep list, join them by key and say which were taken."""
     work = WorkDirectory(settings.work)
-    folders = settings.embeddings or (work.find_embeddings(),)
     scratch = None if settings.dry_run else work.path  # a dry run leaves it as it is
-    embeddings = open_teachers(settings, folders, scratch)
+    embeddings = open_kept(settings, scratch)
     folder = embeddings.folder
     if settings.features == "joint" and not embeddings.has_texts:
         raise ClipcidError(
@@ -315,8 +314,7 @@ def _choose_rows(settings: ClusterSettings) -> ClusterRows:
         )
     keep_list = choose_keep_list(settings.keep_list, work, "rows", settings.max_bad_fraction)
     try:
-        for member in embeddings.members:
-            member.validate_unique_keys()
+        embeddings.validate_unique_keys()
     except ClipcidError:
         # Where the list is of other data, --keys shard would not help.
         if keep_list is not None and settings.keys == "sample":
@@ -476,13 +474,12 @@ def _write(
             f"{result.empty_clusters:,} of {num_clusters:,} clusters are empty: the data has hardly more "
             "distinct images than clusters, or fewer. Use a smaller --num-clusters."
         )
-    folders = [WorkDirectory(plan.settings.work).name_of(member.folder) for member in embeddings.members]
     arrays = [path.name for tower in rows.towers for path in top_paths(output.work, tower)]
     output.commit(
         counts={"read": embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},
         seconds=seconds,
         outputs=[record(output.work / name, output.work) for name in (CENTROIDS, CLUSTERS, *arrays)],
-        embeddings=folders if len(folders) > 1 else folders[0],
+        embeddings=embeddings.name_in(WorkDirectory(plan.settings.work)),
         keep_list=None if rows.keep_list is None else record(rows.keep_list),
         repair=None if embeddings.image_map is None else embeddings.image_map.record,
         space="stored" if embeddings.image_map is None else "repaired",

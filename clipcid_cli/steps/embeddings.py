@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
-from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.skipped import list_rows
 from clipcid_cli.formats.skips import NAMED, Skips
+from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.settings.shared import EmbeddingsSettings, KeptSettings
 
@@ -46,40 +46,22 @@ def open_given(
     return embeddings
 
 
-def open_teachers(settings: KeptSettings, folders: Sequence[Path], work: Path | None) -> Embeddings:
-    """Open a teacher's embeddings, or join several teachers' to those of one, and say what they are.
+def open_teacher(settings: KeptSettings, folder: Path, work: Path | None) -> Embeddings:
+    """Open a teacher's embeddings and say what they are; `work` is as of `open_embeddings`."""
+    teacher = open_given(settings, folder, work)
+    reporting.note(f"Embeddings: {teacher.folder}, {teacher.num_rows:,} rows of width {teacher.width}.")
+    return teacher
 
-    `work` is as of `open_embeddings`.
-    """
-    opened = [open_given(settings, folder, work) for folder in folders]
-    for teacher in opened:
-        reporting.note(f"Embeddings: {teacher.folder}, {teacher.num_rows:,} rows of width {teacher.width}.")
+
+def open_kept(settings: KeptSettings, work: Path | None) -> Embeddings:
+    """Open the embeddings that were named, else those of the work directory; `work` is as of `open_embeddings`."""
+    folders = settings.embeddings or (WorkDirectory(settings.work).find_embeddings(),)
+    opened = [open_teacher(settings, folder, work) for folder in folders]
     if len(opened) == 1:
         return opened[0]
-    from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings  # few runs have several teachers
+    from clipcid_cli.steps.several_teachers import join_teachers
 
-    combined = CombinedEmbeddings(opened, settings.teacher_weights, work)
-    weights = ", ".join(f"{weight:.3g}" for weight in combined.weights)
-    reporting.note(f"Teachers: {len(opened)}, joined by key to rows of width {combined.width}; weights {weights}.")
-    for teacher, lacking in zip(opened, combined.lacking, strict=True):
-        if lacking == combined.num_rows:
-            first = next(file for file in combined.files if file.rows)
-            compared = compare_keys(combined.keys_of(first)[0].as_py(), teacher)
-            raise ClipcidError(
-                f"{teacher.folder} has none of the {lacking:,} keys of {combined.folder}. {compared}",
-                f"{advise_keys(teacher)}Give embeddings of the same data.",
-            )
-        if lacking:
-            reporting.note(
-                f"{teacher.folder} lacks {lacking:,} of the {combined.num_rows:,} keys of {combined.folder}."
-            )
-    silent = [str(teacher.folder) for teacher in opened if not teacher.has_texts]
-    if silent and combined.has_texts:
-        reporting.note(f"Without captions, and so with zeros in rows of texts: {', '.join(silent)}.")
-    left = frozenset[Kind]().union(*(teacher.kinds for teacher in opened)) - combined.kinds
-    if left:
-        reporting.note(f"Not used, since not all teachers have the same: {', '.join(sorted(left))}.")
-    return combined
+    return join_teachers(settings, opened, work)
 
 
 def compare_keys(key: str, embeddings: Embeddings) -> str:

@@ -112,7 +112,8 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
     kept = None if settings.keep_list == "none" else known.kept
     images = _count_images(settings, kept or known.images)
     trained = max(1, round(images * (1 - settings.val_fraction)))
-    teachers = [describe_model(name) for name in settings.teacher] if settings.online_teacher else []
+    online = settings.named_teacher if settings.online_teacher else None
+    teachers = [] if online is None else [describe_model(online)]
     centroids = _default_clusters(images) if settings.needs_clusters else 0
     states = held_bytes + planned_states(settings, clip, gpus.device.memory, centroids)
     needs = training_memory(settings, clip, states, mixed=gpus.device.is_mixed, teachers=teachers)
@@ -152,7 +153,7 @@ def _describe_student(settings: DistillSettings) -> tuple[Clip, int]:
     if not settings.keeps_text_tower:
         return clip, 0
     embedded = find_embedded_model(WorkDirectory(settings.work))
-    teacher = describe_model(next(iter(settings.teacher), embedded or DEFAULT_MODEL))
+    teacher = describe_model(settings.named_teacher or embedded or DEFAULT_MODEL)
     return clip.image_alone(teacher.embed_dim), _BYTES_OF_WEIGHT * teacher.text.parameters
 
 
@@ -168,7 +169,7 @@ def _count_row_bytes(settings: DistillSettings, width: int | None) -> int:
     """Return the bytes of a teacher's stored rows of an image and its caption."""
     if settings.has_no_teacher or settings.online_teacher:
         return 0
-    return 2 * 2 * (width or _width_of(next(iter(settings.teacher), DEFAULT_MODEL)))
+    return 2 * 2 * (width or _width_of(settings.named_teacher or DEFAULT_MODEL))
 
 
 def plan_embed(settings: EmbedSettings) -> GpuPlan:

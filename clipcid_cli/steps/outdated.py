@@ -20,8 +20,7 @@ def find_outdated(work: WorkDirectory, sidecar: Sidecar) -> list[str]:
     if not isinstance(sidecar, BalanceSidecar | ClusterSidecar):
         return []
     made_from = {file.content for file in sidecar.inputs}
-    names = [sidecar.embeddings] if isinstance(sidecar.embeddings, str) else sidecar.embeddings
-    images = [_record_images(work.path / name) for name in names]
+    images = list(map(_record_images, work.folders_of(sidecar.embeddings)))
     outdated = []
     if any(record is not None and record.content not in made_from for record in images):
         outdated.append("other embeddings")

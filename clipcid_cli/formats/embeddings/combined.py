@@ -9,16 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import METADATA, EmbeddingFile, Float16, Kind, Numbers, Rows
-from clipcid_cli.formats.fingerprint import FileRecord, Memo
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, hash_json
 from clipcid_cli.formats.join import join
+from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.records import ModelRecord
+
+if TYPE_CHECKING:
+    from clipcid_cli.formats.data.dataset import Dataset
 
 _OF_TEXTS = frozenset({Kind.TEXTS, Kind.FURTHER, Kind.VARIANTS})
 # What decides the variants of captions, in the settings of `embed`.
@@ -28,21 +32,47 @@ _VARIANTS = ("text_variants", "text_variant_rules", "seed")
 class CombinedEmbeddings(Embeddings):
     """Joined by key; keys, metadata and order are those of the first teacher that has captions."""
 
+    unusable = "zero or not finite, or missing from those of a teacher"
+
     def __init__(self, members: Sequence[Embeddings], weights: Sequence[float], scratch: Path | None) -> None:
         """Join the members, whose keys are unique; `scratch` is as `folder` of `join`."""
         first = next((member for member in members if member.has_texts), members[0])
         super().__init__(first.folder, first.files, first.sidecar, Memo())
         self._first = first
-        self._members = tuple(members)
+        self.members = tuple(members)
         self.weights = tuple(weights)
         self.width = sum(member.width for member in members)
         self._places = [None if member is first else _find_places(first, member, scratch) for member in members]
+        # How many of the rows each of them has not.
         self.lacking = tuple(0 if places is None else int(np.sum(places < 0)) for places in self._places)
         self.kinds = self._find_kinds()
 
     @property
-    def members(self) -> tuple[Embeddings, ...]:
-        return self._members
+    def flags(self) -> dict[str, Any]:
+        return {"embeddings": tuple(member.folder for member in self.members), "teacher_weight": self.weights}
+
+    def name_in(self, work: WorkDirectory) -> list[str]:
+        return [work.name_of(member.folder) for member in self.members]
+
+    def slug_in(self, work: WorkDirectory) -> str:
+        names = self.name_in(work)
+        label = "+".join(Path(name).name for name in names)
+        return f"{label}-{hash_json([names, self.weights])[:8]}"
+
+    def listed(self) -> list[tuple[str, str]]:
+        return [line for member in self.members for line in member.listed()]
+
+    def skipped(self) -> dict[Path, int]:
+        return {path: count for member in self.members for path, count in member.skipped().items()}
+
+    def part_that_lacks(self, samples: int) -> Embeddings:
+        missing, member = max(zip(self.lacking, self.members, strict=True), key=lambda pair: pair[0])
+        return member if 2 * missing >= samples else self
+
+    @property
+    def model_name(self) -> str | None:
+        names = [member.model_name for member in self.members]
+        return " + ".join(name for name in names if name is not None) or None
 
     @property
     def model(self) -> ModelRecord:
@@ -84,7 +114,12 @@ class CombinedEmbeddings(Embeddings):
         return self._first.embed_again(**flags)
 
     def validate_unique_keys(self) -> None:
-        self._first.validate_unique_keys()
+        for member in self.members:
+            member.validate_unique_keys()
+
+    def validate_made_as(self, dataset: Dataset, *, captions: bool = True) -> None:
+        for member in self.members:
+            member.validate_made_as(dataset, captions=captions)
 
     def _mean(self, name: str) -> float | None:
         """Return the weighted mean of a number of the teachers with captions; None where one does not record it."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +22,13 @@ from clipcid_cli.formats.embeddings.rows import (
     EmbeddingFile,
     FileRows,
     Kind,
-    RowMap,
     Rows,
 )
 from clipcid_cli.formats.embeddings.sidecar import COPY, EmbedSidecar, read_embed_sidecar
 from clipcid_cli.formats.fingerprint import (
     FileRecord,
     Memo,
+    hash_json,
     memo_table,
     record_together,
     validate_unchanged,
@@ -37,7 +36,14 @@ from clipcid_cli.formats.fingerprint import (
 from clipcid_cli.formats.join import Listing, Values
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
 from clipcid_cli.formats.sidecar import run_again, sidecar_path
+from clipcid_cli.formats.skipped import SKIPPED
+from clipcid_cli.formats.work_directory import FolderName, WorkDirectory
 from clipcid_cli.records import ModelRecord
+from clipcid_cli.shown import short_name
+
+if TYPE_CHECKING:
+    from clipcid_cli.formats.data.dataset import Dataset
+    from clipcid_cli.formats.embeddings.mapped import RowMap
 
 # Names generated at once for rows without keys: Python's strings take several times the memory of Arrow's.
 _NAMES_AT_ONCE = 65_536
@@ -51,9 +57,7 @@ class Embeddings:
     _as_stored = True  # whether all rows are unit float16
     _key_columns: tuple[str, ...] = (KEY_COLUMN,)  # which hold the keys, the first that is there
 
-    # The weight of each teacher whose rows are joined in these; see `combined.py`.
-    weights: tuple[float, ...] = (1.0,)
-    lacking: tuple[int, ...] = (0,)  # how many of the rows each of them has not
+    unusable = "zero or not finite"  # what rows are that `find_bad_rows` finds, in words
     # What rows of images and views are multiplied by; None where they are read as they are stored.
     image_map: RowMap | None = None
 
@@ -79,16 +83,35 @@ class Embeddings:
         self._records = records
 
     @property
-    def members(self) -> tuple[Embeddings, ...]:
-        """The embeddings of each teacher."""
-        return (self,)
-
-    @property
     def flags(self) -> dict[str, Any]:
         """The flags that name them."""
-        return {"embeddings": tuple(member.folder for member in self.members)} | (
-            {"teacher_weight": self.weights} if len(self.weights) > 1 else {}
-        )
+        return {"embeddings": self.folder}
+
+    def name_in(self, work: WorkDirectory) -> FolderName:
+        """Return their name for sidecars in a work directory."""
+        return work.name_of(self.folder)
+
+    def slug_in(self, work: WorkDirectory) -> str:
+        """Return a name for a folder of what is made of them, which no other embeddings give."""
+        name = work.name_of(self.folder)
+        return f"{Path(name).name}-{hash_json(name)[:8]}"
+
+    def listed(self) -> list[tuple[str, str]]:
+        """Return what a report says of where they are."""
+        return [("embeddings", str(self.folder))]
+
+    def skipped(self) -> dict[Path, int]:
+        """Return how many samples `embed` skipped, by the file that lists them."""
+        return {} if self.sidecar is None else {self.folder / SKIPPED: sum(self.sidecar.counts["skipped"].values())}
+
+    def part_that_lacks(self, samples: int) -> Embeddings:
+        """Return the embeddings that an error names where these lack so many samples."""
+        return self
+
+    @property
+    def model_name(self) -> str | None:
+        """The name of the model for people, where `embed` recorded it."""
+        return None if self.model is None else short_name(self.model.spec)
 
     @property
     def model(self) -> ModelRecord | None:
@@ -107,9 +130,7 @@ class Embeddings:
     def rows(self, kind: Kind) -> Rows:
         """Open the rows of a kind, [N, D]; where a sample has several, [N·V, D]: row v of sample i is i·V + v."""
         rows = self._open_rows(kind)
-        if self.image_map is None or kind not in (Kind.IMAGES, Kind.VIEWS):
-            return rows
-        return self.image_map.apply(rows)
+        return rows if self.image_map is None else self.image_map.apply(kind, rows)
 
     def _open_rows(self, kind: Kind) -> Rows:
         """Open the rows of a kind as they are stored."""
@@ -125,12 +146,6 @@ class Embeddings:
     def embed_again(self, **flags: Any) -> str:
         """Return the fix that makes them anew with some flags."""
         return run_again("embed", self.sidecar, **flags)
-
-    def mapped(self, image_map: RowMap) -> Embeddings:
-        """Return them with other rows of images and views."""
-        other = copy.copy(self)
-        other.image_map = image_map
-        return other
 
     def num_each(self, kind: Kind) -> int:
         """Return how many rows of a kind each sample has: V of views, W of variants; 0 where there are none."""
@@ -267,6 +282,32 @@ class Embeddings:
 
     def validate_unique_keys(self) -> None:
         """Refuse keys of two rows; `embed` has checked its own."""
+
+    def validate_made_as(self, dataset: Dataset, *, captions: bool = True) -> None:
+        """Refuse data whose keys or, where they should be the same, `captions` are read in another way than for these."""
+        if self.sidecar is None:
+            return
+        recorded = self.sidecar.made
+        captions = captions and self.has_texts
+        if captions and recorded.caption_key != dataset.caption_keys:
+            wanted = " ".join(f"--caption-key {key}" for key in recorded.caption_key)
+            raise ClipcidError(
+                f"The embeddings in {self.folder} were made with {wanted or 'no --caption-key'}, the data is read with "
+                f"{' '.join(dataset.caption_keys) or 'none'}: captions differ.",
+                f"Give {wanted}." if wanted else "Omit --caption-key.",
+            )
+        if captions and recorded.caption_lines != dataset.caption_lines:
+            flag = "--caption-lines" if recorded.caption_lines else "--no-caption-lines"
+            raise ClipcidError(
+                f"The embeddings in {self.folder} were made with {flag}, the data is read without it: captions differ.",
+                f"Add {flag}.",
+            )
+        if recorded.keys != dataset.keys:
+            raise ClipcidError(
+                f"The embeddings in {self.folder} were made with --keys {recorded.keys}, the data is read with --keys "
+                f"{dataset.keys}: they cannot be joined.",
+                f"Add --keys {recorded.keys}.",
+            )
 
     def find_bad_rows(self, *, texts: bool) -> npt.NDArray[np.int64]:
         """Return the rows that are zero or not finite, int64, ascending: their distances to others are undefined.

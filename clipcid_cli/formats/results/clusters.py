@@ -27,7 +27,7 @@ from clipcid_cli.formats.files import atomic_file, reading
 from clipcid_cli.formats.fingerprint import FileRecord, validate_unchanged
 from clipcid_cli.formats.parquet import count_rows
 from clipcid_cli.formats.sidecar import Sidecar, read_sidecar, run_again, sidecar_path
-from clipcid_cli.formats.work_directory import CLUSTERS
+from clipcid_cli.formats.work_directory import CLUSTERS, FolderName
 from clipcid_cli.records import ModelRecord
 
 CENTROIDS = "centroids.npy"
@@ -44,7 +44,7 @@ _MAX_PARTS = 256
 class ClusterSidecar(Sidecar, kw_only=True):
     """``cluster.json``."""
 
-    embeddings: str | list[str]  # relative to the work directory; several teachers' in a list
+    embeddings: FolderName  # relative to the work directory
     keep_list: FileRecord | None  # None where all images were clustered
     model: ModelRecord | None  # None for embeddings of another tool
     # The map by which the teacher's image rows were repaired; None where they were taken as they are.

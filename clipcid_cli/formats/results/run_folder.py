@@ -67,6 +67,7 @@ class DistillSidecar(Sidecar, kw_only=True):
     """``distill.json``; without a keep list all samples were used."""
 
     model: dict[str, Any]
+    teacher: str | None = None  # by its name for people; None where there was none, or nothing records it
     data: DataSpec
     keep_list: AppliedKeepList | None
     result: dict[str, Any]

@@ -24,9 +24,9 @@ from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.samples import MatchCounts
-from clipcid_cli.steps.distill.stored import named_teachers
+from clipcid_cli.steps.distill.stored import flags_of_embeddings
 from clipcid_cli.steps.distill.teachers import OnlineTeacher, Teacher
-from clipcid_cli.steps.models import choose_embeddings, cluster_with, validate_teacher
+from clipcid_cli.steps.models import cluster_with, validate_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -68,16 +68,7 @@ class ChosenClusters:
 def validate_named_clusters(settings: DistillSettings) -> None:
     """Refuse clusters that are not there, or unfinished, before anything else is looked at."""
     work = WorkDirectory(settings.work)
-    read_cluster_sidecar(settings.clusters or work.find_clusters(**_flags_of_several(settings)))
-
-
-def _flags_of_several(settings: DistillSettings) -> dict[str, Any]:
-    """Return the flags by which `cluster` takes several teachers, whose embeddings may not exist yet."""
-    if settings.num_teachers == 1:
-        return {}
-    teachers = () if settings.embeddings else named_teachers(settings)
-    folders = settings.embeddings or tuple(choose_embeddings(settings.work, teacher) for teacher in teachers)
-    return {"embeddings": folders, "teacher_weight": settings.teacher_weight}
+    read_cluster_sidecar(settings.clusters or work.find_clusters(**flags_of_embeddings(settings)))
 
 
 def find_clusters(
@@ -118,18 +109,14 @@ class OpenedClusters:
     settings: DistillSettings
     files: Clusters
 
-    def teach(
-        self, embeddings: Embeddings | None, counts: MatchCounts, several_captions: bool, is_decided: bool
-    ) -> ChosenClusters:
+    def teach(self, teacher: Teacher, counts: MatchCounts, several_captions: bool) -> ChosenClusters:
         """Let clusters teach; those of other images, or of the teacher before its repair, are refused.
 
         Args:
-            embeddings: The teacher's, repaired or not.
             several_captions: Whether a sample may show another caption than its first.
-            is_decided: Whether it is known if the teacher is repaired; a dry run may leave it to the run.
         """
-        settings, clusters = self.settings, self.files
-        if is_decided:
+        settings, clusters, embeddings = self.settings, self.files, teacher.embeddings
+        if teacher.judgement.is_decided:
             _validate_repair(settings, clusters, embeddings)
         if counts.without_cluster:
             few = counts.without_cluster

@@ -22,7 +22,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import index_alone, note_captions, open_named
 from clipcid_cli.steps.distill.samples import Sources, UsableSamples, count_usable, find_samples, index_of
-from clipcid_cli.steps.distill.stored import choose_online, first_key, open_stored, validate_keys
+from clipcid_cli.steps.distill.stored import EmbeddedBy, choose_online, first_key, open_stored
 from clipcid_cli.steps.distill.teachers import Judgement, Teacher, choose_losses, choose_teacher, judge_teacher
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -65,17 +65,17 @@ class Inputs:
         return pa.chunked_array(chunks, pa.string())
 
 
-def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: Path | None) -> Inputs:
+def find_inputs(settings: DistillSettings, embedded: EmbeddedBy, scratch: Path | None) -> Inputs:
     """Find, open and match the inputs, and report which were taken.
 
     Args:
-        folders: The embeddings that `find_embeddings` found.
+        embedded: The embeddings that `find_embeddings` found.
         scratch: Where a dry run keeps what a run keeps in the work directory.
     """
     work = WorkDirectory(settings.work)
     embeddings = None
-    if folders:
-        embeddings = open_stored(settings, folders, scratch or work.path)
+    if embedded:
+        embeddings = open_stored(settings, embedded, scratch or work.path)
     dataset = _open_data(settings, embeddings, scratch)
     if settings.keeps_text_tower:
         from clipcid_cli.steps.distill.kept_text import drop_losses_of_captions
@@ -88,8 +88,7 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
     listed = None if keep_list is None else keep_list.path
     online = choose_online(settings, embeddings) if settings.online_teacher else None
     if online is None and embeddings is not None:
-        for member in embeddings.members:
-            validate_keys(member, dataset, captions=not settings.student_caption_key)
+        embeddings.validate_made_as(dataset, captions=not settings.student_caption_key)
     clusters = None
     if settings.needs_clusters:
         from clipcid_cli.steps.distill.clusters import find_clusters
@@ -99,10 +98,9 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
     fingerprints = dataset.fingerprints() + ([] if listed is None else [record(listed)])
     sources = Sources(listed, embeddings, online is None, None if clusters is None else clusters.files, captions)
     matched, counts = find_samples(settings, dataset, sources, fingerprints, scratch)
-    if counts.bad_rows and sources.required:
-        lacking = ", or missing from those of a teacher" if settings.num_teachers > 1 else ""
+    if embeddings is not None and counts.bad_rows and sources.required:
         reporting.warn(
-            f"{counts.bad_rows:,} rows of the embeddings are zero or not finite{lacking}: their samples are left out."
+            f"{counts.bad_rows:,} rows of the embeddings are {embeddings.unusable}: their samples are left out."
         )
     if keep_list is not None:
         missing = usable.total - counts.listed
@@ -117,8 +115,7 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
     chosen = None
     if clusters is not None:
         several_captions = counts.several_captions > 0 and not teacher.first_captions
-        is_decided = not settings.dry_run or teacher.judgement.repair is not None or settings.repair == "none"
-        chosen = clusters.teach(teacher.embeddings, counts, several_captions, is_decided)
+        chosen = clusters.teach(teacher, counts, several_captions)
         fingerprints += chosen.fingerprints()
     return Inputs(
         settings=settings,

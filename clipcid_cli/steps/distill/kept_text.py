@@ -53,11 +53,11 @@ def load_beside_teacher(
 
 def find_teacher(settings: DistillSettings) -> ModelName:
     """Return the teacher, as it was named, else as its embeddings record it."""
-    if settings.teacher:
-        return with_default_tag(parse_model(settings.teacher[0]))
+    if settings.named_teacher is not None:
+        return with_default_tag(parse_model(settings.named_teacher))
     work = WorkDirectory(settings.work)
-    if settings.embeddings:
-        folder = settings.embeddings[0]
+    if settings.named_embeddings is not None:
+        folder = settings.named_embeddings
     elif settings.data is not None and not work.has_embeddings():
         return with_default_tag(parse_model(DEFAULT_MODEL))
     else:

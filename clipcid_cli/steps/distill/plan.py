@@ -22,7 +22,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
 from clipcid_cli.steps.distill.memory import fitting_batch
 from clipcid_cli.steps.distill.own_losses import load_own_loss
-from clipcid_cli.steps.distill.stored import named_teachers
+from clipcid_cli.steps.distill.stored import EmbeddedBy, validate_teacher_names
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.keep_list import NO_KEEP_LIST
 from clipcid_cli.steps.preflight import choose_workers
@@ -121,7 +121,7 @@ def validate_named(settings: DistillSettings) -> NamedData | None:
     for file in settings.own_losses.values():
         load_own_loss(file)
     if settings.needs_teacher:
-        named_teachers(settings)
+        validate_teacher_names(settings)
     if settings.keep_list not in (None, NO_KEEP_LIST):
         read_keep_list(Path(settings.keep_list))
     if settings.needs_clusters:
@@ -138,7 +138,7 @@ def validate_named(settings: DistillSettings) -> NamedData | None:
 def make_plan(
     settings: DistillSettings,
     student: Student,
-    embeddings: tuple[Path, ...],
+    embeddings: EmbeddedBy,
     named: NamedData | None,
     scratch: Path | None,
     context: DistContext,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from clipcid_cli.algorithms.losses.registry import LOSSES, TEACHER_BIAS
+from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
-from clipcid_cli.formats.skipped import SKIPPED
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
@@ -21,7 +21,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.samples import MatchCounts, index_of
 from clipcid_cli.steps.embed.request import ensure_embeddings
 from clipcid_cli.steps.embed.result import EmbedCost
-from clipcid_cli.steps.embeddings import advise_keys, compare_keys, open_teachers
+from clipcid_cli.steps.embeddings import advise_keys, compare_keys, open_teacher
 from clipcid_cli.steps.models import choose_embeddings, embed_with, find_mismatch, validate_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
@@ -36,12 +36,30 @@ def losses_of_captions(settings: DistillSettings) -> list[str]:
     return [name for name in needing if name in settings.typed_losses] if settings.keeps_text_tower else needing
 
 
-def named_teachers(settings: DistillSettings) -> list[ModelName]:
+EmbeddedBy = tuple[Path, ...]
+"""Folders of embeddings, by teacher; none where no loss reads any."""
+
+
+def _parse_teachers(settings: DistillSettings) -> list[ModelName]:
     """Return the teachers as the user named them; none where the embeddings name them."""
     return [with_default_tag(parse_model(teacher)) for teacher in settings.teacher]
 
 
-def find_embeddings(settings: DistillSettings, context: DistContext) -> tuple[Path, ...] | EmbedCost:
+def validate_teacher_names(settings: DistillSettings) -> None:
+    """Refuse a teacher that is the name of no model."""
+    _parse_teachers(settings)
+
+
+def flags_of_embeddings(settings: DistillSettings) -> dict[str, Any]:
+    """Return the flags by which `cluster` takes the teachers' embeddings, which may not exist yet."""
+    if settings.num_teachers == 1:
+        return {"embeddings": settings.embeddings}
+    teachers = () if settings.embeddings else _parse_teachers(settings)
+    folders = settings.embeddings or tuple(choose_embeddings(settings.work, teacher) for teacher in teachers)
+    return {"embeddings": folders, "teacher_weight": settings.teacher_weight}
+
+
+def find_embeddings(settings: DistillSettings, context: DistContext) -> EmbeddedBy | EmbedCost:
     """Find the teachers' embeddings, and make them where there are none; none when no loss needs them.
 
     Without ``--teacher`` it is the one whose embeddings the work directory holds.
@@ -86,15 +104,15 @@ def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistCon
     return ensure_embeddings(settings, context, data=settings.data, model=teacher, text=text)
 
 
-def _find_of_online(settings: DistillSettings) -> tuple[Path, ...]:
+def _find_of_online(settings: DistillSettings) -> EmbeddedBy:
     """Find stored embeddings of an online teacher, where there are any.
 
-    They name it, and tell the axes of the shared space and whether it is repaired.
+    They name it, and tell the axes of the shared space and how well it pairs images with captions.
     """
     work = WorkDirectory(settings.work)
-    if not settings.teacher:
+    if settings.named_teacher is None:
         return (work.find_embeddings(),) if work.has_embeddings() else ()
-    [teacher] = named_teachers(settings)
+    teacher = with_default_tag(parse_model(settings.named_teacher))
     folder = choose_embeddings(settings.work, teacher)
     sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
     is_its = sidecar is not None and find_mismatch(sidecar.model, teacher) is None
@@ -103,9 +121,8 @@ def _find_of_online(settings: DistillSettings) -> tuple[Path, ...]:
 
 def choose_online(settings: DistillSettings, embeddings: Embeddings | None) -> ModelName:
     """Choose a teacher that runs alongside the student: the one named, else the embeddings', else the default one."""
-    if settings.teacher:
-        [name] = named_teachers(settings)
-        return name
+    if settings.named_teacher is not None:
+        return with_default_tag(parse_model(settings.named_teacher))
     if embeddings is None:
         return with_default_tag(parse_model(DEFAULT_MODEL))
     if embeddings.model is None:
@@ -113,15 +130,18 @@ def choose_online(settings: DistillSettings, embeddings: Embeddings | None) -> M
     return parse_model(embeddings.model.spec)
 
 
-def open_stored(settings: DistillSettings, folders: tuple[Path, ...], work: Path | None) -> Embeddings:
+def open_stored(settings: DistillSettings, folders: EmbeddedBy, work: Path | None) -> Embeddings:
     """Open the teachers' embeddings, check that they made them, and look for the captions that the losses need."""
-    embeddings = open_teachers(settings, folders, work)
+    opened = [open_teacher(settings, folder, work) for folder in folders]
     if settings.needs_teacher and settings.teacher:
-        for member, teacher in zip(embeddings.members, named_teachers(settings), strict=True):
-            _validate_made_by(teacher, member, settings)
-    for loss in settings.losses:
-        if TEACHER_BIAS in loss.reads and _only_some_have_a_bias(embeddings):
-            reporting.note(f"{loss.name} takes the softmax of the teachers: not all of them have a logit bias.")
+        for teacher, embeddings in zip(_parse_teachers(settings), opened, strict=True):
+            _validate_made_by(teacher, embeddings, settings)
+    embeddings = opened[0]
+    if len(opened) > 1:
+        from clipcid_cli.steps.several_teachers import join_teachers, note_missing_bias
+
+        embeddings = join_teachers(settings, opened, work)
+        note_missing_bias(settings.losses, opened)
     folder = embeddings.folder
     if embeddings.has_texts or settings.online_teacher:
         return embeddings
@@ -136,12 +156,6 @@ def open_stored(settings: DistillSettings, folders: tuple[Path, ...], work: Path
         )
     reporting.note("They are of images only: losses use the teacher's image tower alone.")
     return embeddings
-
-
-def _only_some_have_a_bias(embeddings: Embeddings) -> bool:
-    models = [member.model for member in embeddings.members if member.has_texts]
-    has_bias = [model is not None and model.logit_bias is not None for model in models]
-    return any(has_bias) and not all(has_bias)
 
 
 def _validate_made_by(teacher: ModelName, embeddings: Embeddings, settings: DistillSettings) -> None:
@@ -159,34 +173,6 @@ def _validate_made_by(teacher: ModelName, embeddings: Embeddings, settings: Dist
         )
 
 
-def validate_keys(embeddings: Embeddings, dataset: Dataset, *, captions: bool = True) -> None:
-    """Refuse embeddings whose keys or, where they should be the same, `captions` are of another form than the data's."""
-    if embeddings.sidecar is None:
-        return
-    recorded = embeddings.sidecar.made
-    keys = recorded.keys
-    captions = captions and embeddings.has_texts
-    if captions and recorded.caption_key != dataset.caption_keys:
-        wanted = " ".join(f"--caption-key {key}" for key in recorded.caption_key)
-        raise ClipcidError(
-            f"The embeddings in {embeddings.folder} were made with {wanted or 'no --caption-key'}, the data is read with "
-            f"{' '.join(dataset.caption_keys) or 'none'}: captions differ.",
-            f"Give {wanted}." if wanted else "Omit --caption-key.",
-        )
-    if captions and recorded.caption_lines != dataset.caption_lines:
-        flag = "--caption-lines" if recorded.caption_lines else "--no-caption-lines"
-        raise ClipcidError(
-            f"The embeddings in {embeddings.folder} were made with {flag}, the data is read without it: captions differ.",
-            f"Add {flag}.",
-        )
-    if keys != dataset.keys:
-        raise ClipcidError(
-            f"The embeddings in {embeddings.folder} were made with --keys {keys}, the data is read with --keys "
-            f"{dataset.keys}: they cannot be joined.",
-            f"Add --keys {keys}.",
-        )
-
-
 def validate_matches(settings: DistillSettings, dataset: Dataset, embeddings: Embeddings, counts: MatchCounts) -> None:
     """Refuse embeddings that lack many of the samples to train on; count the samples that they lack otherwise."""
     if counts.without_embedding <= settings.max_bad_fraction * counts.candidates:
@@ -196,8 +182,7 @@ def validate_matches(settings: DistillSettings, dataset: Dataset, embeddings: Em
                 f"Without an embedding in {embeddings.folder}: {lacking}, which are left out{_name_skipped(embeddings)}."
             )
         return
-    missing, member = max(zip(embeddings.lacking, embeddings.members, strict=True), key=lambda pair: pair[0])
-    at_fault = member if 2 * missing >= counts.without_embedding else embeddings
+    at_fault = embeddings.part_that_lacks(counts.without_embedding)
     message = f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {at_fault.folder}."
     advice = ""
     if counts.without_embedding == counts.candidates:
@@ -209,12 +194,7 @@ def validate_matches(settings: DistillSettings, dataset: Dataset, embeddings: Em
 
 def _name_skipped(embeddings: Embeddings) -> str:
     """Say how many samples were skipped when they were embedded, and where they are listed; empty where none was."""
-    skipped = {
-        member.folder / SKIPPED: sum(member.sidecar.counts["skipped"].values())
-        for member in embeddings.members
-        if member.sidecar is not None
-    }
-    listed = [f"{path} lists {count:,} that embed skipped" for path, count in skipped.items() if count]
+    listed = [f"{path} lists {count:,} that embed skipped" for path, count in embeddings.skipped().items() if count]
     return f"; {'; '.join(listed)}" if listed else ""
 
 

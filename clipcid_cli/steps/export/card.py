@@ -8,17 +8,17 @@ from pathlib import Path
 from clipcid_cli import __version__
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.models.export_folder import CONTENT
 from clipcid_cli.formats.models.export_sidecar import Parity
 from clipcid_cli.formats.report import render_report
 from clipcid_cli.formats.results.metrics import RETRIEVAL, find_variant, read_metrics, validate_unchanged_metrics
 from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
-from clipcid_cli.formats.sidecar import AnySidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.records import ModelRecord
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName
+from clipcid_cli.shown import short_name
 from clipcid_cli.steps.export.inputs import Classes
 from clipcid_cli.steps.settings.export import ExportSettings
 
@@ -43,7 +43,7 @@ def render_card(
     weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
     if source.path is not None:
         folder = RunFolder(source.path.resolve().parent)
-        run = _read(folder.path, "distill", DistillSidecar)
+        run = _read_run(folder.path)
         if run is not None:
             is_average = source.path.resolve() == folder.student_ema
             if is_average:
@@ -66,7 +66,7 @@ def render_card(
     metrics = list(dict.fromkeys(_find_metrics(work, info.weights_hash, source)))
     # A run that wrote other weights than those of the folder now measured those.
     if run is not None and info.weights_hash in [file.hash for file in run.outputs]:
-        held_out = f"{_short(run.data.spec)}-held-out"
+        held_out = f"{short_name(run.data.spec)}-held-out"
         if held_out not in [data for data, *_ in metrics]:  # as `eval-zeroshot` calls it
             metrics += _measured_in_training(run, held_out, is_average=is_average)
     card = render_report(
@@ -109,18 +109,14 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
     losses, counts = run.made.losses, run.counts
     keep = run.keep_list  # the one that the run used; the work directory may hold another by now
     ratio = f"{keep.kept / keep.images:.4g} ({keep.kept:,} of {keep.images:,} images)" if keep else "1 (not balanced)"
-    # The teachers are the models whose embeddings the run read; each input is of one kind of rows.
-    folders = dict.fromkeys(Path(file.path).parent for file in run.inputs)
-    embedded = (_read(folder, "embed", EmbedSidecar) for folder in folders)
-    teachers = " + ".join(_short(sidecar.model.spec) for sidecar in embedded if sidecar is not None)
     # What a loss of the user's own reads is not recorded: all that there is.
-    is_taught = any(LOSSES[name].needs_teacher if name in LOSSES else bool(teachers) for name in losses)
+    is_taught = any(LOSSES[name].needs_teacher if name in LOSSES else run.teacher is not None for name in losses)
     kept = {"Text tower": "of the teacher, unchanged"} if run.made.text_tower == "teacher" else {}
     used = f"{counts['used']:,} of {counts['read']:,} samples used, {counts['held_out']:,} more held out"
     return {
-        "Teacher": (teachers or _UNKNOWN) if is_taught or kept else "none",
+        "Teacher": (run.teacher or _UNKNOWN) if is_taught or kept else "none",
         **kept,
-        "Training data": f"{_short(run.data.spec)}; {used}",
+        "Training data": f"{short_name(run.data.spec)}; {used}",
         "Keep ratio": ratio,
         "Losses": ", ".join(f"{name} × {loss['value']:g}" for name, loss in losses.items()),
         "Training": f"{run.result['steps']:,} steps, {run.result['samples']:,} samples",
@@ -164,14 +160,9 @@ def _find_metrics(work: WorkDirectory, weights_hash: str, source: ModelName) -> 
                 yield data, task, name, f"{sidecar.counts['images']:,}", f"{value:.4f}", prompts
 
 
-def _read(folder: Path, step: str, kind: type[AnySidecar]) -> AnySidecar | None:
-    """Read a sidecar; None when there is none, or it is not ours."""
+def _read_run(folder: Path) -> DistillSidecar | None:
+    """Read the sidecar of a run; None when there is none, or it is not ours."""
     try:
-        return read_sidecar(sidecar_path(folder, step), kind)
+        return read_sidecar(sidecar_path(folder, "distill"), DistillSidecar)
     except ClipcidError:
         return None
-
-
-def _short(spec: str) -> str:
-    """Name data or a model: a local folder by its last part, since its path means nothing on another machine."""
-    return spec if ":" in spec else Path(spec).name

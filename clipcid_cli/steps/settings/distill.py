@@ -490,6 +490,11 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         return self.teacher == (NO_TEACHER,)
 
     @property
+    def named_teacher(self) -> str | None:
+        """The teacher that was named, of several the first; None where there is none, or its embeddings name it."""
+        return None if self.has_no_teacher else next(iter(self.teacher), None)
+
+    @property
     def num_teachers(self) -> int:
         return max(super().num_teachers, len(self.teacher))
 

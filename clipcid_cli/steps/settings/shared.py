@@ -412,6 +412,11 @@ class KeptSettings(EmbeddingsSettings):
             )
 
     @property
+    def named_embeddings(self) -> Path | None:
+        """The embeddings that were named, of several the first."""
+        return next(iter(self.embeddings), None)
+
+    @property
     def num_teachers(self) -> int:
         return max(1, len(self.embeddings))
 

@@ -112,12 +112,6 @@ def test_a_finished_keep_list_is_found_and_an_unfinished_one_not_passed_over(tmp
     assert "--keep-list none" in caught.value.fix
 
 
-def test_the_repair_of_several_teachers_is_of_their_weights(tmp_path: Path) -> None:
-    weightings = ((0.5, 0.5), (0.7, 0.3), (0.7, 0.3))
-    one, other, again = (WorkDirectory(tmp_path).repair([Path("a"), Path("b")], weights) for weights in weightings)
-    assert one != other == again
-
-
 def test_embeddings_are_those_that_were_balanced_or_the_only_ones(tmp_path: Path) -> None:
     work = WorkDirectory(tmp_path)
     with pytest.raises(ClipcidError, match="no embeddings") as caught:

@@ -20,8 +20,10 @@ from teaching_data import ALONE, embed_data, join, read_keys, write_student
 
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps import cluster
@@ -195,6 +197,16 @@ def test_cosines_are_weighted_means_of_views_captions_and_further_texts(place: P
             np.testing.assert_allclose(joint[left] @ joint[right].T, expected, atol=2e-3)
 
 
+def test_what_is_made_of_several_teachers_is_of_their_weights(place: Path) -> None:
+    teachers = [open_embeddings(place / "embeddings" / name) for name in ("one", "two")]
+    weightings = ((0.5, 0.5), (0.7, 0.3), (0.7, 0.3))
+    one, other, again = (
+        CombinedEmbeddings(teachers, weights, None).slug_in(WorkDirectory(place)) for weights in weightings
+    )
+    assert one != other == again
+    assert one.startswith("one+two-")
+
+
 def test_a_teacher_of_images_alone_adds_to_images(place: Path, tiny_shards: Path) -> None:
     """Captions are compared as by the other, images with captions likewise, but for a factor; what one lacks is left out."""
     with pytest.raises(ClipcidError, match=r"1 of 24 samples have no embedding in \S+vision\."):
@@ -260,6 +272,7 @@ def test_clusters_and_a_run_of_several_teachers(place: Path, tiny_shards: Path, 
     ):
         train(work, tiny_shards, **weighted | {"preset": "cid"}, name="weighted")
     train(work, tiny_shards, **common | {"preset": "clip-kd", "name": "kd"})
+    assert json.loads((work / "distill" / "kd" / "distill.json").read_text())["teacher"] == "one + two"
     with pytest.raises(ClipcidError, match="other settings or inputs"):
         train(work, tiny_shards, **weighted, name="kd")
 
@@ -272,6 +285,11 @@ def test_what_is_missing_of_several_teachers_is_named(place: Path, tiny_shards: 
         distill.run(DistillSettings(**given, preset="cid", teacher_weight=(2.0, 1.0)))
     folders = " ".join(f"--embeddings {work / 'embeddings' / name}" for name in ("one", "two"))
     assert f"clipcid cluster {folders} --teacher-weight 2.0 --teacher-weight 1.0 --work {work}" in raised.value.fix
+    with pytest.raises(ClipcidError, match="There are no clusters") as raised:
+        distill.run(
+            DistillSettings(**given | {"teacher": ()}, preset="cid", embeddings=(place / "embeddings" / "one",))
+        )
+    assert f"clipcid cluster --embeddings {place / 'embeddings' / 'one'} --work {work}" in raised.value.fix
     with heard() as told:
         distill.run(DistillSettings(**given))
     assert f"That is the cost of {teachers[0]} alone" in told[-1]
