@@ -28,7 +28,6 @@ from click.core import ParameterSource
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.files import read_regular
 from clipcid_cli.formats.trust import validate_work
-from clipcid_cli.formats.work_directory import validate_outermost
 from clipcid_cli.runtime.interruption import starts_over
 from clipcid_cli.runtime.libraries import importing, let_gpu_memory_grow, set_openmp_spins
 from clipcid_cli.steps.reporting import Reporter, reporting_to
@@ -96,6 +95,8 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     reporter = ConsoleReporter(console, quiet=settings.quiet) if is_main else Reporter()
     if settings.writes_work:
+        from clipcid_cli.formats.work_directory import validate_outermost  # what help pages do without
+
         validate_outermost(settings.work)
         if not settings.trust_work:
             validate_work(settings.work)

@@ -38,14 +38,13 @@ _SIDECARS = {
 
 def validate_outermost(work: Path) -> None:
     """Refuse a folder of a work directory as one of its own, in which nothing would be found."""
-    place = work.expanduser().absolute()
+    place = Path(os.path.abspath(work.expanduser()))  # without a `..`
     for folder in (place, place.parent):
         pattern = _SIDECARS.get(folder.name)
         if pattern is not None and next(folder.glob(pattern), None) is not None:
-            outer = Path(os.path.normpath(work / (".." if folder == place else "../..")))
             raise ClipcidError(
-                f"{work} lies inside the work directory {outer}.",
-                f"Name the work directory itself: {flag_words(work=outer) or 'omit --work'}",
+                f"{work} lies inside the work directory {folder.parent}.",
+                f"Name the work directory itself: {flag_words(work=folder.parent)}",
             )
 
 

@@ -146,7 +146,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("export model --format onnx --precision fp16", 2, "cannot be combined with --format onnx"),
     ("export model --templates names.txt", 2, "Add --classnames FILE"),
     ("export model --classnames names.txt", 2, "--classnames applies only to ONNX files"),
-    ("runs --work clipcid-work/clusters", 1, "clipcid-work/clusters lies inside the work directory clipcid-work"),
+    ("runs --work clipcid-work/clusters", 1, "clipcid-work/clusters lies inside the work directory "),
     ("export model --device cpu", 2, "This command runs on the CPU."),
     ("export model --opset 19", 2, "--opset applies only to ONNX files"),
     ("export model --npm-packages pairs", 2, "Add --format web"),
