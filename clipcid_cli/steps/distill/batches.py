@@ -351,7 +351,7 @@ class Batches:
         return batch
 
     def keys(self, step: int) -> list[str]:
-        """Return the keys of a step's whole batch."""
+        """Return the keys of a step's whole batch; steps count from 0, as in `deal`."""
         order = SampleOrder(self._seed, self._samples.sizes.tolist())
         rows = order.rows(step * self._batch_size, (step + 1) * self._batch_size)
         return [ref.key for ref in self._inputs.refs(self._samples, rows)]
