@@ -289,7 +289,10 @@ def judge_teacher(settings: DistillSettings, embeddings: Embeddings) -> tuple[Em
 
 
 def choose_losses(settings: DistillSettings, judgement: Judgement) -> dict[LossEntry, Weight]:
-    """Return the run's losses, other ones where the teacher is near chance; say how well it knows the data."""
+    """Return the run's losses, other ones where the teacher is near chance; say how well it knows the data.
+
+    `Pairing.near_chance` says when it is.
+    """
     pairing = judgement.pairing
     if pairing is None:
         return settings.losses
@@ -308,11 +311,14 @@ def choose_losses(settings: DistillSettings, judgement: Judgement) -> dict[LossE
 
 def _describe_following(settings: DistillSettings, losses: dict[LossEntry, Weight]) -> str:
     """Say which flag has the features of a teacher near chance followed, else which losses the run has instead."""
-    if settings.preset is not None:
+    followed = {loss.name: weight for loss, weight in losses.items() if loss.compares_features}
+    for name, weight in followed.items():
+        if name in settings.typed_losses:
+            return f"but followed, as --loss {name}={weight.value:g} says"
+    if settings.preset is not None and followed:
         return f"but followed, as --preset {settings.preset} says"
-    for loss, weight in losses.items():
-        if loss.compares_features:
-            return f"but followed, as --loss {loss.name}={weight.value:g} says"
+    if settings.preset is not None:
+        return f"and no loss follows its features (--preset {settings.preset} stays)"
     changes = [f"no {loss.name}" for loss in settings.losses if loss not in losses]
     for loss, weight in losses.items():
         if (usual := settings.losses[loss]) != weight:
