@@ -18,10 +18,37 @@ from torch import Tensor
 MAX_PAIRS = 2_000
 """Pairs that are enough for any data; ranking them costs the square of their number."""
 
+# With fewer pairs, or fewer different captions, nothing can be told.
+_MIN_PAIRS = 250
+_MIN_CAPTIONS = 4
+
 # A teacher that finds less than this times what a guess does is near chance.
 _TIMES_CHANCE = 5
 # Where a guess finds more than this among the first 10, as of fewer than 250 images, the first alone decides.
 _MOST_BY_CHANCE = 0.04
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Image and text rows of pairs, unit rows, float32 [N, D]; captions are numbered, int64 [N], equal ones alike.
+
+    Equal image rows are one image.
+    """
+
+    images_ND: Tensor
+    texts_ND: Tensor
+    captions_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.captions_N)
+
+    def take(self, places: Tensor) -> Pairs:
+        return Pairs(self.images_ND[places], self.texts_ND[places], self.captions_N[places])
+
+
+def are_enough(pairs: Pairs) -> bool:
+    """Tell whether something can be told by these pairs."""
+    return len(pairs) >= _MIN_PAIRS and len(np.unique(pairs.captions_N)) >= _MIN_CAPTIONS
 
 
 @dataclasses.dataclass(frozen=True)

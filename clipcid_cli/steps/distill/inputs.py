@@ -115,8 +115,7 @@ def find_inputs(settings: DistillSettings, embedded: EmbeddedBy, scratch: Path |
     chosen = None
     if clusters is not None:
         several_captions = counts.several_captions > 0 and not teacher.first_captions
-        is_decided = not settings.dry_run or teacher.judgement.repair is not None or settings.repair == "none"
-        chosen = clusters.teach(teacher.embeddings, counts, several_captions, is_decided)
+        chosen = clusters.teach(teacher, counts, several_captions)
         fingerprints += chosen.fingerprints()
     return Inputs(
         settings=settings,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from clipcid_cli.formats.results.repair import PairingFigures, RepairFigures
+from clipcid_cli.formats.results.pairing import PairingFigures
+from clipcid_cli.formats.results.repair import RepairFigures
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.evaluate.result import Preview, ZeroshotResult

@@ -107,7 +107,7 @@ def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistCon
 def _find_of_online(settings: DistillSettings) -> EmbeddedBy:
     """Find stored embeddings of an online teacher, where there are any.
 
-    They name it, and tell the axes of the shared space and whether it is repaired.
+    They name it, and tell the axes of the shared space and how well it pairs images with captions.
     """
     work = WorkDirectory(settings.work)
     if settings.named_teacher is None:
