@@ -255,8 +255,9 @@ class BatchMaker:
     ) -> None:
         """Read the teacher's rows of what is shown, where it has stored ones.
 
-        A sample's row among those to train on leads, by a column of the matched samples, to its row among the embeddings;
-        that, with the view and the caption that are shown, to a row of each kind of file; and this is read, float16 [D].
+        training row
+        → embedding row (column ``embeddings`` of the matched samples)
+        → with the view and the caption shown, a row of IMAGES or VIEWS, of TEXTS or FURTHER: float16 [D]
         """
         if not self._rows:
             return

@@ -69,7 +69,7 @@ class Trainer:
         if inputs.clusters is not None:
             table_rows = inputs.training.column("clusters")
             clusters = inputs.clusters.open(settings, teacher, space.axes, table_rows, context.device)
-        teacher.prepare(inputs.losses)
+        teacher.announce(inputs.losses)
         self.objective = Objective.from_inputs(inputs, width, space, context)
         reporting.note(f"Precision: {student.precision.name} ({student.precision.reason}).")
         self.state = TrainState(
