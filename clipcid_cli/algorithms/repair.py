@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.contrastive import contrast_both_ways
-from clipcid_cli.algorithms.pairing import Matches, Pairing, Pairs
+from clipcid_cli.algorithms.pairing import Matches, Pairs, summarise_ranks
 from clipcid_cli.algorithms.sets.forest import connected_components
+from clipcid_cli.records import Pairing
 
 MAX_PAIRS = 10_000
 """Pairs that are enough for any data; judging costs the square of their number."""
@@ -146,7 +147,7 @@ def fit_repair(pairs: Pairs, scale: float, seed: int, rule: Rule = RULE) -> Repa
         standard_error=error,
         recall_at_1=(recall_before, recall),
         chance_at_1=sum(judge.guessed for judge in judges) / len(pairs),
-        pairing=Pairing.of(best_nearer_N.numpy(), torch.cat([judge.others_N for judge in judges]).numpy()),
+        pairing=summarise_ranks(best_nearer_N.numpy(), torch.cat([judge.others_N for judge in judges]).numpy()),
     )
 
 

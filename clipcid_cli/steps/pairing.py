@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from clipcid_cli.algorithms.pairing import MAX_PAIRS, Pairing, Pairs, are_enough, rank_pairs
+from clipcid_cli.algorithms.pairing import MAX_PAIRS, Pairs, are_enough, rank_pairs
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.formats.results.pairing import PairingFigures
+from clipcid_cli.records import Pairing
 from clipcid_cli.runtime.randomness import derive_seed, key_fractions
 
 MAX_SCALE = 100.0
@@ -23,7 +23,7 @@ _STRETCHES = 40
 _HELD_OUT_BY_RUNS = 0.01
 
 
-def judge_pairing(embeddings: Embeddings) -> PairingFigures | None:
+def judge_pairing(embeddings: Embeddings) -> Pairing | None:
     """Measure whether the teacher of stored rows knows their captions and images.
 
     Call it on the first process. None where there are no captions, or too few.
@@ -33,12 +33,7 @@ def judge_pairing(embeddings: Embeddings) -> PairingFigures | None:
     pairs = read_pairs(embeddings, MAX_PAIRS)
     if not are_enough(pairs):
         return None
-    return figures_of(rank_pairs(pairs.images_ND, pairs.texts_ND, pairs.captions_N))
-
-
-def figures_of(pairing: Pairing) -> PairingFigures:
-    """Return ranks as outputs record them."""
-    return PairingFigures(**vars(pairing), near_chance=pairing.near_chance)
+    return rank_pairs(pairs.images_ND, pairs.texts_ND, pairs.captions_N)
 
 
 def teacher_scale(embeddings: Embeddings) -> float:

@@ -10,7 +10,6 @@ import msgspec
 from clipcid_cli.algorithms.pairing import Pairs, are_enough
 from clipcid_cli.algorithms.repair import MAX_PAIRS, RULE, can_be_divided, fit_repair
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.mapped import RowMap, map_images
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import OutputSpec, find_output, open_output, remove_leftovers
@@ -27,7 +26,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.pairing import figures_of, read_pairs, teacher_scale
+from clipcid_cli.steps.pairing import read_pairs, teacher_scale
 from clipcid_cli.steps.settings.shared import KeptSettings
 
 # One seed for all runs: they learn from one teacher, and from its clusters.
@@ -70,6 +69,8 @@ def repair_teacher(settings: KeptSettings, embeddings: Embeddings) -> tuple[Embe
     reporting.note(describe_repair(decision.result))
     if not decision.result.repaired:
         return embeddings, decision.result
+    from clipcid_cli.formats.embeddings.mapped import RowMap, map_images  # few teachers are repaired
+
     [written] = decision.outputs
     return map_images(embeddings, RowMap(read_repair(folder, written), written)), decision.result
 
@@ -88,7 +89,7 @@ def _decide(spec: OutputSpec[RepairSidecar], pairs: Pairs, scale: float) -> Repa
         written = [] if repair.map_DD is None else [record(output.work / REPAIR, output.work)]
         judged = {name: value for name, value in vars(repair).items() if name not in ("map_DD", "pairing")}
         repaired = repair.map_DD is not None
-        pairing = msgspec.structs.replace(figures_of(repair.pairing), repaired=True) if repaired else None
+        pairing = msgspec.structs.replace(repair.pairing, repaired=True) if repaired else None
         figures = RepairFigures(repaired=repaired, pairing=pairing, **judged)
         return output.commit(counts={}, seconds=seconds, outputs=written, result=figures)
 

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.results.pairing import PairingFigures
 from clipcid_cli.formats.sidecar import Sidecar
+from clipcid_cli.records import Pairing
 
 REPAIR = "repair.npz"
 STEP = "repair"
@@ -31,7 +31,7 @@ class RepairFigures(msgspec.Struct, omit_defaults=True):
     chance_at_1: float  # of a guess
     pairs: int  # pairs that it was fitted to and judged by
     captions: int  # different captions of those
-    pairing: PairingFigures | None = None  # of the repaired teacher
+    pairing: Pairing | None = None  # of the repaired teacher
 
 
 class RepairSidecar(Sidecar, kw_only=True):
