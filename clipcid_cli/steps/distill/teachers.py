@@ -313,7 +313,7 @@ def judge_teacher(settings: DistillSettings, embeddings: Embeddings) -> tuple[Em
 def choose_losses(settings: DistillSettings, judgement: Judgement) -> dict[LossEntry, Weight]:
     """Return the run's losses, other ones where the teacher is near chance; say how well it knows the data.
 
-    `Pairing.near_chance` says when it is.
+    It is where `Pairing.near_chance` is true: `summarise_ranks` decides.
     """
     pairing = judgement.pairing
     if pairing is None:

@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save_file
 from teaching_data import ALONE, embed_data, join, read_keys, write_student
 
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
+from clipcid_cli.algorithms.pairing import summarise_ranks
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.formats.results.repair import PairingFigures
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
@@ -164,7 +164,7 @@ def test_images_alone_are_taught(tiny_shards: Path, tiny_model: Path, folders: d
     ],
 )
 def test_who_has_a_teacher_near_chance_followed_is_said(preset: str, loss: tuple[str, ...], followed: str) -> None:
-    pairing = PairingFigures(40, 40, 20, 20, 0.02, 0.02, 0.25, 0.25, near_chance=True, repaired=False)
+    pairing = summarise_ranks(np.arange(40), np.full(40, 39))  # as a guess ranks
     settings = DistillSettings(student="student.json", preset=preset, loss=loss)
     with heard() as told:
         assert choose_losses(settings, Judgement(pairing=pairing)) == settings.losses
