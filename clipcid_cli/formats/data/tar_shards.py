@@ -123,7 +123,7 @@ class TarShard(Shard):
             key=group.key,
             image=image,
             captions=gather_captions(self.caption_keys, captions, skips),
-            label=None if label is None else _parse_label(label.read(), f"{self.name}/{group.key}"),
+            label=None if label is None else _parse_label(label.read()),
             multi_hot=self._place(members.get("npy")),
             attributes=self._place(members.get(JSON), MOST_TEXT + 1),
             # A command's output passes, so that its captions are to be kept in the index.
@@ -173,11 +173,7 @@ class TarShard(Shard):
         return round(self.fingerprint().size * (_PROBED - 1) / bytes_read)
 
 
-def _parse_label(text: bytes, where: str) -> int:
+def _parse_label(text: bytes) -> int | None:
+    """Return the number of a class; None where it is no number, so that evaluations leave the sample out as `no_label`."""
     text = text.strip()
-    if not _CLASS.fullmatch(text):
-        raise ClipcidError(
-            f"The .cls of sample {where} contains {text[:40]!r}, not the number of a class.",
-            "Write one integer, from 0 to 999,999,999.",
-        )
-    return int(text)
+    return int(text) if _CLASS.fullmatch(text) else None
