@@ -39,3 +39,26 @@ def hash_preprocess(preprocess: dict[str, Any], *, fast_decode: bool) -> str:
         {"preprocess": preprocess, "fast_decode": fast_decode, "alpha": "white", "exif": "ignored"}, sort_keys=True
     )
     return "blake2b:" + hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class Pairing(msgspec.Struct, frozen=True, kw_only=True):
+    """How well a teacher's captions find their own images among those of other captions, beside a guess."""
+
+    pairs: int
+    candidates: int  # images that a caption ranks, its own and those of other captions, in the mean
+    median_rank: float  # 1 for the first
+    chance_rank: float
+    recall_at_1: float  # shares in [0, 1], as what follows
+    chance_at_1: float
+    recall_at_10: float
+    chance_at_10: float
+    near_chance: bool  # whether captions find their images hardly better than by a guess
+    repaired: bool = False  # whether after the teacher's repair, of captions that it was not fitted to
+
+    def describe(self) -> str:
+        """Say how well a teacher knows the data, without a full stop."""
+        state = ", after its repair" if self.repaired else ""
+        ranks = f"median rank {self.median_rank:,.0f} of {self.candidates:,} (chance {self.chance_rank:,.0f})"
+        recalls = ((1, self.recall_at_1, self.chance_at_1), (10, self.recall_at_10, self.chance_at_10))
+        shares = [f"R@{k} {100 * recall:.1f}% (chance {100 * chance:.2g}%)" for k, recall, chance in recalls]
+        return f"Teacher on these captions{state}: {ranks}, {', '.join(shares)}"

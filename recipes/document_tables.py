@@ -178,7 +178,7 @@ def ablation_exchanged() -> list[str]:
     rows = []
     for share in plan.NOISE:
         settings = [plan.noisy(name, share, of_drawings().entries).name for name in names]
-        settings.append(plan.noisy_default(share, of_drawings().entries).name)
+        settings.append(plan.exchanged(plan.default_alone(of_drawings().entries), share).name)
         cells = [level(of_drawings(), name, RECALL) if of_drawings().seeds(name) else "" for name in settings]
         rows.append([f"{100 * share:.0f} %", *cells])
     heads = (*(f"`{name}`" for name in names[:-1]), "`fd-instance`, `clip=0.1`", "`fd-instance` (default)")

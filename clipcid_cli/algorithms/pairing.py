@@ -15,13 +15,42 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from clipcid_cli.records import Pairing
+
 MAX_PAIRS = 2_000
 """Pairs that are enough for any data; ranking them costs the square of their number."""
+
+# With fewer pairs, or fewer different captions, nothing can be told.
+_MIN_PAIRS = 250
+_MIN_CAPTIONS = 4
 
 # A teacher that finds less than this times what a guess does is near chance.
 _TIMES_CHANCE = 5
 # Where a guess finds more than this among the first 10, as of fewer than 250 images, the first alone decides.
 _MOST_BY_CHANCE = 0.04
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Image and text rows of pairs, unit rows, float32 [N, D]; captions are numbered, int64 [N], equal ones alike.
+
+    Equal image rows are one image.
+    """
+
+    images_ND: Tensor
+    texts_ND: Tensor
+    captions_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.captions_N)
+
+    def take(self, places: Tensor) -> Pairs:
+        return Pairs(self.images_ND[places], self.texts_ND[places], self.captions_N[places])
+
+
+def are_enough(pairs: Pairs) -> bool:
+    """Tell whether something can be told by these pairs."""
+    return len(pairs) >= _MIN_PAIRS and len(np.unique(pairs.captions_N)) >= _MIN_CAPTIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,48 +83,29 @@ def _number(values_N: npt.NDArray[np.generic]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(firsts), torch.from_numpy(numbers)
 
 
-@dataclasses.dataclass(frozen=True)
-class Pairing:
-    """Ranks of the captions' own images; shares in [0, 1]."""
+def summarise_ranks(nearer_N: npt.NDArray[np.int64], others_N: npt.NDArray[np.int64]) -> Pairing:
+    """Summarise the ranks of captions' own images.
 
-    pairs: int
-    candidates: int  # images that a caption ranks, its own and those of other captions, in the mean
-    median_rank: float  # 1 for the first
-    chance_rank: float
-    recall_at_1: float
-    chance_at_1: float
-    recall_at_10: float
-    chance_at_10: float
-
-    @classmethod
-    def of(cls, nearer_N: npt.NDArray[np.int64], others_N: npt.NDArray[np.int64]) -> Pairing:
-        """Summarise ranks.
-
-        Args:
-            nearer_N: How many images of other captions come before a caption's own, int64 [N].
-            others_N: How many images of other captions there are, int64 [N].
-        """
-
-        def by_chance(k: int) -> float:
-            return float(np.minimum(1, k / (1 + others_N)).mean())
-
-        return cls(
-            pairs=len(nearer_N),
-            candidates=round(1 + float(others_N.mean())),
-            median_rank=1 + float(np.median(nearer_N)),
-            chance_rank=1 + float(others_N.mean()) / 2,
-            recall_at_1=float((nearer_N < 1).mean()),
-            chance_at_1=by_chance(1),
-            recall_at_10=float((nearer_N < 10).mean()),
-            chance_at_10=by_chance(10),
-        )
-
-    @property
-    def near_chance(self) -> bool:
-        """Whether captions find their images hardly better than by a guess."""
-        if self.chance_at_10 > _MOST_BY_CHANCE:
-            return self.recall_at_1 < _TIMES_CHANCE * self.chance_at_1
-        return self.recall_at_10 < _TIMES_CHANCE * self.chance_at_10
+    Args:
+        nearer_N: How many images of other captions come before a caption's own, int64 [N].
+        others_N: How many images of other captions there are, int64 [N].
+    """
+    recall_at_1, recall_at_10 = (float((nearer_N < k).mean()) for k in (1, 10))
+    chance_at_1, chance_at_10 = (float(np.minimum(1, k / (1 + others_N)).mean()) for k in (1, 10))
+    near_chance = recall_at_10 < _TIMES_CHANCE * chance_at_10
+    if chance_at_10 > _MOST_BY_CHANCE:
+        near_chance = recall_at_1 < _TIMES_CHANCE * chance_at_1
+    return Pairing(
+        pairs=len(nearer_N),
+        candidates=round(1 + float(others_N.mean())),
+        median_rank=1 + float(np.median(nearer_N)),
+        chance_rank=1 + float(others_N.mean()) / 2,
+        recall_at_1=recall_at_1,
+        chance_at_1=chance_at_1,
+        recall_at_10=recall_at_10,
+        chance_at_10=chance_at_10,
+        near_chance=near_chance,
+    )
 
 
 def rank_pairs(images_ND: Tensor, texts_ND: Tensor, captions_N: Tensor) -> Pairing:
@@ -110,4 +120,4 @@ def rank_pairs(images_ND: Tensor, texts_ND: Tensor, captions_N: Tensor) -> Pairi
     own_N1 = cosines_NM.gather(1, matches.image_N[:, None])
     is_other_NM = ~matches.table()[matches.caption_N]
     nearer_NM = (cosines_NM >= own_N1) & is_other_NM
-    return Pairing.of(nearer_NM.sum(dim=1).numpy(), is_other_NM.sum(dim=1).numpy())
+    return summarise_ranks(nearer_NM.sum(dim=1).numpy(), is_other_NM.sum(dim=1).numpy())

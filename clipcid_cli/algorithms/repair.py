@@ -30,14 +30,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.contrastive import contrast_both_ways
-from clipcid_cli.algorithms.pairing import Matches, Pairing
+from clipcid_cli.algorithms.pairing import Matches, Pairs, summarise_ranks
 from clipcid_cli.algorithms.sets.forest import connected_components
+from clipcid_cli.records import Pairing
 
 MAX_PAIRS = 10_000
 """Pairs that are enough for any data; judging costs the square of their number."""
-# With fewer pairs, different captions or groups, nothing can be told.
-_MIN_PAIRS = 250
-_MIN_CAPTIONS = _MIN_GROUPS = 4
+# With fewer groups nothing can be told.
+_MIN_GROUPS = 4
 _FOLDS = 5
 
 _BATCH = 512
@@ -71,24 +71,6 @@ RULE = Rule()
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
-    """Image and text rows of pairs, unit rows, float32 [N, D]; captions are numbered, int64 [N], equal ones alike.
-
-    Equal image rows are one image.
-    """
-
-    images_ND: Tensor
-    texts_ND: Tensor
-    captions_N: Tensor
-
-    def __len__(self) -> int:
-        return len(self.captions_N)
-
-    def take(self, places: Tensor) -> Pairs:
-        return Pairs(self.images_ND[places], self.texts_ND[places], self.captions_N[places])
-
-
-@dataclasses.dataclass(frozen=True)
 class Repair:
     """A fitted repair, and how pairs that it was not fitted to judge it."""
 
@@ -104,11 +86,6 @@ class Repair:
     recall_at_1: tuple[float, float]
     chance_at_1: float  # that of a guess
     pairing: Pairing  # of the captions of a fold and its images, after the best number of steps
-
-
-def are_enough(pairs: Pairs) -> bool:
-    """Tell whether something can be told by these pairs."""
-    return len(pairs) >= _MIN_PAIRS and len(np.unique(pairs.captions_N)) >= _MIN_CAPTIONS
 
 
 def can_be_divided(pairs: Pairs) -> bool:
@@ -170,7 +147,7 @@ def fit_repair(pairs: Pairs, scale: float, seed: int, rule: Rule = RULE) -> Repa
         standard_error=error,
         recall_at_1=(recall_before, recall),
         chance_at_1=sum(judge.guessed for judge in judges) / len(pairs),
-        pairing=Pairing.of(best_nearer_N.numpy(), torch.cat([judge.others_N for judge in judges]).numpy()),
+        pairing=summarise_ranks(best_nearer_N.numpy(), torch.cat([judge.others_N for judge in judges]).numpy()),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,14 +33,13 @@ class Photographs(inputs.Inputs):
         self._folders = dict(zip(self.sets, (tune.resolve(), report.resolve()), strict=True))
 
     def prepare(self) -> None:
-        """Build the teacher, write captions, link the sets under their names, and embed what is trained on."""
+        """Build the teacher, write captions, copy the sets under their names, and embed what is trained on."""
         subprocess.run(["bash", FOREIGN / "teacher.sh"], check=True)
         (self.work / "sets").mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, FOREIGN / "captions.py", self.probe_train, self.pairs], check=True)
         for name, folder in self._folders.items():
-            link = self.work / "sets" / name
-            link.unlink(missing_ok=True)
-            link.symlink_to(folder)
+            copy = self.work / "sets" / name
+            shutil.copytree(folder, copy, dirs_exist_ok=True)
         inputs.clipcid("embed", self.pairs, "--model", self.teacher, "--work", self.work)
 
     def probed(self, log: plan.Log) -> list[plan.Setting]:

@@ -232,6 +232,11 @@ def default_alone(log: Log) -> Setting:
     return _changed(with_clip, "no extras", extras=())
 
 
+def with_crd(base: Setting) -> Setting:
+    """Return a setting with `crd` as well."""
+    return _changed(base, "with crd", weights={**base.weights, "crd": 1.0})
+
+
 def further_changes(log: Log) -> list[Setting]:
     """Return `fd-instance` at its best trial with further things changed."""
     base = tuned("fd-instance", log)
@@ -305,7 +310,7 @@ def repaired(log: Log, drawings: Log) -> list[Setting]:
         if name == "fd-instance":
             ours = [trusted(alone, trust) for trust in TRUST]
             with_clip = nearer_to_captions(alone)[0]
-            found += [*ours, with_clip, mixed_alone(ours[0], MIXED_ALONE[0])]
+            found += [*ours, with_clip, with_crd(with_clip), mixed_alone(ours[0], MIXED_ALONE[0])]
         elif alone.is_taught:
             found.append(alone)
     return found
@@ -332,12 +337,12 @@ def worth_storing(log: Log) -> list[Setting]:
 
 def noisy(name: str, share: float, log: Log) -> Setting:
     """Return a recipe at its best trial on the pairs alone, with some captions exchanged."""
-    return _changed(tuned(name, log), f"{share:.0%} exchanged", extras=(), noise=share, repair="auto")
+    return exchanged(dataclasses.replace(tuned(name, log), extras=()), share)
 
 
-def noisy_default(share: float, log: Log) -> Setting:
-    """Return the default preset on the pairs alone, with some captions exchanged."""
-    return _changed(default_alone(log), f"{share:.0%} exchanged", noise=share, repair="auto")
+def exchanged(base: Setting, share: float) -> Setting:
+    """Return a setting with some captions exchanged."""
+    return _changed(base, f"{share:.0%} exchanged", noise=share, repair="auto")
 
 
 def large_batches(name: str, log: Log) -> list[Setting]:
@@ -412,7 +417,10 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds(nearest_alone(log), FIRST_SEEDS)
     yield _seeds(worth_storing(log), FIRST_SEEDS)
     yield _seeds((noisy(name, share, log) for share in NOISE for name in SCALED), SEEDS[:1])
-    yield _seeds((noisy_default(share, log) for share in NOISE), SEEDS[:1])
+    yield _seeds((exchanged(default_alone(log), share) for share in NOISE), SEEDS[:1])
+    tried = with_crd(default_alone(log))
+    yield _seeds([tried], FIRST_SEEDS)
+    yield _seeds((exchanged(tried, share) for share in NOISE), SEEDS[:1])
 
 
 def photographs(log: Log, drawings: Log) -> Iterator[list[Run]]:

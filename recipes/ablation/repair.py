@@ -35,7 +35,8 @@ from photographs import FOREIGN
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipcid_cli.algorithms.repair import RULE, Pairs, Repair, Rule, fit_repair
+from clipcid_cli.algorithms.pairing import Pairs
+from clipcid_cli.algorithms.repair import RULE, Repair, Rule, fit_repair
 
 SEEDS = 3
 HEADING = """Made by `repair.py` on {date}. *z*: the gain in standard errors, smallest … largest of the draws; *rank*, *R@1*:

@@ -28,7 +28,8 @@ from photographs import FOREIGN
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from clipcid_cli.algorithms.repair import Pairs, fit_repair
+from clipcid_cli.algorithms.pairing import Pairs
+from clipcid_cli.algorithms.repair import fit_repair
 from clipcid_cli.runtime.randomness import derive_seed
 
 HERE = Path(__file__).resolve().parent
@@ -68,13 +69,14 @@ CONTENDERS = (
     Contender("default without trust", ()),
     Contender("fd-instance, clip=1", ("--preset", "fd-instance", "--repair", "none")),
     Contender("cid", ("--preset", "cid", "--repair", "none")),
+    Contender("default, crd=1", ("--loss", "crd=1")),
+    Contender("clip-kd, repair auto", ("--preset", "clip-kd")),
     Contender("default, text tower kept", ("--text-tower", "teacher")),
 )
 # The default with one thing changed, tried where it is furthest behind.
 IDEAS = (
     Contender("default, icl=1", ("--loss", "icl=1")),
     Contender("default, instance=0", ("--loss", "instance=0")),
-    Contender("default, crd=1", ("--loss", "crd=1")),
     Contender("default, td=1", ("--loss", "td=1", "--ema", "0.99")),
     Contender("default, instance=1", ("--loss", "instance=1")),
 )

@@ -22,6 +22,7 @@ CONTENDERS = {
     "fd-instance, clip=1": "the same, `--repair none`",
     "default": "earlier default",
     "fd-instance": "the same, `fd` near chance too",
+    "default, crd=1": "default, `--loss crd=1`",
     "default, text tower kept": "default, `--text-tower teacher`",
     "clip-kd, repair auto": "`clip-kd`, repaired",
 }
@@ -133,11 +134,13 @@ def ablation_worlds() -> Iterator[World]:
     """Yield the worlds of the ablation, on the pairs alone."""
     drawings, photographs = (table.read(HERE / name) for name in ("log.jsonl", "photographs.jsonl"))
     ours = plan.tuned("fd-instance", drawings.entries).name
+    alone = plan.default_alone(drawings.entries)
+    both = {DEFAULT: alone, "default, crd=1": plan.with_crd(alone)}
     tuned = {name: plan.tuned(name, drawings.entries).name for name in ("clip", "clip-kd", "cid")}
-    tuned |= {"default": f"{ours}/no extras", "default without trust": plan.default_alone(drawings.entries).name}
+    tuned |= {"default": f"{ours}/no extras"} | {name: setting.name for name, setting in both.items()}
     yield from_results("drawings (ablation)", drawings, "drawings R@1", tuned)
     mixed_up = {name: plan.noisy(name, _EXCHANGED, drawings.entries).name for name in ("clip", "clip-kd", "cid")}
-    mixed_up["default without trust"] = plan.noisy_default(_EXCHANGED, drawings.entries).name
+    mixed_up |= {name: plan.exchanged(setting, _EXCHANGED).name for name, setting in both.items()}
     yield from_results("drawings, half of the captions exchanged (ablation)", drawings, "drawings R@1", mixed_up)
     best = {
         name: plan.best(plan.photograph_students(name, drawings.entries), photographs.entries).name
@@ -147,10 +150,10 @@ def ablation_worlds() -> Iterator[World]:
     taught = {name: f"{best[name]}/repaired" for name in ("clip-kd", "cid")}
     repaired = f"{best['fd-instance']}/repaired"
     plain = {name: best[name] for name in ("clip", "clip-kd", "cid")} | {"default": f"{repaired}/trust 0.13"}
-    plain["default without trust"] = f"{repaired}/with clip"
+    ours_there = {DEFAULT: f"{repaired}/with clip", "default, crd=1": f"{repaired}/with clip/with crd"}
+    plain |= ours_there | {"clip-kd, repair auto": taught["clip-kd"]}
     yield from_results("clothes (ablation)", photographs, column, plain)
-    good = {"clip": best["clip"], **taught, "default": f"{repaired}/trust 1"}
-    good["default without trust"] = f"{repaired}/with clip"
+    good = {"clip": best["clip"], **taught, "default": f"{repaired}/trust 1"} | ours_there
     yield from_results("clothes, good teacher (ablation)", photographs, column, good)
 
 
@@ -159,6 +162,7 @@ def from_results(name: str, results: table.Results, column: str, settings: Mappi
     values = {
         contender: {seed: results.values(setting, seed, column) for seed in results.seeds(setting)}
         for contender, setting in settings.items()
+        if results.seeds(setting)
     }
     return World(name, column.split()[-1], values)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import accumulate
@@ -23,7 +22,6 @@ from clipcid_cli.formats.embeddings.rows import (
     EmbeddingFile,
     FileRows,
     Kind,
-    RowMap,
     Rows,
 )
 from clipcid_cli.formats.embeddings.sidecar import COPY, EmbedSidecar, read_embed_sidecar
@@ -45,6 +43,7 @@ from clipcid_cli.shown import short_name
 
 if TYPE_CHECKING:
     from clipcid_cli.formats.data.dataset import Dataset
+    from clipcid_cli.formats.embeddings.mapped import RowMap
 
 # Names generated at once for rows without keys: Python's strings take several times the memory of Arrow's.
 _NAMES_AT_ONCE = 65_536
@@ -131,9 +130,7 @@ class Embeddings:
     def rows(self, kind: Kind) -> Rows:
         """Open the rows of a kind, [N, D]; where a sample has several, [N·V, D]: row v of sample i is i·V + v."""
         rows = self._open_rows(kind)
-        if self.image_map is None or kind not in (Kind.IMAGES, Kind.VIEWS):
-            return rows
-        return self.image_map.apply(rows)
+        return rows if self.image_map is None else self.image_map.apply(kind, rows)
 
     def _open_rows(self, kind: Kind) -> Rows:
         """Open the rows of a kind as they are stored."""
@@ -149,12 +146,6 @@ class Embeddings:
     def embed_again(self, **flags: Any) -> str:
         """Return the fix that makes them anew with some flags."""
         return run_again("embed", self.sidecar, **flags)
-
-    def mapped(self, image_map: RowMap) -> Embeddings:
-        """Return them with other rows of images and views."""
-        other = copy.copy(self)
-        other.image_map = image_map
-        return other
 
     def num_each(self, kind: Kind) -> int:
         """Return how many rows of a kind each sample has: V of views, W of variants; 0 where there are none."""

@@ -29,7 +29,6 @@ import numpy.typing as npt
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped, read_npy_header
 from clipcid_cli.formats.files import reading, write_error
-from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.parquet import refuse_expansion
 
 Float16 = npt.NDArray[np.float16]
@@ -330,40 +329,6 @@ class FileRows(Rows):
             part = unit_rows(part)
         # An array in an archive may begin at an odd byte.
         return part if part.flags.aligned and part.flags.c_contiguous else np.array(part, order="C")
-
-
-@dataclasses.dataclass(frozen=True)
-class RowMap:
-    """What image rows are multiplied by, before they are normalised again: the repair of a teacher."""
-
-    map_DD: npt.NDArray[np.float32]  # entries are multiples of 2⁻¹⁶
-    record: FileRecord  # of the file that it was read from
-
-    def apply(self, rows: Rows) -> Rows:
-        """Return the rows with the map applied as they are read."""
-        return _MappedRows(rows, self.map_DD)
-
-
-class _MappedRows(Rows):
-    """Rows times a matrix: to the bit the same on any machine and among any others, since products add without error."""
-
-    def __init__(self, rows: Rows, map_DD: npt.NDArray[np.float32]) -> None:
-        self._rows = rows
-        self._map_DD = map_DD.astype(np.float64)
-        self.shape = rows.shape
-
-    @property
-    def stay_mapped(self) -> bool:
-        return self._rows.stay_mapped
-
-    def read(self, start: int, stop: int) -> Float16:
-        return self._map(self._rows.read(start, stop))
-
-    def take(self, positions: Numbers) -> Float16:
-        return self._map(self._rows.take(positions))
-
-    def _map(self, rows: Float16) -> Float16:
-        return unit_rows(rows.astype(np.float64) @ self._map_DD)
 
 
 def unit_rows(rows: npt.NDArray[Any]) -> Float16:

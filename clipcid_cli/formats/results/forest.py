@@ -131,8 +131,11 @@ def read_forest(spec: OutputSpec[ForestSidecar]) -> StoredForest | None:
     a, b, distance = (column.to_numpy() for column in table.columns)
     num_rows = sidecar.counts["images"]
     in_range = a.min(initial=0) >= 0 and (a < b).all() and b.max(initial=-1) < num_rows
-    if not (in_range and (distance[1:] >= distance[:-1]).all()):
-        raise ClipcidError(f"{path} is not a forest of {num_rows:,} rows with ascending distances.", fix)
+    is_searched = distance.max(initial=0.0) <= np.float32(sidecar.cutoff)
+    if not (in_range and is_searched and (distance[1:] >= distance[:-1]).all()):
+        raise ClipcidError(
+            f"{path} is not a forest of {num_rows:,} rows with ascending distances up to {sidecar.cutoff:g}.", fix
+        )
     kind = np.int32 if num_rows < 2**31 else np.int64
     return StoredForest(a.astype(kind), b.astype(kind), distance, sidecar.cutoff, num_rows)
 

@@ -12,31 +12,11 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.sidecar import Sidecar
+from clipcid_cli.records import Pairing
 
 REPAIR = "repair.npz"
 STEP = "repair"
 _MAP = "image_map"
-
-
-class PairingFigures(msgspec.Struct):
-    """How well a teacher's captions find their own images among those of other captions, beside a guess."""
-
-    pairs: int
-    candidates: int  # images that a caption ranks, in the mean
-    median_rank: float
-    chance_rank: float
-    recall_at_1: float
-    chance_at_1: float
-    recall_at_10: float
-    chance_at_10: float
-    near_chance: bool
-    repaired: bool  # whether after the teacher's repair, of captions that it was not fitted to
-
-    def __str__(self) -> str:
-        ranks = f"median rank {self.median_rank:,.0f} of {self.candidates:,} (chance {self.chance_rank:,.0f})"
-        recalls = ((1, self.recall_at_1, self.chance_at_1), (10, self.recall_at_10, self.chance_at_10))
-        shares = [f"R@{k} {100 * recall:.1f}% (chance {100 * chance:.2g}%)" for k, recall, chance in recalls]
-        return f"{ranks}, {', '.join(shares)}"
 
 
 class RepairFigures(msgspec.Struct, omit_defaults=True):
@@ -51,7 +31,7 @@ class RepairFigures(msgspec.Struct, omit_defaults=True):
     chance_at_1: float  # of a guess
     pairs: int  # pairs that it was fitted to and judged by
     captions: int  # different captions of those
-    pairing: PairingFigures | None = None  # of the repaired teacher
+    pairing: Pairing | None = None  # of the repaired teacher
 
 
 class RepairSidecar(Sidecar, kw_only=True):

@@ -109,18 +109,14 @@ class OpenedClusters:
     settings: DistillSettings
     files: Clusters
 
-    def teach(
-        self, embeddings: Embeddings | None, counts: MatchCounts, several_captions: bool, is_decided: bool
-    ) -> ChosenClusters:
+    def teach(self, teacher: Teacher, counts: MatchCounts, several_captions: bool) -> ChosenClusters:
         """Let clusters teach; those of other images, or of the teacher before its repair, are refused.
 
         Args:
-            embeddings: The teacher's, repaired or not.
             several_captions: Whether a sample may show another caption than its first.
-            is_decided: Whether it is known if the teacher is repaired; a dry run may leave it to the run.
         """
-        settings, clusters = self.settings, self.files
-        if is_decided:
+        settings, clusters, embeddings = self.settings, self.files, teacher.embeddings
+        if teacher.judgement.is_decided:
             _validate_repair(settings, clusters, embeddings)
         if counts.without_cluster:
             few = counts.without_cluster

@@ -22,7 +22,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import index_alone, note_captions, open_named
 from clipcid_cli.steps.distill.samples import Sources, UsableSamples, count_usable, find_samples, index_of
-from clipcid_cli.steps.distill.stored import EmbeddedBy, choose_online, first_key, open_stored
+from clipcid_cli.steps.distill.stored import TeacherFolders, choose_online, first_key, open_stored
 from clipcid_cli.steps.distill.teachers import Judgement, Teacher, choose_losses, choose_teacher, judge_teacher
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -65,17 +65,17 @@ class Inputs:
         return pa.chunked_array(chunks, pa.string())
 
 
-def find_inputs(settings: DistillSettings, embedded: EmbeddedBy, scratch: Path | None) -> Inputs:
+def find_inputs(settings: DistillSettings, folders: TeacherFolders, scratch: Path | None) -> Inputs:
     """Find, open and match the inputs, and report which were taken.
 
     Args:
-        embedded: The embeddings that `find_embeddings` found.
+        folders: The embeddings that `find_embeddings` found.
         scratch: Where a dry run keeps what a run keeps in the work directory.
     """
     work = WorkDirectory(settings.work)
     embeddings = None
-    if embedded:
-        embeddings = open_stored(settings, embedded, scratch or work.path)
+    if folders:
+        embeddings = open_stored(settings, folders, scratch or work.path)
     dataset = _open_data(settings, embeddings, scratch)
     if settings.keeps_text_tower:
         from clipcid_cli.steps.distill.kept_text import drop_losses_of_captions
@@ -115,8 +115,7 @@ def find_inputs(settings: DistillSettings, embedded: EmbeddedBy, scratch: Path |
     chosen = None
     if clusters is not None:
         several_captions = counts.several_captions > 0 and not teacher.first_captions
-        is_decided = not settings.dry_run or teacher.judgement.repair is not None or settings.repair == "none"
-        chosen = clusters.teach(teacher.embeddings, counts, several_captions, is_decided)
+        chosen = clusters.teach(teacher, counts, several_captions)
         fingerprints += chosen.fingerprints()
     return Inputs(
         settings=settings,

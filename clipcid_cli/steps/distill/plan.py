@@ -22,7 +22,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
 from clipcid_cli.steps.distill.memory import fitting_batch
 from clipcid_cli.steps.distill.own_losses import load_own_loss
-from clipcid_cli.steps.distill.stored import EmbeddedBy, validate_teacher_names
+from clipcid_cli.steps.distill.stored import TeacherFolders, validate_teacher_names
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.keep_list import NO_KEEP_LIST
 from clipcid_cli.steps.preflight import choose_workers
@@ -138,7 +138,7 @@ def validate_named(settings: DistillSettings) -> NamedData | None:
 def make_plan(
     settings: DistillSettings,
     student: Student,
-    embeddings: EmbeddedBy,
+    embeddings: TeacherFolders,
     named: NamedData | None,
     scratch: Path | None,
     context: DistContext,

@@ -22,10 +22,9 @@ from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.shown import metric_title
 from clipcid_cli.steps.distill.held_out import HeldOut
 from clipcid_cli.steps.distill.inputs import Inputs
-from clipcid_cli.steps.distill.teachers import OnlineTeacher, name_no_teacher
+from clipcid_cli.steps.distill.teachers import OnlineTeacher
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.encode import Encoded
-from clipcid_cli.steps.repair import describe_pairing, describe_repair
 from clipcid_cli.steps.settings.shared import output_settings
 
 if TYPE_CHECKING:
@@ -230,12 +229,7 @@ def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
         listed.append(("teacher", f"{teacher.name.spec}, run alongside the student"))
     if teacher.embeddings is not None:
         listed += teacher.embeddings.listed()
-    judgement = teacher.judgement
-    if judgement.repair is not None:
-        listed.append(("repair", describe_repair(judgement.repair)))
-    if judgement.pairing is not None:
-        verdict = f": near chance; try {name_no_teacher(inputs.settings)}" if judgement.pairing.near_chance else ""
-        listed.append(("pairing", f"{describe_pairing(judgement.pairing)}{verdict}."))
+    listed += teacher.judgement.listed(inputs.settings)
     if inputs.clusters is not None:
         listed.append(("clusters", str(inputs.clusters.files.folder)))
     return listed

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from clipcid_cli.formats.results.repair import PairingFigures, RepairFigures
+from clipcid_cli.formats.results.repair import RepairFigures
+from clipcid_cli.records import Pairing
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.evaluate.result import Preview, ZeroshotResult
@@ -26,7 +27,7 @@ class Distilled(msgspec.Struct, omit_defaults=True):
     files: dict[str, str]
     chance: dict[str, float] = {}  # what a guess scores on the held-out part
     repair: RepairFigures | None = None  # that of the teacher, where it was repaired
-    pairing: PairingFigures | None = None  # how well the teacher knows these captions and images
+    pairing: Pairing | None = None  # how well the teacher knows these captions and images
 
 
 class DistillCost(msgspec.Struct):
@@ -46,6 +47,6 @@ class DistillCost(msgspec.Struct):
     data_samples_per_second: float  # what all workers read and decode
     bound_by: str  # ``data`` where that is less than the model takes, else ``model``
     seconds: dict[str, float]
-    pairing: PairingFigures | None = None  # how well the teacher knows these captions and images
+    pairing: Pairing | None = None  # how well the teacher knows these captions and images
     files: dict[str, str] = {}
     evaluations: list[Preview] = []

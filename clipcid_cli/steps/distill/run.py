@@ -6,8 +6,6 @@ import time
 from contextlib import closing
 from typing import Any
 
-import msgspec
-
 from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output
@@ -147,11 +145,7 @@ def write(
     }
     if trainer.evaluation.chance:
         result["chance"] = trainer.evaluation.chance
-    judgement = inputs.teacher.judgement
-    if judgement.repair is not None and judgement.repair.repaired:
-        result["repair"] = msgspec.to_builtins(judgement.repair)
-    if judgement.pairing is not None:
-        result["pairing"] = msgspec.to_builtins(judgement.pairing)
+    result |= inputs.teacher.judgement.recorded()
     return output.commit(
         counts={
             "read": inputs.usable.read,

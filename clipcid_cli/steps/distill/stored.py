@@ -36,30 +36,31 @@ def losses_of_captions(settings: DistillSettings) -> list[str]:
     return [name for name in needing if name in settings.typed_losses] if settings.keeps_text_tower else needing
 
 
-EmbeddedBy = tuple[Path, ...]
-"""Folders of embeddings, by teacher; none where no loss reads any."""
+TeacherFolders = tuple[Path, ...]
+"""The folder of each teacher's embeddings; none where no loss reads any."""
 
 
-def _parse_teachers(settings: DistillSettings) -> list[ModelName]:
-    """Return the teachers as the user named them; none where the embeddings name them."""
-    return [with_default_tag(parse_model(teacher)) for teacher in settings.teacher]
+def _parse(teacher: str) -> ModelName:
+    return with_default_tag(parse_model(teacher))
 
 
 def validate_teacher_names(settings: DistillSettings) -> None:
     """Refuse a teacher that is the name of no model."""
-    _parse_teachers(settings)
+    for teacher in settings.teacher:
+        _parse(teacher)
 
 
 def flags_of_embeddings(settings: DistillSettings) -> dict[str, Any]:
     """Return the flags by which `cluster` takes the teachers' embeddings, which may not exist yet."""
     if settings.num_teachers == 1:
         return {"embeddings": settings.embeddings}
-    teachers = () if settings.embeddings else _parse_teachers(settings)
-    folders = settings.embeddings or tuple(choose_embeddings(settings.work, teacher) for teacher in teachers)
+    folders = settings.embeddings
+    if not folders:
+        folders = tuple(choose_embeddings(settings.work, _parse(teacher)) for teacher in settings.teacher)
     return {"embeddings": folders, "teacher_weight": settings.teacher_weight}
 
 
-def find_embeddings(settings: DistillSettings, context: DistContext) -> EmbeddedBy | EmbedCost:
+def find_embeddings(settings: DistillSettings, context: DistContext) -> TeacherFolders | EmbedCost:
     """Find the teachers' embeddings, and make them where there are none; none when no loss needs them.
 
     Without ``--teacher`` it is the one whose embeddings the work directory holds.
@@ -92,7 +93,7 @@ def find_embeddings(settings: DistillSettings, context: DistContext) -> Embedded
 
 
 def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistContext) -> Path | EmbedCost:
-    folder = choose_embeddings(settings.work, with_default_tag(parse_model(teacher)))
+    folder = choose_embeddings(settings.work, _parse(teacher))
     exists = context.on_rank0(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
     if not exists:
         with_views = f"run: {embed_with(parse_model(teacher), settings)} --views 4"
@@ -104,15 +105,15 @@ def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistCon
     return ensure_embeddings(settings, context, data=settings.data, model=teacher, text=text)
 
 
-def _find_of_online(settings: DistillSettings) -> EmbeddedBy:
+def _find_of_online(settings: DistillSettings) -> TeacherFolders:
     """Find stored embeddings of an online teacher, where there are any.
 
-    They name it, and tell the axes of the shared space and whether it is repaired.
+    They name it, and tell the axes of the shared space and how well it pairs images with captions.
     """
     work = WorkDirectory(settings.work)
     if settings.named_teacher is None:
         return (work.find_embeddings(),) if work.has_embeddings() else ()
-    teacher = with_default_tag(parse_model(settings.named_teacher))
+    teacher = _parse(settings.named_teacher)
     folder = choose_embeddings(settings.work, teacher)
     sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
     is_its = sidecar is not None and find_mismatch(sidecar.model, teacher) is None
@@ -122,20 +123,20 @@ def _find_of_online(settings: DistillSettings) -> EmbeddedBy:
 def choose_online(settings: DistillSettings, embeddings: Embeddings | None) -> ModelName:
     """Choose a teacher that runs alongside the student: the one named, else the embeddings', else the default one."""
     if settings.named_teacher is not None:
-        return with_default_tag(parse_model(settings.named_teacher))
+        return _parse(settings.named_teacher)
     if embeddings is None:
-        return with_default_tag(parse_model(DEFAULT_MODEL))
+        return _parse(DEFAULT_MODEL)
     if embeddings.model is None:
         raise ClipcidError(f"{embeddings.folder} does not record which model made it.", "Name the --teacher.")
     return parse_model(embeddings.model.spec)
 
 
-def open_stored(settings: DistillSettings, folders: EmbeddedBy, work: Path | None) -> Embeddings:
+def open_stored(settings: DistillSettings, folders: TeacherFolders, work: Path | None) -> Embeddings:
     """Open the teachers' embeddings, check that they made them, and look for the captions that the losses need."""
     opened = [open_teacher(settings, folder, work) for folder in folders]
     if settings.needs_teacher and settings.teacher:
-        for teacher, embeddings in zip(_parse_teachers(settings), opened, strict=True):
-            _validate_made_by(teacher, embeddings, settings)
+        for teacher, member in zip(settings.teacher, opened, strict=True):
+            _validate_made_by(_parse(teacher), member, settings)
     embeddings = opened[0]
     if len(opened) > 1:
         from clipcid_cli.steps.several_teachers import join_teachers, note_missing_bias

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -20,7 +21,8 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
-from clipcid_cli.formats.results.repair import PairingFigures, RepairFigures
+from clipcid_cli.formats.results.repair import RepairFigures
+from clipcid_cli.records import Pairing
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
@@ -34,7 +36,8 @@ from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.distill.stored import validate_matches, validate_views
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
-from clipcid_cli.steps.repair import MAX_SCALE, describe_pairing, judge_pairing, repair_teacher, teacher_scale
+from clipcid_cli.steps.pairing import MAX_SCALE, judge_pairing, teacher_scale
+from clipcid_cli.steps.repair import describe_repair, repair_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 SAMPLES_AT_ONCE = 256
@@ -64,7 +67,24 @@ class Judgement:
     """How well a teacher pairs images with captions; None where nothing was judged."""
 
     repair: RepairFigures | None = None  # of its image rows
-    pairing: PairingFigures | None = None
+    pairing: Pairing | None = None
+    is_decided: bool = True  # whether it is known if it is repaired; a dry run may leave it to the run
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what a run's result says of it."""
+        repair = self.repair if self.repair is not None and self.repair.repaired else None
+        figures = {"repair": repair, "pairing": self.pairing}
+        return {name: msgspec.to_builtins(value) for name, value in figures.items() if value is not None}
+
+    def listed(self, settings: DistillSettings) -> list[tuple[str, str]]:
+        """Return what a report says of it."""
+        listed = []
+        if self.repair is not None:
+            listed.append(("repair", describe_repair(self.repair)))
+        if self.pairing is not None:
+            verdict = f": near chance; try {name_no_teacher(settings)}" if self.pairing.near_chance else ""
+            listed.append(("pairing", f"{self.pairing.describe()}{verdict}."))
+        return listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +305,9 @@ def describe_weights(model: ClipModel) -> FileRecord:
 def judge_teacher(settings: DistillSettings, embeddings: Embeddings) -> tuple[Embeddings, Judgement]:
     """Repair the teacher of stored rows where that is better, and measure how well it then pairs them."""
     repaired, repair = repair_teacher(settings, embeddings)
-    return repaired, Judgement(repair, judge_pairing(embeddings, repair))
+    pairing = repair.pairing if repair is not None and repair.repaired else judge_pairing(embeddings)
+    is_decided = not settings.dry_run or repair is not None or settings.repair == "none"
+    return repaired, Judgement(repair, pairing, is_decided)
 
 
 def choose_losses(settings: DistillSettings, judgement: Judgement) -> dict[LossEntry, Weight]:
@@ -293,8 +315,8 @@ def choose_losses(settings: DistillSettings, judgement: Judgement) -> dict[LossE
     pairing = judgement.pairing
     if pairing is None:
         return settings.losses
-    measured = describe_pairing(pairing)
-    if settings.dry_run and judgement.repair is None and settings.repair != "none":
+    measured = pairing.describe()
+    if not judgement.is_decided:
         measured += " (before a repair, on which a run decides)"
     if not pairing.near_chance:
         reporting.note(f"{measured}.")

@@ -147,6 +147,11 @@ def test_a_damaged_forest_is_made_again_by_overwrite(chain: Path, tmp_path: Path
     assert "The forest is not as it was written" in run_clipcid(*BALANCE, "--overwrite", cwd=place).said
     assert forest.read_bytes() == whole
     assert "already holds this result" in run_clipcid(*BALANCE, "--overwrite", cwd=place).said
+    # One that is longer than what was searched, by a sidecar that records no files.
+    table = pq.read_table(forest)
+    pq.write_table(table.set_column(2, table.schema.field(2), pa.array([1.0] * len(table), pa.float32())), forest)
+    edit_sidecar(forest.with_suffix(".json"), lambda sidecar: sidecar.pop("outputs"))
+    refused(place, ("balance", "--keep", "0.7"), "with ascending distances up to 0.")
 
 
 def test_an_edited_index_is_refused_until_it_is_removed(chain: Path, tmp_path: Path) -> None:

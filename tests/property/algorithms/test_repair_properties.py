@@ -12,12 +12,11 @@ from balance_data import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipcid_cli.algorithms.pairing import Pairs, are_enough
 from clipcid_cli.algorithms.repair import (
     RULE,
-    Pairs,
     Repair,
     Rule,
-    are_enough,
     can_be_divided,
     deal_groups,
     fit_repair,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from clipcid_cli.algorithms.pairing import Pairing, rank_pairs
+from clipcid_cli.algorithms.pairing import rank_pairs, summarise_ranks
+from clipcid_cli.records import Pairing
 
 
 def make_pairs(count: int, skill: float, repeats: int = 1) -> Pairing:
@@ -66,7 +67,7 @@ def test_ranks_are_counted_one_by_one(num_images: int) -> None:
 
 def test_few_images_are_judged_by_the_first() -> None:
     nearer = np.array([0] * 4 + [5] * 46)
-    few = Pairing.of(nearer, np.full(50, 49))
+    few = summarise_ranks(nearer, np.full(50, 49))
     assert few.recall_at_10 == 1
     assert few.near_chance  # 8 %, and a guess 2 %
-    assert not Pairing.of(np.array([0] * 6 + [5] * 44), np.full(50, 49)).near_chance
+    assert not summarise_ranks(np.array([0] * 6 + [5] * 44), np.full(50, 49)).near_chance

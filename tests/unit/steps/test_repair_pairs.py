@@ -10,7 +10,8 @@ from balance_data import heard, unit, write_embeddings
 
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.results.repair import RepairFigures
-from clipcid_cli.steps.repair import consider_rows, describe_repair, judge_pairing, repair_teacher
+from clipcid_cli.steps.pairing import consider_rows, judge_pairing
+from clipcid_cli.steps.repair import describe_repair, repair_teacher
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 
@@ -39,7 +40,7 @@ def test_pairs_are_of_all_files(tmp_path: Path) -> None:
     images[num_rows // 2 :] = np.roll(texts[num_rows // 2 :], 7, axis=0)
     captions = [f"caption {row}" for row in range(num_rows)]
     embeddings = open_embeddings(write_embeddings(tmp_path / "rows", images, 2, texts=texts, captions=captions))
-    pairing = judge_pairing(embeddings, None)
+    pairing = judge_pairing(embeddings)
     assert pairing is not None
     assert pairing.pairs == 2_000
     assert pairing.recall_at_1 == pytest.approx(0.5, abs=0.05)
@@ -54,7 +55,7 @@ def test_pairs_of_one_image_decide_no_repair_but_are_ranked(tmp_path: Path) -> N
     with heard() as said:
         assert repair_teacher(ClusterSettings(work=tmp_path / "work"), embeddings) == (embeddings, None)
     assert "too few pairs, or different captions or images, to judge a repair by" in str(said)
-    pairing = judge_pairing(embeddings, None)
+    pairing = judge_pairing(embeddings)
     assert pairing is not None
     assert pairing.near_chance
 

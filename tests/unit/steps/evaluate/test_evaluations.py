@@ -42,6 +42,7 @@ from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.comparison import ComparisonResult, ComparisonResults
+from clipcid_cli.steps.evaluate.draws import Draws
 from clipcid_cli.steps.evaluate.linear import warn_of_repeats
 from clipcid_cli.steps.evaluate.means import average_results
 from clipcid_cli.steps.evaluate.probe_fits import ProbeFits
@@ -184,6 +185,17 @@ def test_several_data_sets_are_compared_on_their_mean(tmp_path: Path) -> None:
     text = io.StringIO()
     show_comparison(answer, Console(file=text, width=80))
     assert "B against A on the mean over dtd, pets" in text.getvalue()
+    assert "Student's t" not in text.getvalue()
+    # Three seeds of each side are paired through both data sets.
+    files = {model: [str(tmp_path / f"{dataset}_{model}.json") for dataset in ("dtd", "pets")] for model in "ab"}
+    seeds = [",".join(3 * files[model]) for model in "ab"]
+    with heard() as told:
+        answer = compare_results(EvalZeroshotSettings(model=seeds[0], data=(seeds[1],), compare=True))
+    assert isinstance(answer, ComparisonResults)
+    assert answer.means[0].first == Draws.from_values([0.4, 0.4, 0.4])
+    assert not any("two checkpoints" in line for line in told)
+    show_comparison(answer, Console(file=text, width=80))
+    assert "over images and, by Student's t, over seeds" in text.getvalue()
 
     (tmp_path / "dtd_b.json").unlink()
     with pytest.raises(ClipcidError, match="B has no result on dtd"):
