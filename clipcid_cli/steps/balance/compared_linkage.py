@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.jobs import least_of_components
 from clipcid_cli.algorithms.sets.covers import CoverRows, cover_curve
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components
 from clipcid_cli.algorithms.sets.representatives import central_rows, distances_to, ratio_beyond
@@ -77,6 +78,12 @@ def compare_single(run: BalanceRun, forest: Forest, threshold: float) -> Compare
 
 def compare_cover(run: BalanceRun, forest: Forest, threshold: float) -> ComparedLinkage | NotComputed:
     """Cover the images by stars, or as another covering linkage, if few pairs are within the cut-off to be collected."""
+    # A forest has more rows than edges; those of copies join none of the rows that would be compared.
+    least = least_of_components(len(forest.edges.up_to(threshold)) - len(run.rows.copies))
+    if least > _MAX_COMPARED:
+        return NotComputed(
+            f"it takes at least {least:,} comparisons within the sets, more than the {_MAX_COMPARED:,} made for a report"
+        )
     pairs = find_pairs(run, forest, threshold, _MAX_FOUND, _MAX_COMPARED)
     if isinstance(pairs, NotComputed):
         return pairs

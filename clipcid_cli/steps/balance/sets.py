@@ -40,6 +40,7 @@ from clipcid_cli.algorithms.sets.representatives import (
 from clipcid_cli.formats.arrays import Arrays, array_journal
 from clipcid_cli.formats.fingerprint import hash_json
 from clipcid_cli.formats.results.forest import SetTable
+from clipcid_cli.runtime.pipeline import Background
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.find_forest import find_forest
 from clipcid_cli.steps.balance.groups import Groups, Share, find_places, work_on_groups
@@ -124,7 +125,11 @@ def single_curve(rows: BalanceRows, forest: Edges, threshold: float | None) -> C
 def _measure_sets(run: BalanceRun, division: Division) -> Sets:
     """Choose representatives where there are none yet, and measure the sets; rows that filters dropped have none."""
     threshold = division.threshold
-    representatives_N, distances_N, *columns = _load_or_measure(run, division)
+    curves = list[Curve]()
+    with Background() as background:
+        if run.context.is_main:
+            background.start(lambda: curves.append(division.make_curve()))
+        representatives_N, distances_N, *columns = _load_or_measure(run, division)
     table = SetTable(*columns)
     num_kept = count_kept(representatives_N)
     beyond = 0.0
@@ -135,7 +140,7 @@ def _measure_sets(run: BalanceRun, division: Division) -> Sets:
         representatives=representatives_N,
         distances=distances_N,
         threshold=threshold,
-        curve=run.context.on_rank0(division.make_curve),
+        curve=run.context.on_rank0(lambda: curves[0]),
         num_kept=num_kept,
         largest=int(table.size.max(initial=1)),
         table=table,
@@ -168,7 +173,9 @@ def _load_or_measure(run: BalanceRun, division: Division) -> Arrays:
         return saved
     began = time.monotonic()
     groups = Groups.publish(run.shared, lambda: Groups.from_sets(labels))
-    measure = partial(_measure, run, division.representatives)
+    is_unique = np.zeros(len(rows), np.bool_)
+    is_unique[rows.unique] = True
+    measure = partial(_measure, run, division.representatives, is_unique)
     parts = work_on_groups(run.shared, rows.images, rows.numbers, groups, measure)
 
     def join() -> Arrays:
@@ -191,8 +198,12 @@ def _load_or_measure(run: BalanceRun, division: Division) -> Arrays:
     return run.shared.publish(join)
 
 
-def _measure(run: BalanceRun, representatives: IntArray | None, share: Share) -> Arrays:
-    """Measure some sets, given the representative of each row unless the rows of a set decide which it is.
+def _measure(run: BalanceRun, representatives: IntArray | None, is_unique: BoolArray, share: Share) -> Arrays:
+    """Measure some sets.
+
+    Args:
+        representatives: The representative of each row, integers [N]; None where the rows of a set decide which it is.
+        is_unique: Which rows are no copies, bool [N].
 
     Returns:
         The representative of each row, integers [M], and its distance, float32 [M]; of each set the row farthest from it,
@@ -208,10 +219,7 @@ def _measure(run: BalanceRun, representatives: IntArray | None, share: Share) ->
     largest = np.maximum.reduceat(distances, share.starts) if len(share.starts) else distances
     at_largest = np.flatnonzero(distances == np.repeat(largest, share.sizes))
     farthest = at_largest[np.searchsorted(at_largest, share.starts)]
-    # Copies are at distance 0 of each other.
-    is_unique = np.zeros(len(run.rows), np.bool_)
-    is_unique[run.rows.unique] = True
-    unique = np.flatnonzero(is_unique[share.rows])
+    unique = np.flatnonzero(is_unique[share.rows])  # copies are at distance 0 of each other
     diameter, is_exact = find_diameters(share.read, unique, share.labels[unique], share.starts, run.context.device)
     return share.rows[chosen], distances, share.rows[farthest], diameter, is_exact
 

@@ -63,6 +63,7 @@ class Setting:
     # Whether it leaves the outputs' content as it is (number of workers, verbosity, …): it then never makes one stale.
     operational: bool = False
     may_be_url: bool = False  # of a path
+    may_have_suffix: bool = False  # of a whole number: whether 250k, 4M and 1.28G are numbers
 
 
 def option(default: Any, help: str, **more: Any) -> Any:  # noqa: A002  # the word click and every reader use for it

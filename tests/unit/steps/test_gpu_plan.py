@@ -147,12 +147,12 @@ def test_without_a_teacher_no_rows_are_read() -> None:
     assert plan.bytes_read == 100 * 4096 * 25_000
 
 
-def test_partitions_leave_gpus_a_minute_of_products_and_the_host_hours() -> None:
+def test_partitions_leave_gpus_a_minute_of_products_and_the_host_less_than_ten() -> None:
     settings: dict[str, Any] = {"keep": 0.563, "gpus": "8xH100", "images": 330_000_000, "dry_run": True}
     partitioned, exact = (run(BalanceSettings(neighbors=kind, **settings)) for kind in ("partitioned", "exact"))
     assert partitioned.operations < exact.operations / 1000
     assert partitioned.operations / (8 * 0.6 * 989e12) < 60
-    assert 2.5 < partitioned.hours < 3
+    assert 7 < 60 * partitioned.hours < 10
     assert partitioned.host_hours is not None
     assert 0 < partitioned.hours - partitioned.host_hours < 60 / 3600
     assert exact.host_hours is None
