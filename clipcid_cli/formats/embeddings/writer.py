@@ -1,6 +1,15 @@
 """How `embed` writes a folder of embeddings: shard by shard, each followed by a record, and at the end the manifest of all.
 
-A shard without its record is unfinished. Several processes may write different shards of a folder at once.
+    .embed-<identity>/                      unfinished embeddings of these settings and this data
+        .run.json                           settings and data
+        img_emb/img_emb_0003.npy            the rows of a shard; other kinds and metadata likewise
+        .shards/0003.skipped.parquet        its samples that were left out
+        .shards/0003.json                   its record, written after its files
+        .parts/2-of-8.json                  where it is made in parts: what a part knows that the sidecar of all will say
+        .parts/2-of-8.lock                  held while the part runs, in a folder
+
+Whether a shard is finished is decided by `EmbeddingWriter.finished_record` alone: its record is there, of these settings and
+keys, and of the files as they are. Several processes may write different shards of a folder at once.
 """
 
 from __future__ import annotations
@@ -108,12 +117,13 @@ class EmbeddingWriter:
         )
         self._journal.append(self._label(index), record)
 
-    def read_record(self, index: int) -> ShardRecord | None:
-        """Read the record of a shard; None where it is not finished by these settings, or a file was changed since."""
-        record = self._find_record(index)
+    def finished_record(self, index: int) -> ShardRecord | None:
+        """Return the record of a shard; None where it is not finished by these settings, or a file was changed since."""
+        record = self._record_of_any_keys(index)
         return record if record is not None and record.keys == self._keys else None
 
-    def _find_record(self, index: int) -> ShardRecord | None:
+    def _record_of_any_keys(self, index: int) -> ShardRecord | None:
+        """Return the record of a shard that is finished but for the form of its keys, which `rename_keys` changes."""
         record = self._journal.read(self._label(index))
         if record is None or record.identity != self._identities[index] or not record.is_listed:
             return None
@@ -145,13 +155,14 @@ class EmbeddingWriter:
             listed = self._record_skipped(index) if earlier.skipped else None
             self._journal.append(self._label(index), msgspec.structs.replace(earlier, files=files, listed=listed))
 
-    def find_done(self, earlier: Sequence[ShardRecord]) -> list[int]:
-        """Return the shards that a run would not embed again: those finished here, or of an `earlier` folder."""
+    def estimate_done(self, earlier: Sequence[ShardRecord]) -> list[int]:
+        """Return the shards that a plan need not count: those finished here, or that an `earlier` folder says it has."""
         there = {record.identity for record in earlier}
-        done = (
-            identity in there or self._find_record(index) is not None for index, identity in enumerate(self._identities)
-        )
-        return [index for index, is_done in enumerate(done) if is_done]
+        return [
+            index
+            for index, identity in enumerate(self._identities)
+            if identity in there or self._record_of_any_keys(index) is not None
+        ]
 
     def names(self, index: int, record: ShardRecord) -> list[str]:
         """Name the files of a shard, relative to the folder: its record is the last."""
@@ -181,7 +192,7 @@ class EmbeddingWriter:
         Where it is killed on the way, the shard is written again, since its record is of other metadata.
         """
         for index in range(len(self._inputs)):
-            record = self._find_record(index)
+            record = self._record_of_any_keys(index)
             if record is None or record.keys == self._keys:
                 continue
             prefix = f"{record.input.shard}/"
@@ -210,7 +221,7 @@ class EmbeddingWriter:
 
     def finish(self) -> list[ShardRecord]:
         """Write the manifest and the list of skipped samples once all shards are finished; return the manifest."""
-        records = [self.read_record(index) for index in range(len(self._inputs))]
+        records = [self.finished_record(index) for index in range(len(self._inputs))]
         finished = [record for record in records if record is not None]
         assert len(finished) == len(records), "every shard was written by one of the processes"
         skipped = (self._skipped_path(index) for index, record in enumerate(finished) if record.skipped)
