@@ -471,6 +471,18 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         return self.text_tower == "teacher"
 
     @property
+    def without_captions(self) -> str:
+        """How to train on images alone, for errors; empty where what else was given rules that out."""
+        try:
+            alone = dataclasses.replace(self, text_tower="teacher")
+        except UsageError:
+            return ""
+        needing = [loss.name for loss in alone.losses if alone.needs_teacher_texts(loss)]
+        if len(needing) == len(alone.losses) or any(map(alone.typed_losses.get, needing)):
+            return ""
+        return "Train an image tower alone, beside the teacher's text tower: add --text-tower teacher."
+
+    @property
     def trains_text(self) -> bool:
         """Whether the student's text tower is trained."""
         return not (self.freeze_text or self.keeps_text_tower)
