@@ -137,11 +137,11 @@ class EmbeddingWriter:
         indexes = {str(given.shard): index for index, given in enumerate(self._inputs)}
         for shard, listed in read_shards(folder / SKIPPED):
             index = indexes.get(shard, -1)
-            if index >= 0 and self._identities[index] in there and self._find_record(index) is None:
+            if index >= 0 and self._identities[index] in there and self._record_of_any_keys(index) is None:
                 write_skipped(self._skipped_path(index), [listed])
         for index, identity in enumerate(self._identities):
             earlier = there.get(identity)
-            if earlier is None or self._find_record(index) is not None:
+            if earlier is None or self._record_of_any_keys(index) is not None:
                 continue
             if earlier.skipped and not self._skipped_path(index).exists():  # it does not say which
                 continue

@@ -110,7 +110,7 @@ def test_a_finished_folder_gives_its_shards_in_place_of_other_ones_that_a_killed
     write_skipping(tmp_path / "work", (1, 3, 4), (1, 2))  # with other data: its shards 1 and 2
     (tmp_path / "work/.shards/0000.json").write_text('{"torn')
     shifted = write_skipping(tmp_path / "work", (2, 1, 4), ())
-    assert shifted.find_done(finished) == [0, 1, 2]
+    assert shifted.estimate_done(finished) == [0, 1, 2]
     shifted.take(tmp_path / "finished", finished)
     assert [index for index in range(3) if shifted.read_record(index) is not None] == [0, 1, 2]
     listed = shifted.finish()
