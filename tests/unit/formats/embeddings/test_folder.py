@@ -112,7 +112,7 @@ def test_a_finished_folder_gives_its_shards_in_place_of_other_ones_that_a_killed
     shifted = write_skipping(tmp_path / "work", (2, 1, 4), ())
     assert shifted.estimate_done(finished) == [0, 1, 2]
     shifted.take(tmp_path / "finished", finished)
-    assert [index for index in range(3) if shifted.read_record(index) is not None] == [0, 1, 2]
+    assert [index for index in range(3) if shifted.finished_record(index) is not None] == [0, 1, 2]
     listed = shifted.finish()
     assert [record.input.shard for record in listed] == ["s2", "s1", "s4"]
     assert len(pq.read_table(tmp_path / "work" / "skipped.parquet")) == 1
