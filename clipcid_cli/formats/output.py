@@ -10,6 +10,14 @@ goes on. Folders are synced before each of the two sidecars, so that it stands f
 `distill` writes in place, from its first step on: checkpoints, logs and students lie in the output's folder, and its work
 folder holds ``.run.json`` alone, until the sidecar.
 
+    Most outputs                        An evaluation, whose metrics lie above its sidecar
+    clusters/           folder          eval/                   top
+      cluster.json      the sidecar       NAME.json             the metrics
+      …                 its files         sidecars/             folder
+      .cluster-ID/      work_top            NAME.json           the sidecar
+        …               = work              .NAME-ID/           work_top, as `top` will be
+                                              sidecars/         work, as `folder` will be
+
 Nothing moves through a link, and nothing is removed beyond one: an unpacked folder may hold links that lead anywhere.
 """
 
@@ -118,7 +126,7 @@ class Output(Generic[AnySidecar]):
         return self.begun is not None
 
     def start(self, clear: Callable[[], None] | None = None) -> None:
-        """Make the work folder, unless it is there; call it on one process before anything is written.
+        """Take over unfinished work, remove all other, make the folder; call it on one process before anything is written.
 
         Args:
             clear: Removes the files of earlier runs that are written in place, once there is no sidecar that stands for

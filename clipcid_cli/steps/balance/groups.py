@@ -167,7 +167,7 @@ def readable(
         first: The first one that this process will read.
 
     Yields:
-        Reads those at some places behind the first one.
+        read(i): row `rows[first + i]`, i int array.
     """
     if images.stay_mapped or not len(rows):
         own_rows = rows[first:]

@@ -12,7 +12,7 @@ Why the threshold ε of ``--keep`` is exact, with N searched rows of which k = `
 4. k is ``keep · N`` rounded to a whole number, a half to the even one, and at least 1.
 
 What stars keep does not always shrink as ε grows. So theirs is bisected from the ε of single linkage on, and it is only
-certain that the next smaller distance *tried* keeps more than k (`find_star_threshold`).
+certain that the next smaller distance *tried* keeps more than k (`find_cover_threshold`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import numpy as np
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
 from clipcid_cli.algorithms.near.jobs import hash_arrays
+from clipcid_cli.algorithms.sets.covers import count_kept, is_own_representative
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
     best_rows,
@@ -36,7 +37,6 @@ from clipcid_cli.algorithms.sets.representatives import (
     medoid_rows,
     ratio_beyond,
 )
-from clipcid_cli.algorithms.sets.star import count_kept, is_own_representative
 from clipcid_cli.formats.arrays import Arrays, array_journal
 from clipcid_cli.formats.fingerprint import hash_json
 from clipcid_cli.formats.results.forest import SetTable
@@ -103,7 +103,8 @@ def make_sets(run: BalanceRun) -> tuple[Sets, Forest, bool]:
     else:
         searched_to = forest.searched_to
         linkage = LINKAGES[settings.linkage]
-        division, forest = linkage.divide(run, forest, shortest_decimal(threshold), num_kept)
+        needed = num_kept if settings.distance is None else None
+        division, forest = linkage.divide(run, forest, shortest_decimal(threshold), needed)
         if division.representatives is None and settings.select not in _BY_ROWS:
             division = _choose_by_score(run, division)
         reused = reused and forest.searched_to == searched_to
@@ -160,7 +161,7 @@ def _load_or_measure(run: BalanceRun, division: Division) -> Arrays:
         """Return what decides the sets and what is measured of them: unfinished work may be of other settings."""
         decisive = (labels, division.representatives, rows.is_searched)
         hashes = [None if array is None else hash_arrays(array) for array in decisive]
-        return hash_json([run.inputs, run.settings.select, *hashes])
+        return hash_json([run.inputs_hash, run.settings.select, *hashes])
 
     saved_as = run.context.on_rank0(name)
 
@@ -230,7 +231,9 @@ def _keep_all(run: BalanceRun, forest: Edges) -> Division:
     return Division(labels, None, None, partial(single_curve, run.rows, forest, None))
 
 
-def divide_by_components(run: BalanceRun, forest: Forest, threshold: float, num_kept: int) -> tuple[Division, Forest]:
+def divide_by_components(
+    run: BalanceRun, forest: Forest, threshold: float, num_kept: int | None
+) -> tuple[Division, Forest]:
     """Single linkage: the components of the forest up to the threshold, at which it keeps as many as are asked for."""
 
     def divide() -> Arrays:

@@ -37,7 +37,8 @@ class Inputs:
     """Everything a run reads."""
 
     settings: DistillSettings  # without losses that need captions where there are none
-    losses: dict[LossEntry, Weight]  # of the run: those of the settings, or fewer where the teacher is near chance
+    # Of the run: those of the settings, or others (`choose_losses`), with other weights.
+    losses: dict[LossEntry, Weight]
     dataset: Dataset
     usable: UsableSamples
     training: SampleRows

@@ -584,7 +584,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
             function="",
             scale=CLIP_SCALE if SCALE in file.arguments else None,
             fuses=FUSION in file.arguments,
-            reads=file.arguments.intersection(SAMPLE_INPUTS),
+            sample_inputs=tuple(name for name in SAMPLE_INPUTS if name in file.arguments),
             needs_teacher=not self.has_no_teacher,
         )
 

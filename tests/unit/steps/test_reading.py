@@ -75,12 +75,12 @@ def test_another_number_of_names_is_refused() -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Three shards of seven images; one has no class, one no image, one key is repeated, one image is damaged."""
+    """Three shards of seven images; one has a bad class, one no image, one key is repeated, one image is damaged."""
     for shard in range(3):
         members = [("odd.cls", b"1"), ("odd.txt", b"no image")] if shard == 1 else []
         for number in range(shard * 7, shard * 7 + 7):
             members.append((f"{number}.png", make_image(number)[: 99 if number == 9 else None]))
-            members += [(f"{number}.cls", b"%d" % (number % 2))] if number != 16 else []
+            members.append((f"{number}.cls", b"cat" if number == 16 else b"%d" % (number % 2)))
         members += [("14.png", make_image(1)), ("14.cls", b"0")] if shard == 2 else []
         write_tar(tmp_path / "data" / f"{shard}.tar", members)
     return tmp_path / "data"
