@@ -137,16 +137,17 @@ class EmbeddingWriter:
         indexes = {str(given.shard): index for index, given in enumerate(self._inputs)}
         for shard, listed in read_shards(folder / SKIPPED):
             index = indexes.get(shard, -1)
-            if index >= 0 and self._identities[index] in there and not self._is_recorded(index):
+            if index >= 0 and self._identities[index] in there and self._record_of_any_keys(index) is None:
                 write_skipped(self._skipped_path(index), [listed])
         for index, identity in enumerate(self._identities):
             earlier = there.get(identity)
-            if earlier is None or self._is_recorded(index):
+            if earlier is None or self._record_of_any_keys(index) is not None:
                 continue
             if earlier.skipped and not self._skipped_path(index).exists():  # it does not say which
                 continue
             if find_changed(folder, earlier.files.values(), folder / MANIFEST) is not None:
                 continue
+            self._journal.forget(self._label(index))  # one of another shard, before its files are replaced
             files: dict[str, FileRecord] = {}
             for kind, file in earlier.files.items():
                 _link(folder / file.path, self._path(kind, index))
@@ -238,9 +239,6 @@ class EmbeddingWriter:
         )
         write_parquet(self.folder / MANIFEST, pa.Table.from_pylist(msgspec.to_builtins(finished), schema))
         return finished
-
-    def _is_recorded(self, index: int) -> bool:
-        return self._journal.path(self._label(index)).exists()
 
     def _skipped_path(self, index: int) -> Path:
         return self._journal.folder / f"{self._label(index)}.{SKIPPED}"

@@ -227,6 +227,10 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings, GpuPlanSettings)
         return [*(("--against", name) for name in self.against), *(("--near", name) for name in self.near)]
 
     @property
+    def named_data(self) -> tuple[str, ...]:
+        return (*super().named_data, *(name for _, name in self.named_references))
+
+    @property
     def has_filters(self) -> bool:
         """Whether images are dropped before sets are made."""
         return self.has_window or bool(self.named_references)

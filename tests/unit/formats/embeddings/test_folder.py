@@ -105,6 +105,19 @@ def test_all_that_was_skipped_is_listed_whoever_wrote_it_and_whenever(tmp_path: 
     assert not (tmp_path / "whole" / "skipped.parquet").exists()
 
 
+def test_a_finished_folder_gives_its_shards_in_place_of_other_ones_that_a_killed_run_wrote(tmp_path: Path) -> None:
+    finished = write_skipping(tmp_path / "finished", (1, 2), range(2)).finish()
+    write_skipping(tmp_path / "work", (1, 3, 4), (1, 2))  # with other data: its shards 1 and 2
+    (tmp_path / "work/.shards/0000.json").write_text('{"torn')
+    shifted = write_skipping(tmp_path / "work", (2, 1, 4), ())
+    assert shifted.estimate_done(finished) == [0, 1, 2]
+    shifted.take(tmp_path / "finished", finished)
+    assert [index for index in range(3) if shifted.finished_record(index) is not None] == [0, 1, 2]
+    listed = shifted.finish()
+    assert [record.input.shard for record in listed] == ["s2", "s1", "s4"]
+    assert len(pq.read_table(tmp_path / "work" / "skipped.parquet")) == 1
+
+
 def read_all(embeddings: Embeddings, read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> list[str]:
     return [text for file in embeddings.files for text in read(file).to_pylist()]
 
