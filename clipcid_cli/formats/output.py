@@ -125,7 +125,7 @@ class Output(Generic[AnySidecar]):
         """Whether there is unfinished work to continue from."""
         return self.begun is not None
 
-    def start(self, clear: Callable[[], None] | None = None) -> None:
+    def begin_work(self, clear: Callable[[], None] | None = None) -> None:
         """Take over unfinished work, remove all other, make the folder; call it on one process before anything is written.
 
         Args:

@@ -16,7 +16,7 @@ from clipcid_cli.steps import reporting
 
 @contextmanager
 def claim_output(context: DistContext, spec: OutputSpec[AnySidecar]) -> Iterator[Output[AnySidecar]]:
-    """Lock an output on the first process and give its state to all; the first alone may call ``start`` and ``commit``."""
+    """Lock an output on the first process and give its state to all; the first alone may call `begin_work` and `commit`."""
     with ExitStack() as stack:
         yield context.on_rank0(lambda: stack.enter_context(open_output(spec)))
         context.barrier()

@@ -112,7 +112,7 @@ def run(settings: ClusterSettings) -> ClusterResult | ClusterCost:
                 reporting.note(f"These clusters are in {plan.folder} already.")
                 result = msgspec.convert(output.finished.result, ClusterResult)
             else:
-                context.on_rank0(output.start)
+                context.on_rank0(output.begin_work)
                 with timed(seconds, "kmeans"):
                     state = _train(plan, context, output.work / PROGRESS)
                 with timed(seconds, "assign"):

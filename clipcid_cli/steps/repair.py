@@ -83,7 +83,7 @@ def _decide(spec: OutputSpec[RepairSidecar], pairs: Pairs, scale: float) -> Repa
             return output.finished
         with timed(seconds, "fit"), threads_for(0):  # one thread: the same bytes whatever their number
             repair = fit_repair(pairs, scale, _SEED)
-        output.start()
+        output.begin_work()
         if repair.map_DD is not None:
             write_repair(output.work, repair.map_DD.numpy())
         written = [] if repair.map_DD is None else [record(output.work / REPAIR, output.work)]

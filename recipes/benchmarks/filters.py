@@ -170,7 +170,7 @@ def write_clusters(folder: Path, labels: np.ndarray, generator: np.random.Genera
         "seconds": {},
     }
     with open_output(OutputSpec(folder, "cluster", ClusterSidecar, settings={}, inputs=[])) as output:
-        output.start()
+        output.begin_work()
         pq.write_table(table, output.work / "clusters.parquet")
         written = [record(output.work / "clusters.parquet", output.work)]
         entries = {"counts": {"skipped": {}}, "temperatures": {"image": 0.1}, "result": result}

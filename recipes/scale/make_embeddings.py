@@ -62,7 +62,7 @@ def write_embeddings(work: Path, data: Path, model: Path, kind: str, left: int, 
     with open_output(OutputSpec(folder, "embed", EmbedSidecar, settings=example.settings, inputs=inputs)) as output:
         if output.finished is not None:
             return
-        output.start()
+        output.begin_work()
         writer = EmbeddingWriter(output.work, example.settings, shards)
         # Shards are equal but for the number that their keys begin with.
         samples = dataset.shards[0].samples()

@@ -105,7 +105,7 @@ def write_forest(
     """Write ``forest.parquet``, a copy of `row_numbering` and their sidecar ``forest.json``, or those of another kind."""
     kind = spec.settings["neighbors"]
     with open_output(spec) as output:
-        output.start()
+        output.begin_work()
         path = forest_path(output.work, kind)
         columns = forest.a, forest.b, forest.distance
         write_row_groups(path, _EDGES, len(forest.a), lambda part: [column[part] for column in columns])

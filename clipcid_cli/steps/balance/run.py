@@ -95,7 +95,7 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> Balance
             f"The result in {plan.folder}, made with other settings or inputs, will be replaced:\n{differences}"
         )
     validate_data_there(plan.settings, plan.embeddings)
-    output.start()
+    output.begin_work()
     write_row_numbering(output.work / ROW_NUMBERING, list_row_numbering(plan.embeddings))
     remove_shared(output.work)
     remove_copies(output.work)  # of a run that was killed

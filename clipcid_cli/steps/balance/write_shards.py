@@ -113,7 +113,7 @@ def write_kept_samples(
             counts = output.finished.counts
             lacking.check(counts["missing"])
             return WrittenResult(counts["samples"], counts["missing"])
-        context.on_rank0(output.start)
+        context.on_rank0(output.begin_work)
         mine = form.share(data.shards, context)
         parts = context.gather(
             context.on_all(lambda: form.write(mine, keep, choose_kept(keep, data, mine, target), output))

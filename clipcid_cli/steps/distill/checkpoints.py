@@ -42,7 +42,7 @@ def begin_run(output: Output[Any], folder: RunFolder, requested: str) -> int:
             f"--resume latest, but {folder.path} has no checkpoint of an unfinished run with these settings.",
             "Omit --resume to start one.",
         )
-    output.start(None if steps else folder.clear)
+    output.begin_work(None if steps else folder.clear)
     return steps[-1] if steps else 0
 
 

@@ -226,7 +226,7 @@ def find_samples(
         with open_output(spec, waits=True) as output:
             matched = output.finished  # another run may just have made it
             if matched is None:
-                output.start()
+                output.begin_work()
                 counts = match_samples(dataset, sources, settings.val_fraction, output.work)
                 outputs = [record(path, output.work) for path in sorted(output.work.glob("*.npy"))]
                 matched = output.commit(counts=dataclasses.asdict(counts), seconds={}, outputs=outputs)

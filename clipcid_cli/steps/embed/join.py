@@ -93,7 +93,7 @@ def _join_sent(settings: EmbedSettings, place: ObjectStore) -> EmbedResult:
         if output.finished is not None:
             reporting.note(f"{folder} already holds the embeddings of {place}.")
             return describe(folder, output.finished)
-        output.start()
+        output.begin_work()
         reporting.note(f"Fetching {len(records):,} shards of {place}.")
         ordered = [record for _, record in sorted(records.items())]
         fetch_shards(store, _open_writer(output, parts, ordered), ordered)

@@ -73,7 +73,7 @@ def _begin(
         if output.finished is None:
             # Starting removes unfinished work of other settings that has no shard yet.
             refuse_running(work for work in find_works(output.folder, EMBED) if work != output.work_top)
-            output.start()
+            output.begin_work()
             stack.enter_context(hold_part(output.work_top, part))
     if place is not None:
         place.below(output.work_top.name).send(output.work_top / RUN_FILE, RUN_FILE)

@@ -91,7 +91,7 @@ def _remove_leftovers(plan: EmbedPlan) -> None:
 def _start(output: Output[EmbedSidecar], writer: EmbeddingWriter) -> None:
     """Make the work folder, and take over what an earlier output has of the same shards."""
     refuse_running(find_works(output.folder, EMBED))
-    output.start()
+    output.begin_work()
     if (output.folder / MANIFEST).exists():
         with suppress(ClipcidError):  # it is damaged: all shards are embedded again
             writer.take(output.folder, read_manifest(output.folder, ""))

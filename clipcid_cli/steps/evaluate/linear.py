@@ -187,7 +187,7 @@ def _write(
         neighbours = fits.measure_neighbours(test)
     probe = {f"lp_{name}": value for name, value in measured.items()}
     guessed, majority = guess_labels(test.labels, len(plan.classes))
-    output.start()
+    output.begin_work()
     written = output.work_top / plan.path.name
     write_metrics(written, model.make_metrics(plan.dataset, LINEAR_PROBE, probe | neighbours))
     outputs = [written]

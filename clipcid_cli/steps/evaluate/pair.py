@@ -111,7 +111,7 @@ def _write(
         groups = find_groups(rows.keys, task.name, settings)
         draws = dataclasses.replace(measured.draws, groups_N=groups)
         intervals = draws.intervals(settings.bootstrap, settings.seed)
-    output.start()
+    output.begin_work()
     written = [output.work_top / path.name]
     write_metrics(written[0], model.make_metrics(task.name, task.task, measured.draws.values()))
     if wants_predictions(output, path, settings):

@@ -103,7 +103,7 @@ def _export(
         finished = _find_finished(output, info.spec, settings)
         if finished is not None:
             return finished
-        output.start()
+        output.begin_work()
         if "web" in settings.format:
             write_engine(output.work / WEB, settings.npm_packages)  # which may fail, so before what takes long
         images = None

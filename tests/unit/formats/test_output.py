@@ -38,7 +38,7 @@ def open_it(
 
 
 def finish(output: Output[Sidecar], **files: str) -> Sidecar:
-    output.start()
+    output.begin_work()
     for name, content in files.items():
         (output.work / name).parent.mkdir(exist_ok=True)
         (output.work / name).write_text(content)
@@ -48,7 +48,7 @@ def finish(output: Output[Sidecar], **files: str) -> Sidecar:
 def begin(folder: Path, settings: dict[str, Any] = SETTINGS, inputs: Any = (), **more: Any) -> Path:
     """Leave what a killed run leaves, with one unfinished file."""
     with contextlib.suppress(KilledError), open_it(folder, settings, inputs, **more) as output:
-        output.start()
+        output.begin_work()
         (output.work / "half").write_text("of it")
         raise KilledError
     return Path(output.work)
@@ -130,7 +130,7 @@ def test_unfinished_work_of_other_settings_without_a_finished_part_is_no_error(t
         pass
     with open_it(tmp_path, OTHER, parts="*.done") as output:
         assert not output.resumed
-        output.start()
+        output.begin_work()
         assert left(tmp_path) == {output.work_top.name}
         assert not (output.work / "half").exists()
 
@@ -245,7 +245,7 @@ def test_settings_and_inputs_that_may_differ_need_no_overwrite_and_unfinished_wo
     for settings, inputs in ((OTHER, [OLD]), (OTHER, [NEW, OLD])):
         with open_it(folder, settings, inputs, may_differ={"keep", "inputs"}) as output:
             assert output.resumed
-            output.start()
+            output.begin_work()
             assert (output.work / "half").read_text() == "of it"
         assert len(left(folder)) == 1
     with pytest.raises(ClipcidError, match="inputs: 2 files before, 1 now; changed or gone: a"):
@@ -253,7 +253,7 @@ def test_settings_and_inputs_that_may_differ_need_no_overwrite_and_unfinished_wo
     with open_it(folder, overwrite=True) as output:
         assert not output.resumed
         assert len(left(folder)) == 1
-        output.start()
+        output.begin_work()
         assert not (output.work / "half").exists()
 
 
@@ -262,7 +262,7 @@ def test_a_run_killed_while_it_moves_its_files_is_finished_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     def write(output: Output[Sidecar]) -> None:
-        output.start()
+        output.begin_work()
         (output.work / "new").mkdir(exist_ok=True)
         (output.work / "new" / "c").write_text("new")
         finish(output, **{"a": "new", "folder/b": "new"})
@@ -334,14 +334,14 @@ def test_an_output_made_in_place_is_cleared_before_its_work_appears(tmp_path: Pa
         raise KilledError
 
     with pytest.raises(KilledError), open_it(tmp_path, OTHER, overwrite=True) as output:
-        output.start(die)
+        output.begin_work(die)
     # Neither a finished output nor one to resume: the old file is nobody's.
     with open_it(tmp_path, OTHER) as output:
         assert (output.finished, output.resumed) == (None, False)
-        output.start((tmp_path / "log").unlink)
+        output.begin_work((tmp_path / "log").unlink)
     with open_it(tmp_path, OTHER) as output:
         assert output.resumed
-        output.start((tmp_path / "log").touch)
+        output.begin_work((tmp_path / "log").touch)
     assert (tmp_path / "log").exists(), "who writes in place decides what it goes on with"
 
 

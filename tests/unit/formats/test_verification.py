@@ -28,7 +28,7 @@ def root(tmp_path: Path) -> Path:
         place = tmp_path / "work" / folder
         spec = OutputSpec(place, step, Sidecar, settings={}, inputs=[], top=tmp_path / "work" / top)
         with open_output(spec) as output:
-            output.start()
+            output.begin_work()
             for name in names:
                 (output.work / name).parent.mkdir(exist_ok=True)
                 (output.work / name).write_text('{"acc1": 0.5}')

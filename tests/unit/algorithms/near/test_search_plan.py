@@ -160,7 +160,7 @@ def test_the_first_search_finds_enough_edges(kind: str) -> None:
         needed = round((1 - keep) * len(stored))
         cutoff = CutoffEstimator(len(stored), find_nearest, None).choose(0.0, 0, needed)
         assert needed <= np.count_nonzero(forest <= cutoff) < 2 * needed + 50
-        assert CutoffEstimator(len(stored), find_nearest, 1.8).choose(0.0, 0, needed) >= 0.9 * cutoff
+        assert CutoffEstimator(len(stored), find_nearest, 1 / 1.8).choose(0.0, 0, needed) >= 0.9 * cutoff
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 5), st.booleans())
