@@ -75,8 +75,10 @@ def make_inputs(root: Path, sizes: list[int], dropped: int) -> tuple[Inputs, lis
     training, held_out = open_rows(folder, "training"), open_rows(folder, "held_out")
     expected = [key for number, key in enumerate(keys) if kept[number] and number % 5 < 4]
     assert training.total == counts.selected == len(expected)
+    settings = DistillSettings(student="student.json")
     found = Inputs(
-        settings=DistillSettings(student="student.json"),
+        settings=settings,
+        losses=settings.losses,
         dataset=dataset,
         usable=count_usable(dataset, 1.0),
         training=training,
