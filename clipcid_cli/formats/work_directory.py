@@ -40,12 +40,17 @@ def validate_outermost(work: Path) -> None:
     """Refuse a folder of a work directory as one of its own, in which nothing would be found."""
     place = Path(os.path.abspath(work.expanduser()))  # without a `..`
     for folder in (place, place.parent):
-        pattern = _SIDECARS.get(folder.name)
-        if pattern is not None and next(folder.glob(pattern), None) is not None:
+        # Two of them: one alone may be a folder of the user's own, with outputs that `--out` put there.
+        if folder.name in _SIDECARS and _count_outputs(folder.parent) > 1:
             raise ClipcidError(
                 f"{work} lies inside the work directory {folder.parent}.",
                 f"Name the work directory itself: {flag_words(work=folder.parent)}",
             )
+
+
+def _count_outputs(folder: Path) -> int:
+    """Count the folders of a work directory that a folder has, by the sidecars in them."""
+    return sum(next(folder.glob(f"{name}/{pattern}"), None) is not None for name, pattern in _SIDECARS.items())
 
 
 class _Balanced(Sidecar, kw_only=True):

@@ -90,7 +90,8 @@ def watch_parts() -> dict[str, tuple[float, float]]:
         (partition, "audit_kept", "audit"),
         (MaxPerCluster, "apply", "--max-per-cluster"),
         (report, "find_chains", "chains of the report"),
-        (write, "write_tables", "keep list, sets, curve"),
+        (write, "write_list", "keep list"),
+        (write, "write_sets", "sets, curve"),
         (write, "write_report", "report, chains included"),
     ]
     for owner, name, label in parts:

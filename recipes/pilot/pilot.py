@@ -30,7 +30,7 @@ class Run:
 
     Attributes:
         factor: Of the default rate.
-        measured: What `eval-zeroshot` says of the student on the held-out pairs.
+        measured: What `eval-zeroshot` says of the student on the held-out pairs, or `distill` where it cannot read them.
         behind: What `eval-zeroshot --compare` says of it beside the best one, by metric; empty for that one itself.
     """
 
@@ -39,7 +39,7 @@ class Run:
     lr: float
     student: str
     samples_per_second: float
-    measured: dict[str, Any] = dataclasses.field(default_factory=dict)
+    measured: dict[str, Any]
     behind: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -90,18 +90,24 @@ def try_out(trial: list[str], preset: str, factor: float = 1.0, default: float |
         sidecar = json.load(file)
     if not answer["metrics"]:
         raise SystemExit("distill held out too few pairs to compare students by: raise --val-fraction.")
-    return Run(preset, factor, sidecar["settings"]["lr"], answer["student"], answer["samples_per_second"])
+    measured = {"metrics": answer["metrics"]}
+    return Run(preset, factor, sidecar["settings"]["lr"], answer["student"], answer["samples_per_second"], measured)
 
 
 def compare(runs: list[Run], evaluate: list[str]) -> None:
     """Measure all students on what their runs held out, sort them, and compare each with the best."""
     models = [word for run in runs for word in ("--model", run.student)]
-    answer = ask([*evaluate, *models, "--predictions", "--overwrite"])
-    if answer is None:
-        raise SystemExit("The students could not be measured; the error is above.")
-    for run, measured in zip(runs, answer.get("results", [answer]), strict=True):
-        run.measured = measured
+    answer = ask([*evaluate, *models, "--predictions"])
+    if answer is not None:
+        for run, measured in zip(runs, answer.get("results", [answer]), strict=True):
+            run.measured = measured
     runs.sort(key=lambda run: -run.recall)
+    if answer is None:  # of data that only a flag of `distill` opens
+        print(
+            "The students are compared by what distill measured, without intervals; the error is above.",
+            file=sys.stderr,
+        )
+        return
     best, *others = runs
     for run in others:
         files = [one.measured["files"]["metrics"] for one in (best, run)]
@@ -122,8 +128,9 @@ def ask(command: list[str]) -> dict[str, Any] | None:
 
 def show(runs: list[Run], steps: int) -> None:
     """Print the table, the best first."""
-    images = runs[0].measured["images"]
-    print(f"\n{steps:,} steps each; R@1 in % on {images:,} held-out pairs, and how far it is from the best trial's")
+    images = runs[0].measured.get("images")
+    pairs = "held-out pairs" if images is None else f"{images:,} held-out pairs"
+    print(f"\n{steps:,} steps each; R@1 in % on {pairs}, and how far it is from the best trial's")
     print("(95 % interval over the pairs, by eval-zeroshot --compare)\n")
     print("| preset | rate | image R@1 | from the best | text R@1 | from the best | samples/s |")
     print("|---|---|---|---|---|---|---|")
@@ -153,7 +160,8 @@ def warn(runs: list[Run]) -> str:
         told += (
             f"No rate beyond {best.lr:g} was tried: add --presets {best.preset} --factors {best.factor:g} {beyond:g}\n"
         )
-    near = {run.preset for run in runs[1:] if not any(run.behind[name]["real"] for name in RECALLS)}
+    compared = [run for run in runs if run.behind]
+    near = {run.preset for run in compared if not any(run.behind[name]["real"] for name in RECALLS)}
     if rivals := sorted(near - {best.preset}):
         pairs = best.measured["images"]
         told += f"{pairs:,} pairs cannot tell {best.preset} from {', '.join(rivals)}: see --val-fraction.\n"

@@ -118,6 +118,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("eval-zeroshot NoSuchModel unnamed", 1, "no architecture NoSuchModel"),
     ("eval-zeroshot NoSuchModel unnamed", 1, "was read as the model"),
     ("eval-zeroshot model three three", 2, "same metrics file"),
+    ("eval-zeroshot model three pairs --groups names.txt", 2, "--groups is a table of the images of one data set"),
     (f"{COMPARE} b.json c.json", 2, "3 were given"),
     (f"{COMPARE} b.json --bootstrap 0", 2, "--bootstrap is 0"),
     (f"{COMPARE} b.json --predictions", 2, "--predictions has no effect with --compare"),

@@ -87,13 +87,17 @@ class SharedArrays:
             return make()
         if context.spans_hosts:  # where parts meet in a page of a file, each host would write it with its part alone
             parts = self.collect(make)
-            return self.publish(lambda: tuple(map(np.concatenate, zip(*parts, strict=True))))
+            return self.publish(lambda: tuple(self._concatenate(arrays) for arrays in zip(*parts, strict=True)))
         place = self._next_place()
         own = context.on_all(make)
         lengths = np.array(context.gather([len(array) for array in own]))
         begins = lengths[: context.rank].sum(axis=0)
         forms = [(array.dtype, (int(length),)) for array, length in zip(own, lengths.sum(axis=0), strict=True)]
-        context.on_rank0(lambda: _create(place, 0, forms))
+
+        def create() -> None:  # returns nothing: what a process of `on_rank0` returns is sent to all
+            _create(place, 0, forms)
+
+        context.on_rank0(create)
 
         def fill() -> None:
             for whole, part, begin in zip(_map(place, 0, forms, "r+"), own, begins.tolist(), strict=True):
@@ -132,6 +136,15 @@ class SharedArrays:
         context.barrier()
         if context.is_main:
             shutil.rmtree(place, ignore_errors=True)
+
+    def _concatenate(self, parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """Join the mapped parts of an array in a file: in memory keys of 400 million images would take 10 GB."""
+        whole = create_mapped(self.work, parts[0].dtype, (sum(map(len, parts)),), unnamed=True)
+        end = 0
+        for part in parts:
+            begin, end = end, end + len(part)
+            whole[begin:end] = part
+        return whole
 
     def _next_place(self) -> Path:
         """Return the folder of the next exchange, the same on every process."""

@@ -4,7 +4,8 @@
 |---|---|---|
 | ``rows.parquet`` | `write_row_numbering` | `_take_or_start` in ``run.py``, at the start |
 | ``forest.parquet``, ``forest-rows.parquet``, ``forest.json`` | `write_forest` | `write_stored`, after a search |
-| ``keep.parquet``, ``sets.parquet``, ``curve.csv`` | `write_tables` | `write` |
+| ``keep.parquet`` | `write_list` in ``keep_list.py`` | `write`, beside the next two |
+| ``sets.parquet``, ``curve.csv`` | `write_sets` in ``keep_list.py`` | `write` |
 | ``skipped.parquet``, if any sample is | `write_skipped` | `write` |
 | ``report.html`` | `write_report` | `write` |
 | ``balance.json`` | `Output.commit` | `write` |

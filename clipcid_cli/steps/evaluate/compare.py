@@ -38,7 +38,7 @@ from clipcid_cli.steps.evaluate.comparison import (
     MeanDifference,
 )
 from clipcid_cli.steps.evaluate.draws import Draws
-from clipcid_cli.steps.evaluate.image_groups import find_groups
+from clipcid_cli.steps.evaluate.image_groups import find_groups, refuse_groups_of_several
 from clipcid_cli.steps.settings.comparing import ComparingSettings
 
 
@@ -59,6 +59,7 @@ def _compare_datasets(
     sides: list[list[Result]], datasets: list[list[str]], settings: ComparingSettings
 ) -> ComparisonResults:
     """Compare both sides on each data set, and on the mean over those of one task."""
+    refuse_groups_of_several(settings, datasets[0])
     for side, there, other in (("A", *datasets), ("B", *reversed(datasets))):
         lacking = [dataset for dataset in other if dataset not in there]
         if lacking:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipcid_cli.algorithms.metrics.intervals import Array
+from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.image_groups import read_groups, validate_columns
 from clipcid_cli.formats.data.samples import Columns
 from clipcid_cli.formats.fingerprint import record
@@ -14,6 +15,15 @@ from clipcid_cli.steps.settings.comparing import ComparingSettings
 
 # Of fewer groups percentiles are too narrow (Cameron, Gelbach and Miller 2008, of clusters in regressions).
 _FEW_GROUPS = 30
+
+
+def refuse_groups_of_several(settings: ComparingSettings, datasets: Sequence[str]) -> None:
+    """Refuse one table of groups for several data sets, whose keys may be the same."""
+    if settings.groups is not None and len(datasets) > 1:
+        raise UsageError(
+            f"--groups is a table of the images of one data set, and there are {len(datasets)}: {', '.join(datasets)}.",
+            "Give one data set at a time with --groups.",
+        )
 
 
 def find_groups(keys: Sequence[str], dataset: str, settings: ComparingSettings) -> Array | None:

@@ -26,6 +26,7 @@ from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RET
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
+from clipcid_cli.steps.evaluate.image_groups import refuse_groups_of_several
 from clipcid_cli.steps.evaluate.prompts import find_class_names, find_templates
 from clipcid_cli.steps.evaluate.tasks import TASKS, ZeroshotTask
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
@@ -43,6 +44,7 @@ def plan_tasks(settings: EvalZeroshotSettings, models: Sequence[ModelName] = ())
         from clipcid_cli.steps.evaluate.held_out import plan_held_out
 
         tasks = [plan_held_out(settings, models)]
+    refuse_groups_of_several(settings, [task.name for task in tasks])
     idle = " and ".join(f"--{name}" for name in ("classnames", "templates") if getattr(settings, name) is not None)
     if idle and all(task.kind == RETRIEVAL for task in tasks):
         other = "give data with classes: a .cls beside each image, a `label` column or a folder per class"

@@ -110,7 +110,7 @@ class ComparingSettings(EvaluationSettings):
         if idle:
             raise UsageError(
                 f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect with --compare, which measures nothing.",
-                "Give only --margin, --bootstrap, --groups and --seed with --compare.",
+                "Give only --margin, --bootstrap, --seed, and --groups with its columns beside --compare.",
             )
 
     @property

@@ -536,7 +536,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
     def name_losses(self, losses: Mapping[LossEntry, Weight]) -> str:
         """Name what a run combines: its preset, the losses that took the place of the default one, or what is left of it."""
         if losses != self.losses:
-            return "-".join(NEAR_CHANCE)
+            return "-".join(loss.name for loss in losses)
         preset = PRESETS[self.chosen_preset]
         # Of images without captions, for example.
         lacks_some = self.keeps_text_tower and any(self.typed_losses.get(name) == 0 for name in preset)

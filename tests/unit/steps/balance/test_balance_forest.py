@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import shutil
 import signal
 import threading
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import forks
 import numpy as np
 import pandas as pd
 import pytest
+import torch.distributed as dist
 from balance_data import balance, begun, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
 from conftest import run_in_two, start_clipcid
 
@@ -325,6 +329,20 @@ def check_shares(rank: int, folder: Path) -> None:
         assert lengths.tolist() == [4, 4]
 
 
+@contextmanager
+def sent_sizes() -> Iterator[list[int]]:
+    """Note the bytes of each object that is broadcast."""
+    sizes, send = list[int](), dist.broadcast_object_list
+
+    def noting(objects: list[Any], *given: Any, **more: Any) -> None:
+        sizes.append(len(pickle.dumps(objects)))
+        send(objects, *given, **more)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dist, "broadcast_object_list", noting)
+        yield sizes
+
+
 def share(rank: int, folder: Path) -> dict[str, int]:
     """Share arrays as processes on one host, then on two; then balance. Returns how many files are left after each."""
     left, found = {}, []
@@ -337,9 +355,11 @@ def share(rank: int, folder: Path) -> dict[str, int]:
                 found += shared.publish(lambda value=value: (np.full(4, value),))
                 parts = shared.collect(lambda: (np.full(2, rank),))
                 assert [part[0].tolist() for part in parts] == ([[0, 0], [1, 1]] if rank == 0 else [])
-            (whole,) = shared.assemble(lambda: (np.full(rank + 1, rank),))
+            with sent_sizes() as sizes:
+                (whole,) = shared.assemble(lambda: (np.full(10_000 * (rank + 1), rank),))
             exchanged = shared.exchange(lambda: (np.full(rank, 3),))
-            assert whole.tolist() == [0, 1, 1]
+            assert whole.tolist() == [0] * 10_000 + [1] * 20_000
+            assert max(sizes) < 10_000, "arrays go through files alone"
             assert [part.tolist() for (part,) in exchanged] == [[], [3]]
             context.barrier()
             left[local_size] = count_files(place)
