@@ -125,7 +125,7 @@ def begun(work: Path, embeddings: Path, **settings: Any) -> Iterator[BalanceRun]
     with open_dist_context("cpu") as context:
         plan = make_plan(chosen, prepare(chosen, context))
         with claim_output(context, plan.spec) as output:
-            output.start()
+            context.on_rank0(output.start)
             yield begin(plan, output, context)
 
 

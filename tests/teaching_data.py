@@ -116,7 +116,7 @@ class Run:
         inputs = self._taught_by(online)
         teacher = inputs.teacher
         space = choose_space(inputs, width, ALONE)
-        teacher.prepare(inputs.losses)
+        teacher.announce(inputs.losses)
         rows = teacher.rows(batch)
         assert isinstance(rows, TeacherRows)
         shared = (None if part is None else project(part.float(), space.axes) for part in rows)

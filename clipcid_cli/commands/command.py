@@ -17,6 +17,7 @@ import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ _SHARED = {field.name for field in dataclasses.fields(SharedSettings)}
 # click breaks lines at hyphens and spaces; these two stand in for those that must not be broken at until the page is done.
 _HYPHEN = "\N{NON-BREAKING HYPHEN}"
 _SPACE = "\N{NO-BREAK SPACE}"
+_COUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kMG])", re.ASCII)
+_FACTORS = {"k": 10**3, "M": 10**6, "G": 10**9}
 _WHOLE = re.compile(r"`[^`]*`|\[default: [^]]*\]")
 
 
@@ -91,8 +94,12 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
     console = make_console()
     is_main = os.environ.get("RANK", "0") == "0"
     reporter = ConsoleReporter(console, quiet=settings.quiet) if is_main else Reporter()
-    if settings.writes_work and not settings.trust_work:
-        validate_work(settings.work)
+    if settings.writes_work:
+        from clipcid_cli.formats.work_directory import validate_outermost  # what help pages do without
+
+        validate_outermost(settings.work)
+        if not settings.trust_work:
+            validate_work(settings.work)
     with importing():
         module = importlib.import_module(step)  # a command's own constant
     # A dry run leaves nothing to continue.
@@ -254,6 +261,15 @@ class _FloatRange(click.FloatRange):
             self.fail(f"{error.message} Did you mean {percent / 100:g}?", param, ctx)
 
 
+class _CountRange(click.IntRange):
+    """A range of whole numbers that may be written with a suffix, as 250k, 4M or 1.28G."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        written = _COUNT.fullmatch(str(value))
+        count = value if written is None else round(Decimal(written[1]) * _FACTORS[written[2]])
+        return int(super().convert(count, param, ctx))
+
+
 def _click_type(kind: Any, setting: Setting) -> click.ParamType[Any]:
     if setting.choices is not None:
         return click.Choice(setting.choices)
@@ -265,7 +281,8 @@ def _click_type(kind: Any, setting: Setting) -> click.ParamType[Any]:
     maximum = None if setting.within.maximum == float("inf") else setting.within.maximum
     kind_of_number: click.IntRange | click.FloatRange
     if kind is int:
-        kind_of_number = click.IntRange(int(setting.within.minimum), None if maximum is None else int(maximum))
+        whole = _CountRange if setting.may_have_suffix else click.IntRange
+        kind_of_number = whole(int(setting.within.minimum), None if maximum is None else int(maximum))
         kind_of_number.name = "whole number"
     else:
         kind_of_number = _FloatRange(setting.within.minimum, maximum, min_open=setting.within.min_open)

@@ -40,7 +40,7 @@ def show(result: Distilled | DistillCost | EmbedCost, console: Console) -> None:
     shown = {one.dataset for one in result.evaluations}
     for name, metrics in _by_data(result.metrics).items():
         if name.removesuffix(", EMA") not in shown:
-            facts[name] = _format_recalls(metrics, result.chance if name.startswith("held out") else {})
+            facts[name] = _format_metrics(metrics, result.chance if name.startswith("held out") else {})
     print_facts(console, "Distilled", facts, result.files)
     if result.evaluations:
         console.print()
@@ -60,7 +60,7 @@ def _by_data(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
     return by_data
 
 
-def _format_recalls(metrics: dict[str, float], chance: dict[str, float]) -> str:
+def _format_metrics(metrics: dict[str, float], chance: dict[str, float]) -> str:
     """Write metrics in percent, those of retrieval on a line for each direction: ``image R@1/5/10 7.4 / 29.6 / 44.4%``."""
     lines = []
     for column, names in group_metrics(list(metrics)).items():

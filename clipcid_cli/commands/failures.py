@@ -80,6 +80,10 @@ def _explain_usage(error: click.UsageError) -> Failure:
         file = next(files, None)
         if file is not None:
             return Failure(message, f"If the file {file} is meant, write {shlex.quote(f'./{file}')}.", error.exit_code)
+        if error.option_name == "--device":
+            return Failure(
+                f"No such option {error.option_name!r}.", f"This command runs on the CPU. {fix}", error.exit_code
+            )
     extra = re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", message)
     params = [] if error.ctx is None else error.ctx.command.params
     if extra is not None and any(

@@ -26,7 +26,8 @@ def show(plan: GpuPlan, console: Console) -> None:
         facts["steps"] = f"{plan.steps:,} of {plan.batch_size:,}, {_format_step(plan.seconds_per_step)} each"
     share = "" if plan.peak_share is None else f", {plan.peak_share:.0%} of the data sheet's rate"
     facts["products"] = f"{plan.operations:.3g} operations{share}"
-    facts["storage"] = f"{format_bytes(int(plan.bytes_read))} read, {_rate(plan.read_bytes_per_second)}"
+    assumed = " at 25 kB an image (assumed)" if plan.step in ("embed", "distill") else ""
+    facts["storage"] = f"{format_bytes(int(plan.bytes_read))} read{assumed}, {_rate(plan.read_bytes_per_second)}"
     if plan.decode_cores is not None:
         facts["decoding"] = f"{plan.decode_cores:,} cores"
     facts["disk"] = f"{format_bytes(int(plan.disk_bytes))} written"

@@ -139,10 +139,22 @@ def spool_arrays(folder: Path, dtypes: Sequence[Any], parts: Iterable[Sequence[n
 
 
 def map_strings(folder: Path, chunks: Iterable[pa.Array]) -> pa.LargeStringArray:
-    """Write strings without nulls, which come in chunks of any length, as `spool_arrays` does; return them in one array.
+    """Write strings as `spool_strings` does; return them in one array."""
+    return view_strings(*spool_strings(folder, chunks))
+
+
+def view_strings(bounds: npt.NDArray[np.int64], text: npt.NDArray[np.uint8]) -> pa.LargeStringArray:
+    """Return strings, given where each begins and the last one ends, int64 [n + 1], in the bytes of all.
 
     Arrow looks rows up quickly in a single array only, and the keys of 400 million images take 10 GB and more.
     """
+    import pyarrow as pa  # callers have it
+
+    return pa.LargeStringArray.from_buffers(len(bounds) - 1, pa.py_buffer(bounds), pa.py_buffer(text))
+
+
+def spool_strings(folder: Path, chunks: Iterable[pa.Array]) -> Arrays:
+    """Write strings without nulls, which come in chunks of any length, as `spool_arrays` does: their bounds and bytes."""
     import pyarrow as pa  # callers have it
 
     def parts() -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
@@ -158,8 +170,7 @@ def map_strings(folder: Path, chunks: Iterable[pa.Array]) -> pa.LargeStringArray
                 yield ends[1:] - first + end, np.frombuffer(data or b"", np.uint8)[first:last]
                 end += last - first
 
-    offsets, text = spool_arrays(folder, (np.int64, np.uint8), parts())
-    return pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(text))
+    return spool_arrays(folder, (np.int64, np.uint8), parts())
 
 
 def _map_written(file: IO[bytes], dtype: Any) -> npt.NDArray[Any]:

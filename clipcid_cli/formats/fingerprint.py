@@ -30,6 +30,8 @@ _WINDOW = 2**20
 _SECOND = 10**9
 _TICK = _SECOND // 10  # above the few ms of kernels, for clocks that differ a little
 _THREADS = 16  # hashing waits for the disk
+# How hashes of samples begin, whose keys, captions and classes depend on how the data is read.
+_OF_SAMPLES = ("blake2b-rows:", "blake2b-windows:", "blake2b-shards:")
 
 
 class FileRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -45,6 +47,11 @@ class FileRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     def content(self) -> tuple[int, str, str | None]:
         """What an input is compared by. Not its path: moved, or reached by another path, it is the same input."""
         return self.size, self.hash, self.shard
+
+    @property
+    def is_of_samples(self) -> bool:
+        """Whether it describes samples as they were read, not the bytes of a file."""
+        return self.hash.startswith(_OF_SAMPLES)
 
 
 def record(path: Path, folder: Path | None = None) -> FileRecord:
@@ -219,7 +226,8 @@ def find_lost(there: Sequence[FileRecord], now: Collection[FileRecord]) -> str:
     renamed = [file for file in changed if file.content[:2] in names]
     gone = [Path(_name_file(file)).name for file in changed if file.content[:2] not in names]
     before, after = (len({_name_file(file) for file in files}) for files in (there, now))
-    parts = [f"{before:,} file{'s' * (before != 1)} before, {after:,} now"] if before != after else []
+    noun = "shard" if any(file.shard for file in there) else "file"
+    parts = [f"{before:,} {noun}{'s' * (before != 1)} before, {after:,} now"] if before != after else []
     if renamed:
         first = renamed[0]
         parts.append(f"shards renamed: {len(renamed):,}, first {first.shard}, now {names[first.content[:2]]}")

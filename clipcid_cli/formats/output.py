@@ -10,6 +10,14 @@ goes on. Folders are synced before each of the two sidecars, so that it stands f
 `distill` writes in place, from its first step on: checkpoints, logs and students lie in the output's folder, and its work
 folder holds ``.run.json`` alone, until the sidecar.
 
+    Most outputs                        An evaluation, whose metrics lie above its sidecar
+    clusters/           folder          eval/                   top
+      cluster.json      the sidecar       NAME.json             the metrics
+      …                 its files         sidecars/             folder
+      .cluster-ID/      work_top            NAME.json           the sidecar
+        …               = work              .NAME-ID/           work_top, as `top` will be
+                                              sidecars/         work, as `folder` will be
+
 Nothing moves through a link, and nothing is removed beyond one: an unpacked folder may hold links that lead anywhere.
 """
 
@@ -50,6 +58,13 @@ RUN_FILE = ".run.json"
 # What a setting holds of a file's content.
 _HASH = re.compile(r"(?:blake2b(?:-sampled)?:)?[0-9a-f]{12,}")
 _TOLD = 8
+# Settings by which data is read: rows and samples follow from them.
+_READING = frozenset(
+    (
+        *("keys", "columns", "image_column", "caption_column", "key_column", "caption_lines"),
+        *("caption_key", "student_caption_key", "list_format", "list_root", "list_separator", "list_encoding"),
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +126,7 @@ class Output(Generic[AnySidecar]):
         return self.begun is not None
 
     def start(self, clear: Callable[[], None] | None = None) -> None:
-        """Make the work folder, unless it is there; call it on one process before anything is written.
+        """Take over unfinished work, remove all other, make the folder; call it on one process before anything is written.
 
         Args:
             clear: Removes the files of earlier runs that are written in place, once there is no sidecar that stands for
@@ -406,16 +421,29 @@ def compare_settings(there: dict[str, Any], now: dict[str, Any]) -> dict[str, st
 
 
 def find_differences(there: Provenance, now: Provenance) -> dict[str, str]:
-    """Return for each input and setting that differs how, inputs first, settings as `compare_settings` does."""
+    """Return for each input and setting that differs how, inputs first, settings as `compare_settings` does.
+
+    Where data is read by other settings, samples that follow from these are not named.
+    """
     differences: dict[str, str] = {}
-    if len(there.inputs) == len(now.inputs):
-        for old, new in zip(there.inputs, now.inputs, strict=True):
+    settings = compare_settings(there.settings, now.settings)
+    before, after = there.inputs, now.inputs
+    if any(name.split(".")[1] in _READING for name in settings):
+        before, after = _leave_out_samples(before, after), _leave_out_samples(after, before)
+    if len(before) == len(after):
+        for old, new in zip(before, after, strict=True):
             if old.content != new.content:
                 differences[f"input {new.path}"] = _describe_change(old, new)
     else:
-        more = f"{len(there.inputs)} files before, {len(now.inputs)} now"
-        differences["inputs"] = find_lost(there.inputs, now.inputs) or more
-    return differences | compare_settings(there.settings, now.settings)
+        more = f"{len(before)} files before, {len(after)} now"
+        differences["inputs"] = find_lost(before, after) or more
+    return differences | settings
+
+
+def _leave_out_samples(files: Sequence[FileRecord], others: Sequence[FileRecord]) -> list[FileRecord]:
+    """Return files without the samples of data that the other files are of, too."""
+    paths = {file.path for file in others}
+    return [file for file in files if not (file.is_of_samples and file.path in paths)]
 
 
 def _describe_change(old: FileRecord, new: FileRecord) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -34,13 +35,13 @@ _BYTES_OF_ROW = 8  # of any row, though it may have no value
 
 def column_names(path: Path, fix: str) -> list[str]:
     """Return the names of a file's columns."""
-    with _open(path, fix) as file:
+    with _open(path, fix, ()) as file:
         return list(file.schema_arrow.names)
 
 
 def count_rows(path: Path, fix: str) -> int:
     """Return the number of a file's rows."""
-    with _open(path, fix) as file:
+    with _open(path, fix, ()) as file:
         return int(file.metadata.num_rows)
 
 
@@ -52,7 +53,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 def read_columns(path: Path, columns: Mapping[str, pa.DataType], fix: str) -> pa.Table:
     """Read columns as the given types."""
-    with _open(path, fix) as file:
+    with _open(path, fix, columns) as file:
         present = file.schema_arrow.names
         missing = [name for name in columns if name not in present]
         if missing:
@@ -63,7 +64,7 @@ def read_columns(path: Path, columns: Mapping[str, pa.DataType], fix: str) -> pa
 def write_row_groups(
     path: Path, schema: pa.Schema, num_rows: int, read: Callable[[slice], list[Any]], *, store_schema: bool = True
 ) -> None:
-    """Write a table whole or not at all, though no more than a row group of it is in memory.
+    """Write a table whole or not at all, though no more than two row groups of it are in memory.
 
     Args:
         read: Makes the columns of some rows.
@@ -73,9 +74,21 @@ def write_row_groups(
         atomic_file(path) as file,
         pq.ParquetWriter(file, schema, compression="zstd", store_schema=store_schema) as writer,
     ):
-        for start in range(0, num_rows, ROWS_AT_ONCE) or [0]:
-            part = slice(start, min(start + ROWS_AT_ONCE, num_rows))
-            writer.write_table(pa.table(read(part), schema=schema), row_group_size=ROWS_AT_ONCE)
+        for table in _make_ahead(lambda part: pa.table(read(part), schema=schema), num_rows):
+            writer.write_table(table, row_group_size=ROWS_AT_ONCE)
+
+
+def _make_ahead(make: Callable[[slice], pa.Table], num_rows: int) -> Iterator[pa.Table]:
+    """Make the tables of row groups, each while the one before it is written, which takes as long."""
+    parts = [slice(start, min(start + ROWS_AT_ONCE, num_rows)) for start in range(0, num_rows, ROWS_AT_ONCE)]
+    first, *others = parts or [slice(0, 0)]
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, first)
+        for part in others:
+            table = coming.result()
+            coming = pool.submit(make, part)
+            yield table
+        yield coming.result()
 
 
 def write_tables(
@@ -108,14 +121,14 @@ def write_tables(
 
 def read_rows(path: Path, fix: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Read rows as Python objects, all columns or some."""
-    with _open(path, fix) as file:
+    with _open(path, fix, columns) as file:
         rows: list[dict[str, Any]] = file.read(columns=columns, use_threads=_has_many_rows(file)).to_pylist()
         return rows
 
 
 def read_first_column(path: Path, names: Sequence[str], kind: pa.DataType, fix: str) -> pa.ChunkedArray | None:
     """Read the first of some columns that a file has; None where it has none of them."""
-    with _open(path, fix) as file:
+    with _open(path, fix, names) as file:
         present = file.schema_arrow.names
         name = next((name for name in names if name in present), None)
         return None if name is None else _read(file, {name: kind})[name]
@@ -131,17 +144,22 @@ def replace_invalid(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column
 
 
-def validate_expansion(metadata: pq.FileMetaData, file: IO[bytes], *, binary: bool = False) -> None:
+def validate_expansion(
+    metadata: pq.FileMetaData, file: IO[bytes], *, binary: bool = False, columns: Collection[str] | None = None
+) -> None:
     """Raise a ValueError for a file that would fill the memory, as its own description and longest texts say.
 
     Args:
         binary: Whether columns of bytes may be texts, too.
+        columns: Those that will be read, whose texts are looked at; None for all.
     """
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     values = sum(group.total_byte_size for group in groups)
     refuse_expansion(f"its {metadata.num_rows:,} rows", max(values, _BYTES_OF_ROW * metadata.num_rows), file)
     for leaf in range(metadata.num_columns):
         column = metadata.schema.column(leaf)
+        if columns is not None and not any(f"{column.path}.".startswith(f"{name}.") for name in columns):
+            continue
         parts = [group.column(leaf) for group in groups]
         # A text that is stored once may be that of every row.
         most = sum(part.num_values * part.total_uncompressed_size for part in parts)
@@ -183,12 +201,13 @@ def _lengths(texts: pa.Array) -> tuple[IntArray, IntArray]:
 
 
 @contextmanager
-def _open(path: Path, fix: str) -> Iterator[pq.ParquetFile]:
+def _open(path: Path, fix: str, columns: Collection[str] | None) -> Iterator[pq.ParquetFile]:
+    """Open a file of which some columns will be read; None for all."""
     # Not through `pq.read_table`, whose data sets and threads take 1 ms a file; small files are read at once.
     with reading(path, _EXPECTED, fix) as raw:
         small = os.fstat(raw.fileno()).st_size <= _SMALL
         with pa.BufferReader(raw.read()) if small else pa.OSFile(str(path)) as source, pq.ParquetFile(source) as file:
-            validate_expansion(file.metadata, raw)
+            validate_expansion(file.metadata, raw, columns=columns)
             yield file
 
 

@@ -51,7 +51,7 @@ class Sidecar(Provenance, kw_only=True):
         return self.outputs
 
     def files(self, folder: Path) -> set[str]:
-        """Return the files that a later output, where it lacks them, removes."""
+        """Return the paths of the files; `Output.place` removes those that the output after this one lacks."""
         return {file.path for file in self.records(folder)}
 
 

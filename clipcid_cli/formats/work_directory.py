@@ -6,6 +6,7 @@ elsewhere and the command to make it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,29 @@ CLUSTERS = "clusters.parquet"
 """Name of the table of clusters in its folder."""
 FolderName = str | list[str]
 """The name of embeddings in a sidecar; of joined ones those of their folders."""
+
+
+# The sidecars of finished outputs, by the folder of a work directory that holds them.
+_SIDECARS = {
+    "embeddings": "*/embed.json",
+    "balance": "balance.json",
+    "clusters": "cluster.json",
+    "distill": "*/distill.json",
+    "eval": "sidecars/*.json",
+    "export": "*/export.json",
+}
+
+
+def validate_outermost(work: Path) -> None:
+    """Refuse a folder of a work directory as one of its own, in which nothing would be found."""
+    place = Path(os.path.abspath(work.expanduser()))  # without a `..`
+    for folder in (place, place.parent):
+        pattern = _SIDECARS.get(folder.name)
+        if pattern is not None and next(folder.glob(pattern), None) is not None:
+            raise ClipcidError(
+                f"{work} lies inside the work directory {folder.parent}.",
+                f"Name the work directory itself: {flag_words(work=folder.parent)}",
+            )
 
 
 class _Balanced(Sidecar, kw_only=True):

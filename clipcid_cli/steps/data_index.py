@@ -48,6 +48,8 @@ def open_named(settings: ReadingSettings, data: str, index_root: Path | None = N
     """Open the data that a command names, as its flags say."""
     refuse_empty(data)
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
+    list_flags = settings.list_flags(data)
+    root = list_flags["list_root"]
     try:
         return open_dataset(
             data,
@@ -59,9 +61,9 @@ def open_named(settings: ReadingSettings, data: str, index_root: Path | None = N
             **settings.trust,
             max_bad_fraction=settings.max_bad_fraction,
             list_format=ListFormat(
-                None if settings.list_root is None else os.path.abspath(settings.list_root),
-                settings.list_separator,
-                settings.list_encoding,
+                None if root is None else os.path.abspath(root),
+                list_flags["list_separator"],
+                list_flags["list_encoding"],
             ),
         )
     except ClipcidError as error:

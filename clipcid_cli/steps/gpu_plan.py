@@ -40,12 +40,13 @@ _IMAGES_OF_CLUSTER, _MOST_CLUSTERS = 225, 1_000_000
 # Keep list and forest of an image (docs/scale.md).
 _BYTES_OF_LISTS = 65
 # Partitioned, a row is compared with √N centroids and with so many times √N rows (measured, docs/gpu.md), rows of the audit
-# with all; rows are read so many times, and copied once; after that the host takes so long for each row to make sets, lists
-# and report (docs/scale.md).
-_COMPARED_IN_PARTITIONS = 5.1
+# with all; rows are read so many times, and copied once. Besides, the host takes so long for each row: the first process
+# alone, and each process for the rows of its share (docs/gpu.md).
+_COMPARED_IN_PARTITIONS = 5.4
 _AUDITED = 30_000
 _READS_IN_PARTITIONS = 10
-_HOST_SECONDS_OF_ROW = 30e-6
+_HOST_SECONDS_OF_ROW = 1.1e-6
+_HOST_SECONDS_OF_OWN_ROW = 2.8e-6
 _ENCODED_AT_ONCE = 256
 _BYTES_OF_WEIGHT = 4  # a parameter that only lies there, in float32
 _NEAREST, _BYTES_OF_NEAREST = 16, 6
@@ -228,7 +229,7 @@ def plan_cluster(settings: ClusterSettings) -> GpuPlan:
 
 
 def plan_balance(settings: BalanceSettings) -> GpuPlan:
-    """Compute what the search takes: all pairs by their products alone, partitions also by what the host does after them."""
+    """Compute what the search takes: of all pairs the products alone, of partitions also what the host does."""
     gpus = _choose_gpus(settings.gpus, settings.precision)
     known = _look_up(settings)
     images = _count_images(settings, known.images)
@@ -242,7 +243,7 @@ def plan_balance(settings: BalanceSettings) -> GpuPlan:
         disk_bytes += bytes_read
         bytes_read *= _READS_IN_PARTITIONS
         pairs = images * ((1 + _COMPARED_IN_PARTITIONS) * math.sqrt(images) + min(images, _AUDITED))
-        host_seconds = _HOST_SECONDS_OF_ROW * images
+        host_seconds = images * (_HOST_SECONDS_OF_ROW + _HOST_SECONDS_OF_OWN_ROW / gpus.total)
     operations = 2 * width * pairs
     own = images / gpus.total
     plan = _finish(

@@ -47,7 +47,7 @@ def choose_model(spec: str | None, work: Path, *, positional_of: str | None = No
     except ClipcidError as error:
         if positional_of is None or _is_of_model(Path(spec)):
             raise
-        fix = f"Put the model first: clipcid {positional_of} MODEL {spec}"
+        fix = f"Put the model first: {command_line(positional_of, 'MODEL', spec)}"
         if not Path(spec).exists():
             fix = f"{error.fix}\nIf {spec} is the data: {fix[0].lower()}{fix[1:]}"
         raise ClipcidError(

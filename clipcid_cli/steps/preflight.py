@@ -7,6 +7,7 @@ time, those that are lie evenly in the data, in an order that depends on the see
 from __future__ import annotations
 
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,8 +19,9 @@ import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_pipe, is_url
+from clipcid_cli.formats.data.cells import Origin
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.skips import REASONS, Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.host import count_cores
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
@@ -34,6 +36,7 @@ _SAMPLES_OF_BAD_DATA = 15  # where none of the first can be used
 # Where so large a share of the samples may be bad, it means little that a few are.
 _MOST = 0.5
 _STREAMED_SHARDS = 4
+_DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 _THREADS = 16
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -108,7 +111,9 @@ def validate_samples(dataset: Dataset, context: DistContext, settings: ReadingSe
         raise ClipcidError(f"{looked}: none can be used.\n{bad.describe()}", _advise(dataset, bad))
     if bad.total:
         # A run names what it leaves out at its end.
-        warning = f"{looked}: {bad.total:,} cannot be decoded."
+        reasons = ", ".join(f"{count:,} × {REASONS[reason]}" for reason, count in bad.counts.items())
+        why = "cannot be decoded" if list(bad.counts) == ["unreadable_image"] else f"cannot be used, {reasons}"
+        warning = f"{looked}: {bad.total:,} {why}."
         reporting.warn(f"{warning}\n{bad.describe()}" if dry_run else warning)
     elif dry_run:
         reporting.note(f"{looked}: all can be decoded.")
@@ -119,7 +124,7 @@ def _advise(dataset: Dataset, bad: Skips) -> str:
     if dataset.kind != "list" or "not_found" not in bad.counts:
         return "Fix the data."
     images = (sample.image for sample in dataset.shards[0].stream())
-    drive = next(filter(None, (image.origin.find_drive(image.path) for image in images if image.origin)), "")
+    drive = next(filter(None, (_find_drive(image.origin, image.path) for image in images if image.origin)), "")
     if drive:
         return (
             f"{drive} is a path of a Windows machine, which cannot exist here: make the paths in the list relative, and "
@@ -127,6 +132,12 @@ def _advise(dataset: Dataset, bad: Skips) -> str:
         )
     folder = dataset.list_format.root or os.path.dirname(dataset.spec)
     return f"Check the paths in the list: relative ones are looked for in {folder}, or where --list-root DIR says."
+
+
+def _find_drive(origin: Origin, path: str) -> str:
+    """Return the name in a list that led to a path where it begins with the drive of a Windows machine; else nothing."""
+    name = path.removeprefix(f"{origin.folder}/")
+    return name if origin.url is None and _DRIVE.match(name) else ""
 
 
 def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:

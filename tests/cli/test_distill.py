@@ -17,6 +17,7 @@ from distill_data import SHORT, STUDENT, losses, student_bytes
 from safetensors.numpy import load_file
 from sidecars import unfinish
 
+from clipcid_cli.formats.results.run_folder import read_lines
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 
@@ -81,10 +82,15 @@ def test_needs_no_teacher_for_preset_clip(clipcid: Clipcid, tmp_path: Path, tiny
 def test_divergence_stops_with_the_keys_of_the_batch(clipcid: Clipcid, distill_place: Path) -> None:
     # The preset that needs no teacher takes its data from where the embeddings were made of.
     wild = ("--preset", "clip", "--steps", 30, "--lr", 1e30, "--warmup", 0)
-    assert "diverged" in clipcid("distill", *SHORT, *wild, "--name", "d", code=1).stderr
-    (saved,) = (distill_place / "clipcid-work" / "distill" / "d").glob("diverged_step_*.json")
+    told = clipcid("distill", *SHORT, *wild, "--name", "d", code=1).stderr
+    folder = distill_place / "clipcid-work" / "distill" / "d"
+    logged = [line["step"] for line in read_lines(folder / "train.jsonl")]
+    step = logged[-1] + 1
+    assert f"Training diverged at step {step}:" in told
+    (saved,) = folder.glob("diverged_step_*.json")
+    assert saved.name == f"diverged_step_{step:08d}.json"
     assert len(json.loads(saved.read_text())["keys"]) == 8
-    assert not (distill_place / "clipcid-work" / "distill" / "d" / "student").exists()
+    assert not (folder / "student").exists()
 
 
 def test_refuses_clusters_of_an_older_keep_list(clipcid: Clipcid, distill_place: Path) -> None:

@@ -107,7 +107,7 @@ def test_added_shards_are_embedded_alone(clipcid: Clipcid, tiny_shards: Path, ti
     assert hash_rows(tmp_path / "out") == hash_rows(tmp_path / "whole")
     assert not list((tmp_path / "out").glob(".embed-*"))
     (tmp_path / "data" / "00000.tar").unlink()
-    assert "3 files before, 2 now; changed or gone: 00000.tar" in clipcid(*call, code=1).said
+    assert "3 shards before, 2 now; changed or gone: 00000.tar" in clipcid(*call, code=1).said
 
 
 def test_other_keys_keep_the_rows(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class LossBatch:
     sample_inputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     num_extra: int = 0  # texts without images in the global batch
     trains_text: bool = True  # whether there is a text tower that the pairs of single rows can train
-    # The rows whose queries this process takes, step 1; all by default.
+    # The rows whose queries this process takes, a slice without a stride; all by default.
     own: slice = dataclasses.field(default_factory=lambda: slice(None))
 
     def __len__(self) -> int:

@@ -17,14 +17,16 @@ CLIP_SCALE = 1 / 0.07
 AFFINITY_SCALE = 100.0
 
 
-# What a loss may read beside features, by its name in `LossEntry.reads`.
+# What a loss may read beside the features of the images and captions shown, by its name in `LossEntry.reads`.
 TOKENS = "tokens"  # the student's features of patches and of caption tokens
 MASKED_IMAGES = "masked images"  # its features of images in a further pass, in which most patches are hidden
 CLUSTERS = "clusters"  # the teacher's
 TEACHER_SCALE = "teacher scale"
 TEACHER_BIAS = "teacher bias"
-# Numbers of each sample, with which a loss is called: computed by the functions of these names in
-# `steps/distill/sample_inputs.py`.
+READABLE = frozenset({TOKENS, MASKED_IMAGES, CLUSTERS, TEACHER_SCALE, TEACHER_BIAS})
+
+# Numbers of each sample that a loss may be called with, by their names in `LossEntry.sample_inputs`: computed by the
+# functions of these names in `steps/distill/sample_inputs.py`.
 SAMPLE_INPUTS = ("width", "height")
 
 MASKED_PATCHES = 0.75
@@ -43,7 +45,8 @@ class LossEntry:
     function: str
     scale: float | None = None  # where a logit scale of its own starts, which is kept in 1 … 100
     fuses: bool = False  # whether it learns layers that join student and teacher, one for images and one for captions
-    reads: frozenset[str] = frozenset()  # names of the above
+    reads: frozenset[str] = frozenset()  # some of `READABLE`
+    sample_inputs: tuple[str, ...] = ()  # some of `SAMPLE_INPUTS`: the function has an argument of each name
     needs_teacher: bool = True
     needs_bias: bool = False  # whether it trains the student's own ``logit_bias``
     # Whether it is a distance of single features, student to teacher: such losses allow a higher learning rate, and by
@@ -55,6 +58,11 @@ class LossEntry:
     # Where features are compared: ``own`` compares student with student only, ``teacher`` compares across and so needs
     # equal widths (see ``--teacher-space``).
     space: Literal["own", "teacher"] = "teacher"
+
+    def __post_init__(self) -> None:
+        unknown = {*self.reads} - READABLE | {*self.sample_inputs} - {*SAMPLE_INPUTS}
+        if unknown:
+            raise ValueError(f"the loss {self.name} reads what there is not: {', '.join(sorted(unknown))}")
 
 
 LOSSES: Mapping[str, LossEntry] = {
@@ -235,7 +243,7 @@ def select_losses(preset: Mapping[str, Weight], typed: Mapping[str, float]) -> d
 
 def list_sample_inputs(losses: Iterable[LossEntry]) -> list[str]:
     """List the numbers of each sample that some losses read, in the order of `SAMPLE_INPUTS`."""
-    read = frozenset[str]().union(*(loss.reads for loss in losses))
+    read = {name for loss in losses for name in loss.sample_inputs}
     return [name for name in SAMPLE_INPUTS if name in read]
 
 

@@ -9,7 +9,7 @@ each with all its images.
 
 A metric of counts depends on how many images fall into each cell (class × right or wrong × …), and of images drawn with
 replacement the counts of cells are multinomial. So cells are drawn instead: the same distribution as drawing images one by
-one, at a cost that does not grow with their number.
+one. Where images are right or wrong, cells are few, and the cost does not grow with the number of images.
 
 Shape letters beside those of the map: V values of an image, U cells, B draws, S pairs of seeds.
 

@@ -29,7 +29,8 @@ def _is_within(k: int, ranks_Q: torch.Tensor) -> torch.Tensor:
     return ranks_Q < k
 
 
-# By the name of a measure what a query scores, in [0, 1], by the wrong answers before the first right one, int64 [Q].
+# By the name of a measure what a query scores, in [0, 1], by the wrong answers before the first right one, int64 [Q];
+# the largest int64: it is never found.
 MEASURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {f"recall@{k}": partial(_is_within, k) for k in RECALL_AT}
 
 

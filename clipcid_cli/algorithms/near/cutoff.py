@@ -148,14 +148,16 @@ class CutoffEstimator:
     Args:
         num_rows: N, the rows to search, at least 2, no two of them equal.
         find_nearest: Finds the nearest neighbour of each sampled row, given their places among the rows, ascending.
-        rows_near: How many rows must have a neighbour within the first search for each that is to be dropped; None where
-            every forest edge drops one.
+        drops_per_near_row: How many rows are dropped, at least, for each that has a neighbour within the cut-off; None
+            where every forest edge drops one.
     """
 
-    def __init__(self, num_rows: int, find_nearest: Callable[[IntArray], Neighbours], rows_near: float | None) -> None:
+    def __init__(
+        self, num_rows: int, find_nearest: Callable[[IntArray], Neighbours], drops_per_near_row: float | None
+    ) -> None:
         self._num_rows = num_rows
         self._find_nearest = find_nearest
-        self._rows_near = rows_near
+        self._drops_per_near_row = drops_per_near_row
 
     def choose(self, searched: float, edges: int, needed: int) -> float:
         """Return the distance of the next search, after one to `searched` (0: none) that found some of those needed."""
@@ -169,8 +171,8 @@ class CutoffEstimator:
         sample = draw_sample(self._num_rows, _SAMPLE_ROWS, seed=0)
         nearest = self._find_nearest(sample)
         order = np.argsort(nearest.squared, kind="stable")
-        if self._rows_near is not None:
-            return nearest.distance[order], np.full(len(sample), 1.0 / self._rows_near)
+        if self._drops_per_near_row is not None:
+            return nearest.distance[order], np.full(len(sample), self._drops_per_near_row)
         # Of every second row by distance: it stands for the next one, too.
         seconds = order[::2]
         others, which = np.unique(nearest.other[seconds], return_inverse=True)

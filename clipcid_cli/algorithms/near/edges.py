@@ -62,6 +62,9 @@ def _order(edges: Edges) -> IntArray:
     key = weight.view(np.uint32).astype(np.uint64)
     key <<= np.uint64(32)
     key |= edges.a.view(f"u{edges.a.itemsize}")
+    equal = key[1:] == key[:-1]
+    if ((key[1:] > key[:-1]) | (equal & (edges.b[1:] >= edges.b[:-1]))).all():  # as a part that was merged before
+        return np.arange(len(key))
     order: IntArray = np.argsort(key)
     key = key[order]
     equal = key[1:] == key[:-1]

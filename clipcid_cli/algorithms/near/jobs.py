@@ -139,6 +139,11 @@ def components(members: IntArray, labels: IntArray, in_memory: int) -> Jobs:
     return Jobs(members, starts, stops, first, np.maximum(last, first + 1), _strip_width(in_memory // _MIN_PANEL))
 
 
+def least_of_components(num_rows: int) -> int:
+    """Return how many pairs of so many rows `components` compares at least: those within panels."""
+    return num_rows // _MIN_PANEL * (_MIN_PANEL * (_MIN_PANEL - 1) // 2)
+
+
 def pieces(rows: IntArray, ends: IntArray, in_memory: int) -> Jobs:
     """Compare the rows at home in each partition with each other and with its visitors.
 

@@ -155,14 +155,13 @@ def group_rows(
         allocate: Makes the array of all lists, of a length.
 
     Returns:
-        The rows of all lists, integers [E], and where each ends, int64 [num_lists].
+        The rows of all lists, integers [E], and how many each has, int64 [num_lists].
     """
     sizes = np.zeros(num_lists, np.int64)
     for lists, _ in entries():
         sizes += np.bincount(lists, minlength=num_lists)
-    ends = np.cumsum(sizes)
-    grouped = allocate(int(ends[-1]))
-    free = ends - sizes
+    grouped = allocate(int(sizes.sum()))
+    free = np.cumsum(sizes) - sizes
     for lists, rows in entries():
         counts = np.bincount(lists, minlength=num_lists)
         order = np.argsort(lists, kind="stable")
@@ -170,4 +169,4 @@ def group_rows(
         within = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
         grouped[np.repeat(free, counts) + within] = rows[order]
         free += counts
-    return grouped, ends
+    return grouped, sizes

@@ -13,11 +13,14 @@ import dataclasses
 
 import numpy as np
 
+from clipcid_cli.algorithms.gather import gather
 from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
 
-# Edges collected before they are merged into the forest; at least a quarter as many as the forest has.
+# Edges collected before they are merged into the forest; at least a quarter as many as the forest has, and one for so many
+# rows, since a merge passes over all of them.
 _MIN_FOLD = 2**18
+_ROWS_OF_FOLD = 32
 # Small pieces, each three arrays of its own, are put together before they are many.
 _MAX_PIECES = 2**10
 _CURVE_POINTS = 1000
@@ -27,17 +30,17 @@ def connected_components(num_nodes: int, a: IntArray, b: IntArray) -> IntArray:
     """Label each node of a graph, given both ends of its edges, by the smallest node that is reachable from it."""
     labels = np.arange(num_nodes, dtype=row_type(num_nodes))
     while True:
-        label_a, label_b = labels[a], labels[b]
-        apart = label_a != label_b
-        if not apart.any():
+        apart = a != b
+        a, b = a[apart], b[apart]
+        if not len(a):
+            break
+        np.minimum.at(labels, np.maximum(a, b), np.minimum(a, b))
+        a, b = _find(labels, a), _find(labels, b)
+    while True:
+        shorter = gather(labels, labels)
+        if np.array_equal(shorter, labels):
             return labels
-        a, b, label_a, label_b = a[apart], b[apart], label_a[apart], label_b[apart]
-        np.minimum.at(labels, np.maximum(label_a, label_b), np.minimum(label_a, label_b))
-        while True:
-            shorter = labels[labels]
-            if np.array_equal(shorter, labels):
-                break
-            labels = shorter
+        labels = shorter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,34 +57,36 @@ def _contract(num_rows: int, edges: Edges) -> tuple[IntArray, list[_Round]]:
     Nodes without further edges leave after a round.
     """
     kind = row_type(max(num_rows, len(edges)))
-    none = len(edges)
-    rank = np.arange(none, dtype=kind)
+    rank = np.arange(len(edges), dtype=kind)
     a, b = edges.a, edges.b
     num_nodes = num_rows
     picked = list[IntArray]()
     rounds = list[_Round]()
-    while len(rank):
-        # Ranks ascend, so writing them in reverse leaves the lightest edge at each node.
+    while none := len(rank):
+        # Edges ascend, so writing their places in reverse leaves the lightest edge at each node.
+        place = np.arange(none, dtype=kind)
         lightest = np.full(num_nodes, none, dtype=kind)
-        lightest[a[::-1]] = rank[::-1]
+        lightest[a[::-1]] = place[::-1]
         lightest_b = np.full(num_nodes, none, dtype=kind)
-        lightest_b[b[::-1]] = rank[::-1]
+        lightest_b[b[::-1]] = place[::-1]
         np.minimum(lightest, lightest_b, out=lightest)
         del lightest_b
         has_edge = lightest < none
-        chosen = np.unique(lightest[has_edge])
-        picked.append(chosen)
+        is_chosen = np.zeros(none + 1, np.bool_)  # the last place is that of nodes without an edge
+        is_chosen[lightest] = True
+        chosen = np.flatnonzero(is_chosen[:-1])
+        picked.append(rank[chosen])
         weight = np.full(num_nodes, np.inf, np.float32)
-        weight[has_edge] = edges.weight[lightest[has_edge]]
+        weight[has_edge] = gather(edges.weight, gather(rank, lightest[has_edge]))
         del lightest
-        position = np.searchsorted(rank, chosen)
-        labels = connected_components(num_nodes, a[position], b[position])
+        labels = connected_components(num_nodes, a[chosen], b[chosen])
         has_edge &= labels == np.arange(num_nodes, dtype=kind)  # the first node of each component
         nodes = np.cumsum(has_edge, dtype=kind)
         num_nodes = int(nodes[-1])
         nodes -= 1
-        rounds.append(_Round(weight, nodes[labels]))
-        a, b = rounds[-1].parent[a], rounds[-1].parent[b]
+        parent = gather(nodes, labels)
+        rounds.append(_Round(weight, parent))
+        a, b = gather(parent, a), gather(parent, b)
         apart = a != b
         a, b, rank = a[apart], b[apart], rank[apart]
     return np.sort(np.concatenate([np.empty(0, kind), *picked])), rounds
@@ -117,11 +122,11 @@ class ForestSink:
         possible = np.ones(len(a), np.bool_)
         pair = np.arange(len(a))
         for level in self._rounds:
-            lighter = (level.weight[a] < at_least) & (level.weight[b] < at_least)
+            lighter = (gather(level.weight, a) < at_least) & (gather(level.weight, b) < at_least)
             a, b, pair, at_least = a[lighter], b[lighter], pair[lighter], at_least[lighter]
             if not len(pair):
                 break
-            a, b = level.parent[a], level.parent[b]
+            a, b = gather(level.parent, a), gather(level.parent, b)
             apart = a != b
             possible[pair[~apart]] = False
             a, b, pair, at_least = a[apart], b[apart], pair[apart], at_least[apart]
@@ -133,7 +138,7 @@ class ForestSink:
         self._added.append(Edges(a, b, edges.weight))
         self._num_added += len(edges)
         del edges, a, b  # to merge needs their memory
-        if self._num_added >= max(_MIN_FOLD, len(self._forest) // 4):
+        if self._num_added >= max(_MIN_FOLD, len(self._forest) // 4, self._num_rows // _ROWS_OF_FOLD):
             self.result()
         elif len(self._added) >= _MAX_PIECES:
             self._added = [Edges.concatenate(self._added)]
@@ -206,9 +211,9 @@ def forest_curve(num_rows: int, forest: Edges, chosen: float | None) -> Curve:
 
 def _find(labels: IntArray, nodes: IntArray) -> IntArray:
     """Follow labels to their roots, and shorten the paths."""
-    roots = labels[nodes]
+    roots = gather(labels, nodes)
     while True:
-        further = labels[roots]
+        further = gather(labels, roots)
         if np.array_equal(further, roots):
             labels[nodes] = roots
             return roots

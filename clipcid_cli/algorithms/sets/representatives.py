@@ -27,7 +27,7 @@ from clipcid_cli.algorithms.near.exact import (
     row_type,
     squared_lengths,
 )
-from clipcid_cli.algorithms.sets.star import is_own_representative
+from clipcid_cli.algorithms.sets.covers import is_own_representative
 
 # Temporary copies of this many rows stay in the cache.
 _ROWS_AT_ONCE = 1024

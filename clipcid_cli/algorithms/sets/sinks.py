@@ -76,7 +76,8 @@ class PairsWithin:
         return np.asarray((self._labels[a] == self._labels[b]) & (self._num_pairs <= self._most))
 
     def add(self, edges: Edges) -> None:
-        # Copied: those of another process are mapped from files that are removed.
+        # Copied: those of another process are mapped from files that are removed after this, and where another host removes
+        # them, a map loses its content (NFS).
         self._pairs.append(Edges(edges.a.copy(), edges.b.copy(), edges.weight.copy()))
         self._num_pairs += len(edges)
 

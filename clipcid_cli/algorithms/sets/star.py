@@ -9,14 +9,10 @@ Source: docs/method.md#star-cover.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import BoolArray, IntArray
-from clipcid_cli.algorithms.sets.forest import Curve
 
 
 def star_cover(pairs: Edges, copies: IntArray) -> IntArray:
@@ -60,77 +56,3 @@ def _keep_in_order(num_rows: int, place: IntArray, pairs: Edges) -> BoolArray:
         open_pairs = ~decided[early] & ~decided[late]
         early, late = early[open_pairs], late[open_pairs]
     return keeps | ~decided
-
-
-class StarCover(NamedTuple):
-    """A threshold ε, and the representative of each row, itself where it is kept, int64 [N]."""
-
-    threshold: float
-    representatives: IntArray
-
-
-def find_star_threshold(
-    pairs: Edges,
-    copies: IntArray,
-    num_kept: int,
-    above: float = -1.0,
-    on_cover: Callable[[float, float], None] = lambda above, within: None,
-) -> StarCover | None:
-    """Find the ε > `above` that keeps a given number of rows at most, by bisection over the distances of ascending pairs.
-
-    Args:
-        on_cover: Told after each cover between which distances ε is: it is above one that keeps more. The bisection goes on
-            from there where it is begun with both, the pairs up to the second.
-
-    Returns:
-        A cover that keeps so few, while the next smaller distance tried keeps more; None when even all pairs keep more.
-    """
-    distances = np.unique(pairs.weight)
-    if not len(distances):
-        return None
-    low, high = int(np.searchsorted(distances, np.float32(above), side="right")) - 1, len(distances) - 1
-    best = StarCover(float(distances[high]), star_cover(pairs, copies))
-    if count_kept(best.representatives) > num_kept:
-        return None
-    while high - low > 1:
-        on_cover(float(distances[low]) if low >= 0 else above, float(distances[high]))
-        middle = (low + high) // 2
-        threshold = float(distances[middle])
-        cover = StarCover(threshold, star_cover(pairs.up_to(threshold), copies))
-        if count_kept(cover.representatives) <= num_kept:
-            high, best = middle, cover
-        else:
-            low = middle
-    return best
-
-
-def is_own_representative(representatives: IntArray) -> BoolArray:
-    """Tell which rows represent themselves, and are thus kept, bool [N]."""
-    return np.asarray(representatives == np.arange(len(representatives), dtype=representatives.dtype))
-
-
-def count_kept(representatives: IntArray) -> int:
-    """Count the rows that are kept."""
-    return int(np.count_nonzero(is_own_representative(representatives)))
-
-
-def label_by_smallest(representatives: IntArray) -> IntArray:
-    """Label each row with the smallest row of its star, int64 [N]."""
-    smallest = np.full(len(representatives), len(representatives))
-    np.minimum.at(smallest, representatives, np.arange(len(representatives)))
-    return smallest[representatives]
-
-
-def star_curve(pairs: Edges, copies: IntArray, chosen: float, num_points: int) -> Curve:
-    """Count rows kept, and measure the largest star, over the cut-off up to the largest distance of ascending pairs.
-
-    Each point costs a cover: the chosen cut-off, and so many others.
-    """
-    farthest = float(pairs.weight[-1]) if len(pairs) else 0.0
-    distances = np.unique(np.append(np.linspace(0.0, farthest, num_points), chosen).astype(np.float32))
-    kept, largest = [], []
-    for distance in distances:
-        cover = star_cover(pairs.up_to(float(distance)), copies)
-        kept.append(count_kept(cover))
-        largest.append(int(np.bincount(cover, weights=copies).max()))
-    return Curve(distances, np.array(kept, np.int64), np.array(largest, np.int64))

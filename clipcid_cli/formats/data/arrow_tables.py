@@ -91,7 +91,7 @@ class ArrowShard(Shard):
     def is_streamed(self) -> bool:
         return True
 
-    def read(self, skips: Skips) -> Iterator[Sample]:
+    def _read_own(self, skips: Skips) -> Iterator[Sample]:
         for row, record in enumerate(_read_records(self.source, self.columns)):
             yield from self._make_samples(row, record, skips)
 

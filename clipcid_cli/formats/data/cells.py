@@ -1,4 +1,8 @@
-"""What the cells of a list may name: someone else may have written them."""
+"""What the cells of a list may name: someone else may have written them.
+
+A list on this disk is trusted with the whole disk and the web; one from elsewhere with nothing but its own folder and the
+web. `Origin` says what of the web.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,6 @@ from clipcid_cli.formats.data.addresses import (
     without_query,
 )
 
-_DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 _SEPARATOR = re.compile(r"[/\\]")
 _CONTROL = re.compile(r"[\x00-\x1f]")  # of which some are dropped where addresses are read, so that `.\t.` means `..`
 _MOST_QUOTED = 3  # times that `%25` may stand for `%`
@@ -79,11 +82,6 @@ class Origin:
     def is_plain(self, cell: str) -> bool:
         """Tell whether a cell, or each of several in one text, is a local path beyond question, as most are."""
         return self.url is None and "://" not in cell
-
-    def find_drive(self, path: str) -> str:
-        """Return the name that led to a path where it begins with the drive of a Windows machine; else nothing."""
-        name = path.removeprefix(f"{self.folder}/")
-        return name if self.url is None and _DRIVE.match(name) else ""
 
     def why_refused(self, path: str) -> str:
         """Say why what a name led to is not opened, as the end of a sentence; empty where it is."""

@@ -40,7 +40,7 @@ class Truncation:
     is_known: bool  # whether there are whole tars
 
     def __str__(self) -> str:
-        lost = f"about {self.fraction:.1%} of the data" if self.is_known else "an unknown part of the data"
+        lost = f"up to about {self.fraction:.1%} of the data" if self.is_known else "an unknown part of the data"
         return f"{self.problem}; {lost} is missing"
 
 

@@ -87,7 +87,7 @@ class ParquetShard(Shard):
 
     table: ImageTable
 
-    def read(self, skips: Skips) -> Iterator[Sample]:
+    def _read_own(self, skips: Skips) -> Iterator[Sample]:
         return _read_parquet(self.source, self.name, self.table, skips, self.max_sample_bytes)
 
     @property

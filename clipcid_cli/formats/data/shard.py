@@ -56,7 +56,7 @@ class Shard(ABC):
     max_sample_bytes: int = MAX_SAMPLE_BYTES
 
     @abstractmethod
-    def read(self, skips: Skips) -> Iterator[Sample]:
+    def _read_own(self, skips: Skips) -> Iterator[Sample]:
         """Yield the samples in order, by their keys in the shard; count those that are left out."""
 
     def find_cut(self) -> str:
@@ -122,7 +122,7 @@ class Shard(ABC):
 
         Samples without an image, and those with a key that occurs earlier, are omitted and counted in `skips`.
         """
-        samples = self.read(Skips() if skips is None else skips)
+        samples = self._read_own(Skips() if skips is None else skips)
         if not self.prefix_keys:
             return samples
         return (dataclasses.replace(sample, key=f"{self.name}/{sample.key}") for sample in samples)

@@ -177,7 +177,7 @@ class Slice(Shard):
     images: Images
     index: int
 
-    def read(self, skips: Skips) -> Iterator[Sample]:
+    def _read_own(self, skips: Skips) -> Iterator[Sample]:
         """Yield the samples of a slice; count the rows that are left out.
 
         These have no path, no key, a key that an earlier one has, or a caption in a file that is too large.

@@ -1,8 +1,10 @@
 """Samples in tars: members that agree in their names up to the first dot, as webdataset writes them.
 
-open     `open_tars`          wrong flags and damaged tars end the run
+open     `open_tars`          wrong flags end the run
+look     `find_cut`           damage of a local tar ends the run; where one is truncated, `allow_cut` decides
+         `validate_shards`    no image in the first shards, or one key in two of them, ends the run
 list     `read_members`       headers alone; of a stream the contents too. Damage ends the run and names the shard
-place    `TarShard.read`      a sample's members; one that cannot be a sample is counted by its reason in `Skips`
+place    `_read_own`          a sample's members; one that cannot be a sample is counted by its reason in `Skips`
 read     `ByteRange.read`     an OSError, which `decode.read_image` turns into a reason too
 decode   `decode_image`       a damaged image is a reason, never an error
 """
@@ -71,7 +73,7 @@ class TarShard(Shard):
     caption_keys: tuple[str, ...] = (TXT,)  # where captions are: extensions of members, or fields of the json member
     is_cut: bool = False  # whether it ends too early, and the samples before the end are used
 
-    def read(self, skips: Skips) -> Iterator[Sample]:
+    def _read_own(self, skips: Skips) -> Iterator[Sample]:
         """Yield the samples in order; count keys without an image, that occur earlier, or with a text that is too large.
 
         An image that is too large is counted where images are read.
@@ -121,7 +123,7 @@ class TarShard(Shard):
             key=group.key,
             image=image,
             captions=gather_captions(self.caption_keys, captions, skips),
-            label=None if label is None else _parse_label(label.read(), f"{self.name}/{group.key}"),
+            label=None if label is None else _parse_label(label.read()),
             multi_hot=self._place(members.get("npy")),
             attributes=self._place(members.get(JSON), MOST_TEXT + 1),
             # A command's output passes, so that its captions are to be kept in the index.
@@ -171,11 +173,7 @@ class TarShard(Shard):
         return round(self.fingerprint().size * (_PROBED - 1) / bytes_read)
 
 
-def _parse_label(text: bytes, where: str) -> int:
+def _parse_label(text: bytes) -> int | None:
+    """Return the number of a class; None where it is no number, so that evaluations leave the sample out as `no_label`."""
     text = text.strip()
-    if not _CLASS.fullmatch(text):
-        raise ClipcidError(
-            f"The .cls of sample {where} contains {text[:40]!r}, not the number of a class.",
-            "Write one integer, from 0 to 999,999,999.",
-        )
-    return int(text)
+    return int(text) if _CLASS.fullmatch(text) else None

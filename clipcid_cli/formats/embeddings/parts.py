@@ -1,12 +1,7 @@
 """Parts of embeddings: shards that processes which do not know of one another write to one folder or object store.
 
-    .embed-<identity>/             what unfinished embeddings of these settings and this data have anyway
-        .run.json                  settings and data
-        .shards/0003.json          the record of a shard, written after its files
-        .parts/2-of-8.json         what a part knows that the sidecar of all will say
-        .parts/2-of-8.lock         held while the part runs, in a folder
-
-Whoever finishes the folder, a join or a run without parts, finds the shards finished. `sent_parts.py` has those in a store.
+`writer.py` draws the folder of unfinished work that they share. Whoever finishes it, a join or a run without parts, finds
+the shards finished. `sent_parts.py` has those in a store.
 """
 
 from __future__ import annotations

@@ -49,13 +49,13 @@ class SendingWriter(EmbeddingWriter):
 
     def write(self, index: int, shard: ShardRows) -> None:
         super().write(index, shard)
-        record = super().read_record(index)
+        record = super().finished_record(index)
         assert record is not None, "it was just written"
         for name in self.names(index, record):
             self._store.send(self.folder / name, name)
             (self.folder / name).unlink()
 
-    def read_record(self, index: int) -> ShardRecord | None:
+    def finished_record(self, index: int) -> ShardRecord | None:
         return self._sent.get(index)
 
     @cached_property
@@ -124,7 +124,7 @@ def validate_same(store: ObjectStore, work: str, run: Provenance) -> None:
 
 def fetch_shards(store: ObjectStore, writer: EmbeddingWriter, records: Sequence[ShardRecord]) -> None:
     """Fetch the shards that the folder of a writer lacks; what is not as its record says is refused."""
-    missing = [index for index in range(len(records)) if writer.read_record(index) is None]
+    missing = [index for index in range(len(records)) if writer.finished_record(index) is None]
     size = sum(file.size for index in missing for file in records[index].files.values())
     free = shutil.disk_usage(writer.folder).free
     if size > free:

@@ -1,6 +1,15 @@
 """How `embed` writes a folder of embeddings: shard by shard, each followed by a record, and at the end the manifest of all.
 
-A shard without its record is unfinished. Several processes may write different shards of a folder at once.
+    .embed-<identity>/                      unfinished embeddings of these settings and this data
+        .run.json                           settings and data
+        img_emb/img_emb_0003.npy            the rows of a shard; other kinds and metadata likewise
+        .shards/0003.skipped.parquet        its samples that were left out
+        .shards/0003.json                   its record, written after its files
+        .parts/2-of-8.json                  where it is made in parts: what a part knows that the sidecar of all will say
+        .parts/2-of-8.lock                  held while the part runs, in a folder
+
+Whether a shard is finished is decided by `EmbeddingWriter.finished_record` alone: its record is there, of these settings and
+keys, and of the files as they are. Several processes may write different shards of a folder at once.
 """
 
 from __future__ import annotations
@@ -108,12 +117,13 @@ class EmbeddingWriter:
         )
         self._journal.append(self._label(index), record)
 
-    def read_record(self, index: int) -> ShardRecord | None:
-        """Read the record of a shard; None where it is not finished by these settings, or a file was changed since."""
-        record = self._find_record(index)
+    def finished_record(self, index: int) -> ShardRecord | None:
+        """Return the record of a shard; None where it is not finished by these settings, or a file was changed since."""
+        record = self._record_of_any_keys(index)
         return record if record is not None and record.keys == self._keys else None
 
-    def _find_record(self, index: int) -> ShardRecord | None:
+    def _record_of_any_keys(self, index: int) -> ShardRecord | None:
+        """Return the record of a shard that is finished but for the form of its keys, which `rename_keys` changes."""
         record = self._journal.read(self._label(index))
         if record is None or record.identity != self._identities[index] or not record.is_listed:
             return None
@@ -127,16 +137,17 @@ class EmbeddingWriter:
         indexes = {str(given.shard): index for index, given in enumerate(self._inputs)}
         for shard, listed in read_shards(folder / SKIPPED):
             index = indexes.get(shard, -1)
-            if index >= 0 and self._identities[index] in there and not self._is_recorded(index):
+            if index >= 0 and self._identities[index] in there and self._record_of_any_keys(index) is None:
                 write_skipped(self._skipped_path(index), [listed])
         for index, identity in enumerate(self._identities):
             earlier = there.get(identity)
-            if earlier is None or self._is_recorded(index):
+            if earlier is None or self._record_of_any_keys(index) is not None:
                 continue
             if earlier.skipped and not self._skipped_path(index).exists():  # it does not say which
                 continue
             if find_changed(folder, earlier.files.values(), folder / MANIFEST) is not None:
                 continue
+            self._journal.forget(self._label(index))  # one of another shard, before its files are replaced
             files: dict[str, FileRecord] = {}
             for kind, file in earlier.files.items():
                 _link(folder / file.path, self._path(kind, index))
@@ -144,13 +155,14 @@ class EmbeddingWriter:
             listed = self._record_skipped(index) if earlier.skipped else None
             self._journal.append(self._label(index), msgspec.structs.replace(earlier, files=files, listed=listed))
 
-    def find_done(self, earlier: Sequence[ShardRecord]) -> list[int]:
-        """Return the shards that a run would not embed again: those finished here, or of an `earlier` folder."""
+    def estimate_done(self, earlier: Sequence[ShardRecord]) -> list[int]:
+        """Return the shards that a plan need not count: those finished here, or that an `earlier` folder says it has."""
         there = {record.identity for record in earlier}
-        done = (
-            identity in there or self._find_record(index) is not None for index, identity in enumerate(self._identities)
-        )
-        return [index for index, is_done in enumerate(done) if is_done]
+        return [
+            index
+            for index, identity in enumerate(self._identities)
+            if identity in there or self._record_of_any_keys(index) is not None
+        ]
 
     def names(self, index: int, record: ShardRecord) -> list[str]:
         """Name the files of a shard, relative to the folder: its record is the last."""
@@ -180,7 +192,7 @@ class EmbeddingWriter:
         Where it is killed on the way, the shard is written again, since its record is of other metadata.
         """
         for index in range(len(self._inputs)):
-            record = self._find_record(index)
+            record = self._record_of_any_keys(index)
             if record is None or record.keys == self._keys:
                 continue
             prefix = f"{record.input.shard}/"
@@ -209,7 +221,7 @@ class EmbeddingWriter:
 
     def finish(self) -> list[ShardRecord]:
         """Write the manifest and the list of skipped samples once all shards are finished; return the manifest."""
-        records = [self.read_record(index) for index in range(len(self._inputs))]
+        records = [self.finished_record(index) for index in range(len(self._inputs))]
         finished = [record for record in records if record is not None]
         assert len(finished) == len(records), "every shard was written by one of the processes"
         skipped = (self._skipped_path(index) for index, record in enumerate(finished) if record.skipped)
@@ -227,9 +239,6 @@ class EmbeddingWriter:
         )
         write_parquet(self.folder / MANIFEST, pa.Table.from_pylist(msgspec.to_builtins(finished), schema))
         return finished
-
-    def _is_recorded(self, index: int) -> bool:
-        return self._journal.path(self._label(index)).exists()
 
     def _skipped_path(self, index: int) -> Path:
         return self._journal.folder / f"{self._label(index)}.{SKIPPED}"

@@ -260,10 +260,11 @@ class TrainingLog:
         self._write("eval", self._folder.results_log, [{"step": step, **metrics}])
 
     def flush(self) -> None:
-        self._write("train", self._folder.train_log, self._lines)
+        # Forgotten first: where the disk is full, `close` does not write the same lines again.
+        lines, self._lines = self._lines, []
+        self._write("train", self._folder.train_log, lines)
         if self._board is not None:
             self._board.flush()
-        self._lines = []
         self._flushed = time.monotonic()
 
     def _write(self, group: str, path: Path, lines: list[dict[str, Any]]) -> None:
@@ -278,6 +279,9 @@ class TrainingLog:
             self._board.add(line["step"], finite)
 
     def close(self) -> None:
-        """Close the board; lines that are not flushed are lost, as after a kill."""
-        if self._board is not None:
-            self._board.close()
+        """Write the lines that are left, whatever ended the run, and close the board."""
+        try:
+            self.flush()
+        finally:
+            if self._board is not None:
+                self._board.close()

@@ -44,8 +44,8 @@ class BalanceRun(BalancePlan):
         return self.output.work
 
     @cached_property
-    def inputs(self) -> str:
-        """Identifies the rows, whatever is chosen of them."""
+    def inputs_hash(self) -> str:
+        """A hash of the files of embeddings, whatever is chosen of their rows."""
         return identity_of({}, self.output.spec.inputs)
 
     @property

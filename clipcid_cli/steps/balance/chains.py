@@ -10,7 +10,8 @@ from clipcid_cli.algorithms.near.block import load_block
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.search import near_pairs
-from clipcid_cli.algorithms.sets.star import count_kept, star_cover
+from clipcid_cli.algorithms.sets.covers import count_kept
+from clipcid_cli.algorithms.sets.star import star_cover
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.linkages import LINKAGES
 from clipcid_cli.steps.balance.sets import Sets

@@ -7,9 +7,10 @@ import dataclasses
 import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.jobs import least_of_components
+from clipcid_cli.algorithms.sets.covers import CoverRows, cover_curve
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components
 from clipcid_cli.algorithms.sets.representatives import central_rows, distances_to, ratio_beyond
-from clipcid_cli.algorithms.sets.star import star_curve
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
@@ -22,10 +23,10 @@ from clipcid_cli.steps.balance.sets import Sets, single_curve
 from clipcid_cli.steps.balance.stored_forest import Forest
 
 _CURVE_POINTS = 24
-# Pairs that all covers of the curve of stars process together: some seconds.
+# Pairs that all covers of a curve process together: some seconds.
 _MAX_COVERED = 2**25
-# Limits of the comparison with stars, some seconds on two cores: rows compared, and pairs found (20 bytes each, and several
-# times that to sort and cover them).
+# Limits of the comparison with a cover, some seconds on two cores: rows compared, and pairs found (20 bytes each, and
+# several times that to sort and cover them).
 _MAX_COMPARED = 2**31
 _MAX_FOUND = 2**23
 
@@ -75,17 +76,29 @@ def compare_single(run: BalanceRun, forest: Forest, threshold: float) -> Compare
     return run.context.on_rank0(compare)
 
 
-def compare_stars(run: BalanceRun, forest: Forest, threshold: float) -> ComparedLinkage | NotComputed:
-    """Cover the images by stars, for which all pairs within the cut-off are collected when they are few."""
+def compare_cover(run: BalanceRun, forest: Forest, threshold: float) -> ComparedLinkage | NotComputed:
+    """Cover the images by stars, or as another covering linkage, if few pairs are within the cut-off to be collected."""
+    # A forest has more rows than edges; those of copies join none of the rows that would be compared.
+    least = least_of_components(len(forest.edges.up_to(threshold)) - len(run.rows.copies))
+    if least > _MAX_COMPARED:
+        return NotComputed(
+            f"it takes at least {least:,} comparisons within the sets, more than the {_MAX_COMPARED:,} made for a report"
+        )
     pairs = find_pairs(run, forest, threshold, _MAX_FOUND, _MAX_COMPARED)
     if isinstance(pairs, NotComputed):
         return pairs
-    return run.context.on_rank0(lambda: _cover(run.rows, pairs, threshold))
+    name = LINKAGES[run.settings.linkage].compared_with
+    cover = LINKAGES[name].load_cover()
+
+    def compare() -> ComparedLinkage:
+        curve = _draw_curve(cover, run.rows, pairs, threshold)
+        # The cut-off is the last point, and all members of a set are within it of their representative.
+        return ComparedLinkage(ComparedLinkageResult(name, int(curve.kept[-1]), 0.0), curve)
+
+    return run.context.on_rank0(compare)
 
 
-def _cover(rows: BalanceRows, pairs: Edges, threshold: float) -> ComparedLinkage:
+def _draw_curve(cover: CoverRows, rows: BalanceRows, pairs: Edges, threshold: float) -> Curve:
     pairs = pairs.renumbered(rows.unique_positions())
     num_points = min(_CURVE_POINTS, _MAX_COVERED // max(1, len(pairs)))
-    curve = star_curve(pairs, rows.count_copies(), threshold, num_points)
-    # The cut-off is the last point, and all members of a star are within it of their representative.
-    return ComparedLinkage(ComparedLinkageResult("star", int(curve.kept[-1]), 0.0), curve)
+    return cover_curve(cover, pairs, rows.count_copies(), threshold, num_points)

@@ -29,8 +29,10 @@ from clipcid_cli.steps.settings.balance import BalanceSettings
 
 # Rows are looked at in so many stretches: captions are read file by file, whole.
 _STRETCHES = 8
-# Partitions a row visits besides its own; with the margins measured on synthetic rows and photographs, 0.1 to 1.
-_VISITS = 1.0
+# Partitions a row visits besides its own, and how many times √N rows it is compared with: 0.6 and 1.8 of 60,000 synthetic
+# rows, 2.3 and 5.1 of 240,000, 3.2 and 5.4 of a million.
+_VISITS = 3.2
+_COMPARED = 5.4
 # Memory: libraries and tiles, cached panels (as stored and as scanned), forest, sets and lists (97 to 124 were measured).
 _BYTES_OF_TILES = 2**29
 _BYTES_AN_IMAGE = 128
@@ -105,9 +107,8 @@ def _count_search(pairs: int, width: int) -> SearchCost:
 
 
 def _pairs_in_partitions(searched: int) -> int:
-    """Count pairs of a row with centroids, with others at home in its partition, and with those of one that it visits."""
-    partitions = default_num_partitions(searched)
-    return round(searched * partitions + (0.5 + _VISITS) * searched * searched / partitions)
+    """Count pairs of a row with centroids, and with others at home in its partition or in those that it visits."""
+    return round((1.0 + _COMPARED) * searched * default_num_partitions(searched))
 
 
 def _count_memory(

@@ -26,7 +26,7 @@ def draw_curves(run: BalanceRun, sets: Sets, compared: ComparedLinkage | NotComp
     figure = make_figure()
     axes = figure.add_subplot()
     for name, curve, num_kept in lines:
-        color = PALETTE[[*LINKAGES].index(name)]
+        color = PALETTE[LINKAGES[name].color]
         distances = np.concatenate([[0.0], curve.distance])
         kept = np.concatenate([[num_images], curve.kept]) / num_images
         # Between two points only what follows the forest is known; of others, that the curve lies between them.
@@ -41,7 +41,7 @@ def draw_curves(run: BalanceRun, sets: Sets, compared: ComparedLinkage | NotComp
                 place = {"xytext": (-7, -13), "horizontalalignment": "right"}
             axes.annotate(f"{num_kept / num_images:.1%}", point, textcoords="offset points", **place)
     if sets.threshold is not None:
-        axes.axvline(sets.threshold, color=PALETTE[4], linewidth=0.8, linestyle=":")
+        axes.axvline(sets.threshold, color=PALETTE[-1], linewidth=0.8, linestyle=":")
     farthest = max(float(curve.distance[-1]) for _, curve, _ in lines)
     axes.set(xlabel="cut-off ε", ylabel="share kept", xlim=(0, 1.15 * farthest or 1), ylim=(0, 1.02))
     axes.legend(loc="lower left", frameon=False)

@@ -68,8 +68,8 @@ def find_forest(run: BalanceRun, *, searched_to: float | None = None, num_edges:
         earlier = read_earlier(run) if stored is None else None
         # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
         forest = _start(need, stored or Forest(run.rows.copies, 0.0), earlier)
-        rows_near = LINKAGES[run.settings.linkage].rows_near
-        estimator = CutoffEstimator(len(run.rows.unique), partial(find_nearest, run, count=1), rows_near)
+        drops_per_near_row = LINKAGES[run.settings.linkage].drops_per_near_row
+        estimator = CutoffEstimator(len(run.rows.unique), partial(find_nearest, run, count=1), drops_per_near_row)
         while not need.is_met(forest):
             if forest.searched_to:
                 need.say_it_is_short(forest)
@@ -108,7 +108,7 @@ def _search_new(run: BalanceRun, earlier: Forest, is_new: BoolArray) -> Forest:
     new, old = unique[is_new[unique]], unique[~is_new[unique]]
     jobs = triangle(np.concatenate([new, old]), run.rows_in_memory, len(new))
     # As far as it is known, so that nothing of it is lost.
-    return _search(run, jobs, run.rows.read, earlier.edges, earlier.searched_to)
+    return _search_forest(run, jobs, run.rows.read, earlier.edges, earlier.searched_to)
 
 
 def _search_all(run: BalanceRun, known: Edges, searched_to: float) -> Forest:
@@ -119,12 +119,12 @@ def _search_all(run: BalanceRun, known: Edges, searched_to: float) -> Forest:
 
         with partitioned(run, searched_to) as divided:
             if divided is not None:
-                return _search(run, *divided, known, searched_to)
+                return _search_forest(run, *divided, known, searched_to)
         reporting.note(f"Up to distance {searched_to:.4f} partitions would save little: all pairs are compared.")
-    return _search(run, triangle(run.rows.unique, run.rows_in_memory), run.rows.read, known, searched_to)
+    return _search_forest(run, triangle(run.rows.unique, run.rows_in_memory), run.rows.read, known, searched_to)
 
 
-def _search(run: BalanceRun, jobs: Jobs, read: ReadRows, known: Edges, searched_to: float) -> Forest:
+def _search_forest(run: BalanceRun, jobs: Jobs, read: ReadRows, known: Edges, searched_to: float) -> Forest:
     # Saved chunks hold only edges that `known` does not rule out, so they are valid for this `known` alone.
     def further_identity() -> str:
         return hash_arrays(known.a, known.b, known.weight)

@@ -10,15 +10,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
+from clipcid_cli.algorithms.near.exact import IntArray, ReadRows, row_type
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.rows import Rows, create_copy, open_copies, remove_copies
 from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.pipeline import thread_map
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 
@@ -35,15 +37,23 @@ class Groups:
     @classmethod
     def from_sets(cls, labels: IntArray) -> Groups:
         """Group rows by their sets, given each row's as its smallest row, integers [N]."""
-        rows = np.flatnonzero((np.bincount(labels) > 1)[labels]).astype(labels.dtype)
-        rows = rows[np.argsort(labels[rows], kind="stable")]
-        return cls(rows, _find_bounds(labels[rows]))
+        is_grouped = labels != np.arange(len(labels), dtype=labels.dtype)
+        is_grouped[labels[is_grouped]] = True
+        rows = np.flatnonzero(is_grouped).astype(labels.dtype)
+        own = labels[rows]
+        if labels.dtype == np.int32:  # numbers of a set and a row sort faster than rows by their sets
+            both = np.sort(own.astype(np.int64) << 32 | rows)
+            return cls((both & 0xFFFFFFFF).astype(np.int32), _find_bounds(both >> 32))
+        order = np.argsort(own, kind="stable")
+        return cls(rows[order], _find_bounds(own[order]))
 
     @classmethod
     def from_hashes(cls, hashes: npt.NDArray[np.uint64]) -> Groups:
         """Group the rows whose hash, uint64 [N], others have too."""
-        order = np.argsort(hashes, kind="stable").astype(row_type(len(hashes)))
-        ordered = hashes[order]
+        rows = _may_repeat(hashes)
+        ordered = hashes[rows]
+        order = np.argsort(ordered, kind="stable")
+        ordered, order = ordered[order], rows[order]
         is_grouped = np.zeros(len(ordered), np.bool_)
         is_grouped[1:] = ordered[1:] == ordered[:-1]
         is_grouped[:-1] |= is_grouped[1:]
@@ -65,6 +75,22 @@ class Groups:
         return slice(int(start), int(stop))
 
 
+def _may_repeat(hashes: npt.NDArray[np.uint64]) -> IntArray:
+    """Return the rows whose hash may be another's too, ascending: all that are, and few others.
+
+    To sort values alone takes a twentieth of the time to sort the rows by them.
+    """
+    ordered = np.sort(hashes)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    del ordered
+    # Told by the first bits: so many that one in eight is set at most.
+    num_bits = max(16, (8 * len(repeated)).bit_length())
+    shift = np.uint64(64 - num_bits)
+    is_repeated = np.zeros(2**num_bits, np.bool_)
+    is_repeated[repeated >> shift] = True
+    return np.flatnonzero(is_repeated[hashes >> shift]).astype(row_type(len(hashes)))
+
+
 def _find_bounds(ordered: npt.NDArray[np.integer]) -> IntArray:
     """Return where each of some equal numbers that lie side by side start, and the last ones end."""
     starts = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
@@ -84,6 +110,17 @@ class Share:
     def sizes(self) -> IntArray:
         return np.diff(self.starts, append=len(self.rows))
 
+    def split(self, count: int) -> list[Share]:
+        """Return so many parts, or fewer, of about as many rows each."""
+        even = np.arange(count) * len(self.rows) // count
+        firsts = np.unique(np.searchsorted(self.starts, even))
+        return [self._part(first, end) for first, end in pairwise([*firsts.tolist(), len(self.starts)])]
+
+    def _part(self, first: int, end: int) -> Share:
+        begin, stop = np.append(self.starts, len(self.rows))[[first, end]].tolist()
+        starts, labels = self.starts[first:end] - begin, self.labels[begin:stop] - begin
+        return Share(self.rows[begin:stop], starts, labels, lambda places: self.read(places + begin))
+
 
 def find_places(rows: IntArray) -> Callable[[IntArray], IntArray]:
     """Return what finds the places in `rows` of some of them."""
@@ -94,7 +131,7 @@ def find_places(rows: IntArray) -> Callable[[IntArray], IntArray]:
 def work_on_groups(
     shared: SharedArrays, images: Rows, numbers: IntArray, groups: Groups, work: Callable[[Share], Arrays]
 ) -> list[Arrays]:
-    """Let every process work on its share of the groups.
+    """Let every process work on its share of the groups, in as many parts as it has threads.
 
     Args:
         numbers: Which of the images each row is, integers [N], ascending.
@@ -108,7 +145,14 @@ def work_on_groups(
     starts = bounds[:-1] - first
     labels = np.repeat(starts, np.diff(bounds))
     with readable(shared, images, numbers, groups.rows, first) as read:
-        return shared.collect(partial(work, Share(groups.rows[first:end], starts, labels, read)))
+        share = Share(groups.rows[first:end], starts, labels, read)
+        return shared.collect(lambda: _work_in_threads(share, work))
+
+
+def _work_in_threads(share: Share, work: Callable[[Share], Arrays]) -> Arrays:
+    threads = torch.get_num_threads()
+    parts = thread_map(work, share.split(threads), threads)
+    return tuple(map(np.concatenate, zip(*parts, strict=True)))
 
 
 @contextmanager
@@ -123,7 +167,7 @@ def readable(
         first: The first one that this process will read.
 
     Yields:
-        Reads those at some places behind the first one.
+        read(i): row `rows[first + i]`, i int array.
     """
     if images.stay_mapped or not len(rows):
         own_rows = rows[first:]
@@ -147,13 +191,18 @@ def temporary_copies(shared: SharedArrays) -> Iterator[None]:
     shared.context.barrier()  # others may make copies of the same names
 
 
-def copy_rows(shared: SharedArrays, num_rows: int, width: int, parts: Iterator[tuple[IntArray, HalfArray]]) -> None:
-    """Copy this process's rows, which come in parts: their places in the copy, and the rows."""
-    copy = create_copy(shared.work, shared.context.rank, num_rows, width)
-    with reporting.progress("group", num_rows, "images") as progress:
-        for places, rows in parts:
-            copy[places] = rows
-            progress.advance(len(places))
+def copy_rows(shared: SharedArrays, width: int, places: IntArray, numbers: IntArray, read: ReadRows) -> None:
+    """Copy this process's rows, integers [n]: their places in its copy, and the numbers by which they are read."""
+    copy = create_copy(shared.work, shared.context.rank, len(places), width)
+
+    def copy_part(at: int) -> int:
+        part = slice(at, at + _ROWS_AT_ONCE)
+        copy[places[part]] = read(numbers[part])
+        return len(places[part])
+
+    with reporting.progress("group", len(places), "images") as progress:
+        for count in thread_map(copy_part, range(0, len(places), _ROWS_AT_ONCE), torch.get_num_threads()):
+            progress.advance(count)
     if shared.context.spans_hosts and isinstance(copy, np.memmap):
         copy.flush()
 
@@ -178,12 +227,6 @@ def _copy(shared: SharedArrays, images: Rows, numbers: IntArray, rows: IntArray)
     start, stop = context.rank_range(len(numbers))
     own = rows[(rows >= start) & (rows < stop)]
     order = np.argsort(own)
-
-    def parts() -> Iterator[tuple[IntArray, HalfArray]]:
-        for at in range(0, len(order), _ROWS_AT_ONCE):
-            some = order[at : at + _ROWS_AT_ONCE]
-            yield some, images.take(numbers[own[some]])
-
-    context.on_all(lambda: copy_rows(shared, len(own), images.shape[1], parts()))
+    context.on_all(lambda: copy_rows(shared, images.shape[1], order, numbers[own[order]], images.take))
     copies = context.on_all(lambda: open_copies(shared.work, sizes.tolist(), images.shape[1]))
     return copies, place

@@ -1,6 +1,6 @@
 """What the processes of a search have saved, merged into one result: each process its share of the files, then in pairs.
 
-At hundreds of millions of rows that takes half an hour. So what is merged is saved now and then, in place of the files that
+At hundreds of millions of rows that takes minutes. So what is merged is saved now and then, in place of the files that
 it comes from, and a killed run merges what is left.
 """
 

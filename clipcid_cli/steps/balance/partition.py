@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 
@@ -34,7 +35,6 @@ from clipcid_cli.steps.balance.run_search import Search, find_nearest, run_chunk
 
 # Where this share of all pairs would be compared, all of them may as well be.
 _MAX_FRACTION = 0.5
-_ROWS_AT_ONCE = 16_384
 _ENTRIES_AT_ONCE = 2**20
 _ROWS_ASSIGNED = {"cpu": 2048, "cuda": 16_384}
 # Partitions need no fine centroids, only few rows near their borders.
@@ -69,22 +69,15 @@ def _partition(run: BalanceRun, searched_to: float) -> tuple[Jobs, ReadRows] | N
         f"{len(partitions):,} partitions; rows within {margin:.4f} of a border are also compared beyond their own, in "
         f"{visits:.1f} partitions per row."
     )
-    parts = run.shared.collect(lambda: _assign_and_copy(run, partitions, margin))
+    parts = run.shared.exchange(lambda: _assign_and_copy(run, partitions, margin))
+    listed, lengths = run.shared.assemble(lambda: _group(run, parts, 2 * len(partitions)))
 
-    def allocate(length: int) -> IntArray:
-        return create_mapped(run.work, np.dtype(unique.dtype), (length,), unnamed=True)
-
-    def entries() -> Iterator[tuple[IntArray, IntArray]]:
-        for lists, listed, _ in parts:
-            for at in range(0, len(lists), _ENTRIES_AT_ONCE):
-                yield lists[at : at + _ENTRIES_AT_ONCE], listed[at : at + _ENTRIES_AT_ONCE]
-
-    def group() -> Arrays:
-        place_of = allocate(len(rows))
+    def locate() -> Arrays:
+        place_of = _allocate(run, len(rows))
         place_of[unique] = np.concatenate([places for *_, places in parts])
-        return *group_rows(entries, 2 * len(partitions), allocate), place_of
+        return (place_of,)
 
-    listed, ends, place_of = run.shared.publish(group)
+    (place_of,) = run.shared.publish(locate)
     start, stop = _share(run)
     sizes = context.gather(stop - start)
     copies = context.on_all(lambda: open_copies(run.work, sizes, partitions.width))
@@ -92,7 +85,29 @@ def _partition(run: BalanceRun, searched_to: float) -> tuple[Jobs, ReadRows] | N
     def read_copies(numbers: IntArray) -> HalfArray:
         return copies.take(place_of[numbers].astype(np.int64))
 
-    return pieces(listed, ends, run.rows_in_memory), read_copies
+    return pieces(listed, np.cumsum(lengths), run.rows_in_memory), read_copies
+
+
+def _group(run: BalanceRun, parts: list[Arrays], num_lists: int) -> Arrays:
+    """Make this process's share of the lists, from the entries of all processes.
+
+    Returns:
+        The rows of the lists, one after another, integers [E], and how many each has, int64 [L].
+    """
+    first, end = run.context.rank_range(num_lists)
+
+    def entries() -> Iterator[tuple[IntArray, IntArray]]:
+        for lists, listed, _ in parts:
+            for at in range(0, len(lists), _ENTRIES_AT_ONCE):
+                some = lists[at : at + _ENTRIES_AT_ONCE]
+                own = np.flatnonzero((first <= some) & (some < end))
+                yield some[own] - first, listed[at : at + _ENTRIES_AT_ONCE][own]
+
+    return group_rows(entries, end - first, partial(_allocate, run))
+
+
+def _allocate(run: BalanceRun, length: int) -> IntArray:
+    return create_mapped(run.work, np.dtype(run.rows.unique.dtype), (length,), unnamed=True)
 
 
 def _assign_and_copy(run: BalanceRun, partitions: Partitions, margin: float) -> Arrays:
@@ -176,13 +191,7 @@ def _copy(run: BalanceRun, home: IntArray, partitions: Partitions) -> IntArray:
     start, stop = _share(run)
     places = np.empty(stop - start, row_type(len(rows)))
     places[np.argsort(home, kind="stable")] = np.arange(stop - start)
-
-    def parts() -> Iterator[tuple[IntArray, HalfArray]]:
-        for at in range(0, stop - start, _ROWS_AT_ONCE):
-            numbers = rows.unique[start + at : min(start + at + _ROWS_AT_ONCE, stop)]
-            yield places[at : at + len(numbers)], rows.read(numbers)
-
-    copy_rows(run.shared, stop - start, partitions.width, parts())
+    copy_rows(run.shared, partitions.width, places, rows.unique[start:stop], rows.read)
     return places + start
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 
 import numpy as np
+import torch
 
 from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_rows
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
@@ -14,12 +15,15 @@ from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.pipeline import thread_map
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.groups import Groups, Share, work_on_groups
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 
 # What is computed from so few rows stays in the processor's cache.
 _ROWS_AT_ONCE = 512
+_ROWS_OF_THREAD = 64 * _ROWS_AT_ONCE  # that a thread looks at one after another
+_EXPONENT = np.uint16(0x7C00)  # bits of a float16 that are all set in infinities and NaN alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +128,17 @@ def _look_at_rows(context: DistContext, images: Rows) -> Arrays:
     start, stop = context.rank_range(len(images))
     hashes = np.empty(stop - start, np.uint64)
     finite = np.empty(stop - start, np.bool_)
-    for begin in range(start, stop, _ROWS_AT_ONCE):
-        rows = images.read(begin, min(begin + _ROWS_AT_ONCE, stop))
-        part = slice(begin - start, begin - start + len(rows))
-        hashes[part] = hash_rows(rows)
-        finite[part] = np.isfinite(rows).all(axis=1)
+
+    def look(first: int) -> None:
+        for begin in range(first, min(first + _ROWS_OF_THREAD, stop), _ROWS_AT_ONCE):
+            rows = images.read(begin, min(begin + _ROWS_AT_ONCE, stop))
+            part = slice(begin - start, begin - start + len(rows))
+            hashes[part] = hash_rows(rows)
+            # A sixth of the time of `isfinite`, which converts each number first.
+            finite[part] = (rows.view(np.uint16) & _EXPONENT).max(axis=1) < _EXPONENT
+
+    for _ in thread_map(look, range(start, stop, _ROWS_OF_THREAD), torch.get_num_threads()):
+        pass
     return hashes, finite
 
 

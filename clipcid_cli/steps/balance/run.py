@@ -22,6 +22,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.compute import compute
+from clipcid_cli.steps.balance.keep_list import read_names
 from clipcid_cli.steps.balance.pictures import has_new_pictures
 from clipcid_cli.steps.balance.plan import BalanceInputs, BalancePlan, list_row_numbering, make_plan, plan_checked
 from clipcid_cli.steps.balance.prepare import prepare
@@ -61,15 +62,12 @@ def _preview(settings: BalanceSettings, inputs: BalanceInputs, context: DistCont
 def _balance(plan: BalancePlan, output: Output[BalanceSidecar], context: DistContext) -> BalanceResult:
     """Balance, unless the output is there already; then write what the settings name beside it."""
     finished = context.on_rank0(lambda: _take_or_start(plan, output))
-    outcome = compute(plan, output, context) if finished is None else None
-
-    def write_all() -> BalanceResult:
-        result = finished if outcome is None else write(outcome)
-        assert result is not None, "what is not finished has been computed"
-        write_lists(plan)
-        return result
-
-    result = context.on_rank0(write_all)
+    result = finished
+    if result is None:
+        outcome = compute(plan, output, context)
+        names = read_names(outcome.run)
+        result = context.on_rank0(lambda: write(outcome, names))
+    context.on_rank0(lambda: write_lists(plan))
     if plan.data is not None:
         from clipcid_cli.steps.balance.write_data import write_samples
 

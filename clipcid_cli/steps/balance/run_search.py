@@ -8,7 +8,9 @@ Resuming. Saved chunks lie in a folder whose name hashes all that decides their 
 embeddings, the jobs (the rows compared, cut into panels), the distance searched to, and what a search adds, as the edges a
 forest begins with. A folder of another name is not read, so what is saved is lost to a search up to another distance, of
 other rows (more files, other filters), or on another kind of device, whose memory holds other panels at a time. The number
-of processes, the format of the fast product and all that is chosen after the search do not matter.
+of processes, the format of the fast product, `--select` and the lists do not matter; `--keep`, `--threshold` and `--linkage`
+may, since they decide the distance. Before that `find_output` has decided whether the work folder is taken over at all, and
+`_survey` which of the saved files can be read (`load_arrays`) and count.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class Search:
         def name() -> str:
             jobs = self.jobs
             distance = np.float32(self.searched_to).view(np.uint32)
-            decisive = [_VERSION, run.inputs, jobs.identity, jobs.num_chunks, distance, self.further_identity()]
+            decisive = [_VERSION, run.inputs_hash, jobs.identity, jobs.num_chunks, distance, self.further_identity()]
             return hashlib.blake2b("\n".join(map(str, decisive)).encode(), digest_size=8).hexdigest()
 
         folder = run.output.folder / _KEPT if self.stays else run.work / ".search"
@@ -74,7 +76,12 @@ class Search:
 
 
 def run_chunks(run: BalanceRun, search: Search) -> Edges:
-    """Search all chunks of the jobs that are not saved yet, and return what all found; the same on every process."""
+    """Search all chunks of the jobs that are not saved yet, and return what all found; the same on every process.
+
+    Processes wait for one another at the survey, at the merge of what was saved, behind the chunks, at the second survey and
+    at the last merge. They do not inside `_do_chunks`, where each has other chunks. So an error in it ends its process
+    at once: in `on_all` it would first wait until the others have searched all of theirs, perhaps for hours.
+    """
     context = run.context
     num_chunks = search.jobs.num_chunks
     place = search.place(run)
@@ -86,7 +93,7 @@ def run_chunks(run: BalanceRun, search: Search) -> Edges:
         reporting.note("All comparisons were made before.")
     left = [chunk for chunk in range(num_chunks) if chunk not in done]
     if left:
-        _search(run, search, left, place, _merge(run, search, place, saved) if saved else None)
+        _do_chunks(run, search, left, place, _merge(run, search, place, saved) if saved else None)
         context.barrier()
 
     def list_all() -> list[str]:
@@ -101,7 +108,7 @@ def run_chunks(run: BalanceRun, search: Search) -> Edges:
     return _merge(run, search, place, context.on_rank0(list_all))
 
 
-def _search(run: BalanceRun, search: Search, left: list[int], place: Path, known: Edges | None) -> None:
+def _do_chunks(run: BalanceRun, search: Search, left: list[int], place: Path, known: Edges | None) -> None:
     """Search this process's share of the chunks that are left; what is saved is known."""
     context = run.context
     jobs = search.jobs

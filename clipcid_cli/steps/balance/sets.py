@@ -12,7 +12,7 @@ Why the threshold ε of ``--keep`` is exact, with N searched rows of which k = `
 4. k is ``keep · N`` rounded to a whole number, a half to the even one, and at least 1.
 
 What stars keep does not always shrink as ε grows. So theirs is bisected from the ε of single linkage on, and it is only
-certain that the next smaller distance *tried* keeps more than k (`find_star_threshold`).
+certain that the next smaller distance *tried* keeps more than k (`find_cover_threshold`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import numpy as np
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
 from clipcid_cli.algorithms.near.jobs import hash_arrays
+from clipcid_cli.algorithms.sets.covers import count_kept, is_own_representative
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
     best_rows,
@@ -36,10 +37,10 @@ from clipcid_cli.algorithms.sets.representatives import (
     medoid_rows,
     ratio_beyond,
 )
-from clipcid_cli.algorithms.sets.star import count_kept, is_own_representative
 from clipcid_cli.formats.arrays import Arrays, array_journal
 from clipcid_cli.formats.fingerprint import hash_json
 from clipcid_cli.formats.results.forest import SetTable
+from clipcid_cli.runtime.pipeline import Background
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.find_forest import find_forest
 from clipcid_cli.steps.balance.groups import Groups, Share, find_places, work_on_groups
@@ -102,7 +103,8 @@ def make_sets(run: BalanceRun) -> tuple[Sets, Forest, bool]:
     else:
         searched_to = forest.searched_to
         linkage = LINKAGES[settings.linkage]
-        division, forest = linkage.divide(run, forest, shortest_decimal(threshold), num_kept)
+        needed = num_kept if settings.distance is None else None
+        division, forest = linkage.divide(run, forest, shortest_decimal(threshold), needed)
         if division.representatives is None and settings.select not in _BY_ROWS:
             division = _choose_by_score(run, division)
         reused = reused and forest.searched_to == searched_to
@@ -123,7 +125,11 @@ def single_curve(rows: BalanceRows, forest: Edges, threshold: float | None) -> C
 def _measure_sets(run: BalanceRun, division: Division) -> Sets:
     """Choose representatives where there are none yet, and measure the sets; rows that filters dropped have none."""
     threshold = division.threshold
-    representatives_N, distances_N, *columns = _load_or_measure(run, division)
+    curves = list[Curve]()
+    with Background() as background:
+        if run.context.is_main:
+            background.start(lambda: curves.append(division.make_curve()))
+        representatives_N, distances_N, *columns = _load_or_measure(run, division)
     table = SetTable(*columns)
     num_kept = count_kept(representatives_N)
     beyond = 0.0
@@ -134,7 +140,7 @@ def _measure_sets(run: BalanceRun, division: Division) -> Sets:
         representatives=representatives_N,
         distances=distances_N,
         threshold=threshold,
-        curve=run.context.on_rank0(division.make_curve),
+        curve=run.context.on_rank0(lambda: curves[0]),
         num_kept=num_kept,
         largest=int(table.size.max(initial=1)),
         table=table,
@@ -155,7 +161,7 @@ def _load_or_measure(run: BalanceRun, division: Division) -> Arrays:
         """Return what decides the sets and what is measured of them: unfinished work may be of other settings."""
         decisive = (labels, division.representatives, rows.is_searched)
         hashes = [None if array is None else hash_arrays(array) for array in decisive]
-        return hash_json([run.inputs, run.settings.select, *hashes])
+        return hash_json([run.inputs_hash, run.settings.select, *hashes])
 
     saved_as = run.context.on_rank0(name)
 
@@ -167,7 +173,9 @@ def _load_or_measure(run: BalanceRun, division: Division) -> Arrays:
         return saved
     began = time.monotonic()
     groups = Groups.publish(run.shared, lambda: Groups.from_sets(labels))
-    measure = partial(_measure, run, division.representatives)
+    is_unique = np.zeros(len(rows), np.bool_)
+    is_unique[rows.unique] = True
+    measure = partial(_measure, run, division.representatives, is_unique)
     parts = work_on_groups(run.shared, rows.images, rows.numbers, groups, measure)
 
     def join() -> Arrays:
@@ -190,8 +198,12 @@ def _load_or_measure(run: BalanceRun, division: Division) -> Arrays:
     return run.shared.publish(join)
 
 
-def _measure(run: BalanceRun, representatives: IntArray | None, share: Share) -> Arrays:
-    """Measure some sets, given the representative of each row unless the rows of a set decide which it is.
+def _measure(run: BalanceRun, representatives: IntArray | None, is_unique: BoolArray, share: Share) -> Arrays:
+    """Measure some sets.
+
+    Args:
+        representatives: The representative of each row, integers [N]; None where the rows of a set decide which it is.
+        is_unique: Which rows are no copies, bool [N].
 
     Returns:
         The representative of each row, integers [M], and its distance, float32 [M]; of each set the row farthest from it,
@@ -207,10 +219,7 @@ def _measure(run: BalanceRun, representatives: IntArray | None, share: Share) ->
     largest = np.maximum.reduceat(distances, share.starts) if len(share.starts) else distances
     at_largest = np.flatnonzero(distances == np.repeat(largest, share.sizes))
     farthest = at_largest[np.searchsorted(at_largest, share.starts)]
-    # Copies are at distance 0 of each other.
-    is_unique = np.zeros(len(run.rows), np.bool_)
-    is_unique[run.rows.unique] = True
-    unique = np.flatnonzero(is_unique[share.rows])
+    unique = np.flatnonzero(is_unique[share.rows])  # copies are at distance 0 of each other
     diameter, is_exact = find_diameters(share.read, unique, share.labels[unique], share.starts, run.context.device)
     return share.rows[chosen], distances, share.rows[farthest], diameter, is_exact
 
@@ -222,7 +231,9 @@ def _keep_all(run: BalanceRun, forest: Edges) -> Division:
     return Division(labels, None, None, partial(single_curve, run.rows, forest, None))
 
 
-def divide_by_components(run: BalanceRun, forest: Forest, threshold: float, num_kept: int) -> tuple[Division, Forest]:
+def divide_by_components(
+    run: BalanceRun, forest: Forest, threshold: float, num_kept: int | None
+) -> tuple[Division, Forest]:
     """Single linkage: the components of the forest up to the threshold, at which it keeps as many as are asked for."""
 
     def divide() -> Arrays:

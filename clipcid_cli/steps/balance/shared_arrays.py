@@ -6,20 +6,25 @@ of the host once, and only as long as the system has no other use for it. Proces
 
 from __future__ import annotations
 
+import math
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import Arrays
-from clipcid_cli.formats.files import write_error, write_npy
+from clipcid_cli.formats.arrays import Arrays, create_mapped
+from clipcid_cli.formats.files import write_error
 from clipcid_cli.runtime.distributed import DistContext
 
 _FOLDER = ".shared"
+
+_Form = tuple[np.dtype[Any], tuple[int, ...]]
 
 
 class SharedArrays:
@@ -43,10 +48,9 @@ class SharedArrays:
         if context.size == 1:
             return make()
         place = self._next_place()
-        length = context.on_rank0(lambda: _write(place, 0, make()))
-        arrays = context.on_all(lambda: _map(place, 0, length))
-        if context.is_main and not context.spans_hosts:
-            shutil.rmtree(place, ignore_errors=True)
+        forms = context.on_rank0(lambda: self._write(place, 0, make()))
+        arrays = context.on_all(lambda: _map(place, 0, forms))
+        self._forget(place)
         return arrays
 
     def collect(self, make: Callable[[], Arrays]) -> list[Arrays]:
@@ -55,15 +59,50 @@ class SharedArrays:
         if context.size == 1:
             return [make()]
         place = self._next_place()
-        length = context.on_all(lambda: _write(place, context.rank, make()))
+        forms = context.gather(context.on_all(lambda: self._write(place, context.rank, make())))
         collected: list[Arrays] = []
 
         def read() -> None:
-            collected.extend(_map(place, rank, length) for rank in range(context.size))
+            collected.extend(_map(place, rank, of_rank) for rank, of_rank in enumerate(forms))
             shutil.rmtree(place, ignore_errors=True)  # by the host that has mapped them: NFS keeps their content for it
 
         context.on_rank0(read)
         return collected
+
+    def exchange(self, make: Callable[[], Arrays]) -> list[Arrays]:
+        """Make arrays on every process, and return all of them, by rank, read-only, on every process."""
+        context = self.context
+        if context.size == 1:
+            return [make()]
+        place = self._next_place()
+        forms = context.gather(context.on_all(lambda: self._write(place, context.rank, make())))
+        arrays = context.on_all(lambda: [_map(place, rank, of_rank) for rank, of_rank in enumerate(forms)])
+        self._forget(place)
+        return arrays
+
+    def assemble(self, make: Callable[[], Arrays]) -> Arrays:
+        """Make a part of some arrays, [n], on every process; return the whole, the parts by rank, on every process."""
+        context = self.context
+        if context.size == 1:
+            return make()
+        if context.spans_hosts:  # where parts meet in a page of a file, each host would write it with its part alone
+            parts = self.collect(make)
+            return self.publish(lambda: tuple(map(np.concatenate, zip(*parts, strict=True))))
+        place = self._next_place()
+        own = context.on_all(make)
+        lengths = np.array(context.gather([len(array) for array in own]))
+        begins = lengths[: context.rank].sum(axis=0)
+        forms = [(array.dtype, (int(length),)) for array, length in zip(own, lengths.sum(axis=0), strict=True)]
+        context.on_rank0(lambda: _create(place, 0, forms))
+
+        def fill() -> None:
+            for whole, part, begin in zip(_map(place, 0, forms, "r+"), own, begins.tolist(), strict=True):
+                whole[begin : begin + len(part)] = part
+
+        context.on_all(fill)
+        arrays = context.on_all(lambda: _map(place, 0, forms))
+        self._forget(place)
+        return arrays
 
     def reduce(self, result: Callable[[], Arrays], add: Callable[[Arrays], None]) -> Arrays:
         """Join in pairs what processes have, round by round: half of them add what others have to their own.
@@ -86,10 +125,10 @@ class SharedArrays:
         context = self.context
         place = self._next_place()
         gives = context.rank % (2 * step) == step
-        lengths = context.gather(context.on_all(lambda: _write(place, context.rank, result() if gives else ())))
+        forms = context.gather(context.on_all(lambda: self._write(place, context.rank, result() if gives else ())))
         giver = context.rank + step
         if context.rank % (2 * step) == 0 and giver < context.size:
-            add(_map(place, giver, lengths[giver]))
+            add(_map(place, giver, forms[giver]))
         context.barrier()
         if context.is_main:
             shutil.rmtree(place, ignore_errors=True)
@@ -98,31 +137,53 @@ class SharedArrays:
         """Return the folder of the next exchange, the same on every process."""
         return self.work / _FOLDER / f"{self._name}-{next(self._number)}"
 
+    def _write(self, place: Path, rank: int, arrays: Arrays) -> list[_Form]:
+        """Write the arrays of a process; return their forms."""
+        forms = [(array.dtype, array.shape) for array in arrays]
+        for file, array in zip(_create(place, rank, forms), arrays, strict=True):
+            file[...] = array
+            self._flush(file)
+        return forms
+
+    def _flush(self, array: npt.NDArray[Any]) -> None:
+        """Let other hosts see what was written; no other process waits for the disk."""
+        if self.context.spans_hosts and isinstance(array, np.memmap):
+            array.flush()
+
+    def _forget(self, place: Path) -> None:
+        """Remove files that all processes have mapped, where none of these is on another host."""
+        if self.context.is_main and not self.context.spans_hosts:
+            shutil.rmtree(place, ignore_errors=True)
+
 
 def remove_shared(work: Path) -> None:
     """Remove the files of all arrays: of this run, when no process reads them any more, or of one that was killed."""
     shutil.rmtree(work / _FOLDER, ignore_errors=True)
 
 
-def _write(place: Path, rank: int, arrays: Arrays) -> int:
-    """Write the arrays of a process; return how many they are."""
+def _create(place: Path, rank: int, forms: Sequence[_Form]) -> Arrays:
+    """Create the files of a process's arrays, and map them to be written."""
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(place, error) from error
-    for number, array in enumerate(arrays):
-        write_npy(place / f"{rank}-{number}.npy", array)
-    return len(arrays)
+    return tuple(create_mapped(_path(place, rank, number), *form) for number, form in enumerate(forms))
 
 
-def _map(place: Path, rank: int, length: int) -> Arrays:
-    paths = [place / f"{rank}-{number}.npy" for number in range(length)]
-    try:
-        # Of this run's processes; without objects nothing of a file in their place would run.
-        arrays = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
-    except FileNotFoundError as error:
-        raise ClipcidError(
-            f"{error.filename} was written by another process of the run, but not every host has it.",
-            "Use a --work that all hosts share.",
-        ) from error
-    return tuple(array.view(np.ndarray) if len(array) else np.empty(0, array.dtype) for array in arrays)
+def _map(place: Path, rank: int, forms: Sequence[_Form], mode: Literal["r", "r+"] = "r") -> Arrays:
+    arrays: list[npt.NDArray[Any]] = []
+    for number, (dtype, shape) in enumerate(forms):
+        path = _path(place, rank, number)
+        try:
+            mapped = math.prod(shape) > 0  # else there is no file
+            arrays.append(np.memmap(path, dtype, mode, shape=shape) if mapped else np.empty(shape, dtype))
+        except FileNotFoundError as error:
+            raise ClipcidError(
+                f"{error.filename} was written by another process of the run, but not every host has it.",
+                "Use a --work that all hosts share.",
+            ) from error
+    return tuple(array if mode == "r+" else array.view(np.ndarray) for array in arrays)
+
+
+def _path(place: Path, rank: int, number: int) -> Path:
+    return place / f"{rank}-{number}"

@@ -37,12 +37,13 @@ from clipcid_cli.formats.results.keep_list import read_dropped, read_keep_list, 
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED, read_skipped, write_skipped
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
+from clipcid_cli.runtime.pipeline import Background
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.compared_linkage import ComparedLinkage
 from clipcid_cli.steps.balance.compute import Outcome
 from clipcid_cli.steps.balance.filters import count_dropped
-from clipcid_cli.steps.balance.keep_list import write_tables
+from clipcid_cli.steps.balance.keep_list import Names, write_list, write_sets
 from clipcid_cli.steps.balance.linkages import LINKAGES
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.report import REPORT, write_report
@@ -58,18 +59,20 @@ _LARGE_SET = 0.01
 _MANY_IMAGES = 10
 
 
-def write(outcome: Outcome) -> BalanceResult:
+def write(outcome: Outcome, names: Names) -> BalanceResult:
     """Write the output, on the first process; return its result."""
     run = outcome.run
     warnings = find_warnings(run, outcome.sets)
     for warning in warnings:
         reporting.warn(warning)
-    write_tables(outcome)
-    written = [KEEP_LIST, ROW_NUMBERING]
-    if write_skipped(run.work / SKIPPED, _list_skipped(run)):
-        written.append(SKIPPED)
     result = summarise(outcome)
-    pictures = write_report(outcome, result, warnings)
+    with Background() as one, Background() as other:  # at hundreds of millions of rows all take minutes
+        one.start(lambda: write_list(outcome, names))
+        other.start(lambda: write_sets(outcome, names))
+        written = [KEEP_LIST, ROW_NUMBERING]
+        if write_skipped(run.work / SKIPPED, _list_skipped(run)):
+            written.append(SKIPPED)
+        pictures = write_report(outcome, result, warnings)
     result = msgspec.structs.replace(result, seconds=run.phases())
     output = run.output
     output.commit(

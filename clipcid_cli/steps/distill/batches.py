@@ -255,8 +255,9 @@ class BatchMaker:
     ) -> None:
         """Read the teacher's rows of what is shown, where it has stored ones.
 
-        A sample's row among those to train on leads, by a column of the matched samples, to its row among the embeddings;
-        that, with the view and the caption that are shown, to a row of each kind of file; and this is read, float16 [D].
+        training row
+        → embedding row (column ``embeddings`` of the matched samples)
+        → with the view and the caption shown, a row of IMAGES or VIEWS, of TEXTS or FURTHER: float16 [D]
         """
         if not self._rows:
             return
@@ -351,7 +352,7 @@ class Batches:
         return batch
 
     def keys(self, step: int) -> list[str]:
-        """Return the keys of a step's whole batch."""
+        """Return the keys of a step's whole batch; steps count from 0, as in `deal`."""
         order = SampleOrder(self._seed, self._samples.sizes.tolist())
         rows = order.rows(step * self._batch_size, (step + 1) * self._batch_size)
         return [ref.key for ref in self._inputs.refs(self._samples, rows)]

@@ -51,7 +51,7 @@ class HeldOutImages:
         return guess_own(_SOUGHT, len(self.pixels))
 
     def measure(self, device: torch.device) -> dict[str, float]:
-        """Measure how often an image's own row of the teacher is among the nearest, as the student encodes it."""
+        """Measure how well an image, as the student encodes it, finds its own row of the teacher: all of `MEASURES`."""
         towers = Towers.from_model(self.student, FP32, BATCH)
         rows_ND = torch.cat([towers.images(part) for part in torch.split(self.pixels, BATCH)])
         ranks, _ = retrieval_ranks(self.teacher_ND.to(device), rows_ND, torch.arange(len(rows_ND), device=device))

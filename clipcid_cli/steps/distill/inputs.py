@@ -37,7 +37,8 @@ class Inputs:
     """Everything a run reads."""
 
     settings: DistillSettings  # without losses that need captions where there are none
-    losses: dict[LossEntry, Weight]  # of the run: those of the settings, or fewer where the teacher is near chance
+    # Of the run: those of the settings, or others (`choose_losses`), with other weights.
+    losses: dict[LossEntry, Weight]
     dataset: Dataset
     usable: UsableSamples
     training: SampleRows
@@ -83,7 +84,10 @@ def find_inputs(settings: DistillSettings, folders: TeacherFolders, scratch: Pat
         settings = drop_losses_of_captions(settings, embeddings, dataset)
     captions = settings.shows_captions
     may_lack = bool(settings.student_caption_key)  # few data are translated whole
-    usable = count_usable(dataset, settings.max_bad_fraction, captions=captions, may_lack_captions=may_lack)
+    alone = settings.without_captions
+    usable = count_usable(
+        dataset, settings.max_bad_fraction, captions=captions, may_lack_captions=may_lack, without_captions=alone
+    )
     keep_list = choose_keep_list(settings.keep_list, work, "samples", settings.max_bad_fraction)
     listed = None if keep_list is None else keep_list.path
     online = choose_online(settings, embeddings) if settings.online_teacher else None

@@ -93,5 +93,6 @@ def drop_losses_of_captions(
             f"{lacking}, and they are needed by: {', '.join(typed or needing)}.",
             "Use losses of images alone, such as --loss fd=2, or data with captions.",
         )
-    reporting.note(f"{lacking}: without {', '.join(needing)}, the losses are {', '.join(left)}.")
+    verb = "needs" if len(needing) == 1 else "need"
+    reporting.note(f"{lacking}, which {' and '.join(needing)} {verb}: the run trains by {' and '.join(left)} alone.")
     return dataclasses.replace(settings, loss=(*settings.loss, *(f"{name}=0" for name in needing)))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 from pathlib import Path
+from typing import Any
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, command_line, flag_words
 from clipcid_cli.formats.results.metrics import RETRIEVAL
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel
@@ -72,7 +72,7 @@ def open_named_data(settings: DistillSettings) -> NamedData:
     chosen = _zeroshot_settings(settings)
     tasks: dict[str, ZeroshotTask] = {}
     for data in chosen.data:
-        task = _plan_task(dataclasses.replace(chosen, data=(data,)))
+        task = _plan_task(dataclasses.replace(chosen, data=(data,)), settings.list_flags(data))
         if task.name == _AVERAGE:
             raise ClipcidError(
                 f"--eval-data: {task.dataset.spec} is called {task.name}, the name of the weight average in the log.",
@@ -104,8 +104,12 @@ def _zeroshot_settings(settings: DistillSettings) -> EvalZeroshotSettings:
     )
 
 
-def _plan_task(settings: EvalZeroshotSettings) -> ZeroshotTask:
-    """Open one data set; data with classes need not have the captions that ``--caption-key`` names."""
+def _plan_task(settings: EvalZeroshotSettings, list_flags: dict[str, Any]) -> ZeroshotTask:
+    """Open one data set; data with classes need not have the captions that ``--caption-key`` names.
+
+    Args:
+        list_flags: The flags by which a list of training data is read, for the error.
+    """
     try:
         try:
             [task] = plan_tasks(settings)
@@ -119,10 +123,13 @@ def _plan_task(settings: EvalZeroshotSettings) -> ZeroshotTask:
         fix = error.fix
         if "--" in fix or settings.caption_key:  # flags that distill lacks, or that it reads its training data by
             [data] = settings.data
+            measure = command_line("eval-zeroshot", "MODEL", data, **list_flags)
+            given = [flag for flag, value in list_flags.items() if value is not None]
+            if any(flag_words(**{flag: True}) in fix for flag in given):  # what was given is not advised once more
+                fix = f"Only the training data is read by {flag_words(**list_flags)}."
             fix += (
-                "\nOf the flags of eval-zeroshot only --caption-key and --caption-lines reach --eval-data. Where others are "
-                "needed, omit this data set here, and measure it after the training: "
-                f"clipcid eval-zeroshot MODEL {shlex.quote(data)}"
+                "\nOf the flags of eval-zeroshot only --caption-key and --caption-lines reach --eval-data. Where "
+                f"others are needed, omit this data set here, and measure it after the training: {measure}"
             )
         raise ClipcidError(f"--eval-data: {error.message}", fix) from error
     return task

@@ -110,8 +110,7 @@ class Objective:
         terms, weighted = list[Tensor](), list[Tensor]()
         for loss, function in self.functions.items():
             arguments = self.parameters.of(loss.name)
-            for name in loss.reads & batch.sample_inputs.keys():
-                arguments[name] = batch.sample_inputs[name]
+            arguments |= {name: batch.sample_inputs[name] for name in loss.sample_inputs}
             terms.append(function(batch, **arguments))
             weighted.append(self.weights[loss.name] * terms[-1])
         total = torch.stack(weighted).sum()

@@ -1,6 +1,8 @@
 """Numbers of each sample that losses read beside features; computed by workers, in runs with a loss that reads them.
 
 A new one is a function of the sample and its decoded image, here, and its name in `SAMPLE_INPUTS` of the table of losses.
+It is called at every showing of a sample, and reads no file: a size that it needs may be unknown (`ByteRange.size` is
+None). It returns a finite number for every sample; what it raises, an OSError too, is no skipped sample but ends the run.
 """
 
 from __future__ import annotations

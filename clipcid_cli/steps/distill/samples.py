@@ -57,12 +57,18 @@ def index_of(dataset: Dataset) -> DataIndex:
 
 
 def count_usable(
-    dataset: Dataset, max_bad_fraction: float, *, captions: bool = True, may_lack_captions: bool = False
+    dataset: Dataset,
+    max_bad_fraction: float,
+    *,
+    captions: bool = True,
+    may_lack_captions: bool = False,
+    without_captions: str = "",
 ) -> UsableSamples:
     """Count the samples that can be trained on, with `captions` or without, from the records of the data's index.
 
     Args:
         may_lack_captions: Whether any number of samples may have none.
+        without_captions: How to train on images alone, for the error; empty where that cannot be.
     """
     index = index_of(dataset)
     skips = Skips()
@@ -83,7 +89,8 @@ def count_usable(
         fix = "Training needs captions: a .txt file next to each image, or what --caption-key names."
         if may_lack_captions:
             fix = "Check --student-caption-key: it names what holds the captions that the student reads."
-        raise ClipcidError(f"{dataset.spec}: none of {read:,} samples has a caption{where}.", fix)
+        fixes = "\n".join(filter(None, [fix, without_captions]))
+        raise ClipcidError(f"{dataset.spec}: none of {read:,} samples has a caption{where}.", fixes)
     skips.check(read, max_bad_fraction, dataset.spec)
     if may_lack_captions:
         skips.merge(without_caption)
@@ -289,6 +296,8 @@ def _match_shard(
     if "clusters" in matches:
         columns["clusters"] = matches["clusters"][:, 0]
         counts.without_cluster += int(np.count_nonzero(selected & (columns["clusters"] < 0)))
+        # Samples that could not be embedded have no cluster, and are left out. Where stored embeddings are required, the
+        # others all have one: what lacks it stays, for `OpenedClusters.teach` to refuse.
         selected &= (columns["clusters"] >= 0) | required
     counts.selected += int(np.count_nonzero(selected))
     counts.several_captions += int(np.count_nonzero(num_captions[selected] > 1))

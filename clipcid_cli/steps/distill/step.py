@@ -31,7 +31,8 @@ class StepRecord:
     gradient_norm: float  # before clipping
     scales: dict[str, float]  # logit scales: the student's own under ``student``, losses' under their names
     bias: float | None  # the student's logit bias
-    # The first step that was not finite (from 0); `losses` and `gradient_norm` are then that step's. None: all were.
+    # The first step that was not finite, numbered as in `step`; None where all were. Then `losses` and
+    # `gradient_norm` are those of that step.
     diverged_at: int | None
     seconds: dict[str, float]  # of the steps since the record before, by phase, on the device
 
@@ -72,7 +73,7 @@ class SentRecord:
             gradient_norm=values["gradient_norm"],
             scales={name.removeprefix("log_scale_"): math.exp(value) for name, value in log_scales.items()},
             bias=values.get("bias"),
-            diverged_at=None if num_finite == self.steps_made else self.step - self.steps_made + num_finite,
+            diverged_at=None if num_finite == self.steps_made else self.step - self.steps_made + num_finite + 1,
             seconds=self.times.read(),
         )
 

@@ -102,7 +102,8 @@ def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistCon
             context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
     # Existing embeddings of images only may suffice; new ones are of captions too, if a text tower is trained on them.
     text = True if losses_of_captions(settings) or not (exists or settings.keeps_text_tower) else None
-    return ensure_embeddings(settings, context, data=settings.data, model=teacher, text=text)
+    alone = settings.without_captions
+    return ensure_embeddings(settings, context, data=settings.data, model=teacher, text=text, without_captions=alone)
 
 
 def _find_of_online(settings: DistillSettings) -> TeacherFolders:

@@ -126,8 +126,8 @@ class Teacher:
         """Load what runs on this process's device; call it on every process."""
         return self
 
-    def prepare(self, losses: Collection[LossEntry]) -> None:
-        """Make it ready for training with such losses, and say how it is used."""
+    def announce(self, losses: Collection[LossEntry]) -> None:
+        """Say how it is used in training with such losses."""
 
     def rows(self, batch: TrainingBatch) -> TeacherRows | None:
         """Return its rows of what a process's part of a batch shows; None where there is no teacher."""
@@ -178,7 +178,7 @@ class StoredTeacher(Teacher):
     def bias(self) -> float | None:
         return None if self.embeddings.model is None else self.embeddings.model.logit_bias
 
-    def prepare(self, losses: Collection[LossEntry]) -> None:
+    def announce(self, losses: Collection[LossEntry]) -> None:
         """Say where the logit scale is not the teacher's own."""
         is_recorded = self.embeddings.model is not None and self.embeddings.model.logit_scale is not None
         if not is_recorded and any(TEACHER_SCALE in loss.reads for loss in losses):
@@ -257,11 +257,11 @@ class OnlineTeacher(Teacher):
         model = context.on_all(lambda: load_model(self.name, context.device))
         model.module.requires_grad_(False)
         precision = choose_precision(settings.precision, context.device, "embed", model.info.parameters)
+        model.cast_products(precision)
         return dataclasses.replace(self, running=RunningModel(model, precision))
 
-    def prepare(self, losses: Collection[LossEntry]) -> None:
+    def announce(self, losses: Collection[LossEntry]) -> None:
         model, precision = self._running
-        model.cast_products(precision)
         info = model.info
         reporting.note(
             f"Online teacher: {info.parameters / 1e6:.1f} M parameters, {info.image_size[0]} px, "
@@ -311,7 +311,10 @@ def judge_teacher(settings: DistillSettings, embeddings: Embeddings) -> tuple[Em
 
 
 def choose_losses(settings: DistillSettings, judgement: Judgement) -> dict[LossEntry, Weight]:
-    """Return the run's losses, other ones where the teacher is near chance; say how well it knows the data."""
+    """Return the run's losses, other ones where the teacher is near chance; say how well it knows the data.
+
+    It is where `Pairing.near_chance` is true: `summarise_ranks` decides.
+    """
     pairing = judgement.pairing
     if pairing is None:
         return settings.losses
@@ -330,11 +333,14 @@ def choose_losses(settings: DistillSettings, judgement: Judgement) -> dict[LossE
 
 def _describe_following(settings: DistillSettings, losses: dict[LossEntry, Weight]) -> str:
     """Say which flag has the features of a teacher near chance followed, else which losses the run has instead."""
-    if settings.preset is not None:
+    followed = {loss.name: weight for loss, weight in losses.items() if loss.compares_features}
+    for name, weight in followed.items():
+        if name in settings.typed_losses:
+            return f"but followed, as --loss {name}={weight.value:g} says"
+    if settings.preset is not None and followed:
         return f"but followed, as --preset {settings.preset} says"
-    for loss, weight in losses.items():
-        if loss.compares_features:
-            return f"but followed, as --loss {loss.name}={weight.value:g} says"
+    if settings.preset is not None:
+        return f"and no loss follows its features (--preset {settings.preset} stays)"
     changes = [f"no {loss.name}" for loss in settings.losses if loss not in losses]
     for loss, weight in losses.items():
         if (usual := settings.losses[loss]) != weight:

@@ -69,7 +69,7 @@ class Trainer:
         if inputs.clusters is not None:
             table_rows = inputs.training.column("clusters")
             clusters = inputs.clusters.open(settings, teacher, space.axes, table_rows, context.device)
-        teacher.prepare(inputs.losses)
+        teacher.announce(inputs.losses)
         self.objective = Objective.from_inputs(inputs, width, space, context)
         reporting.note(f"Precision: {student.precision.name} ({student.precision.reason}).")
         self.state = TrainState(
@@ -132,7 +132,7 @@ class Trainer:
                     sent = None
                 intervals = (plan.log_every, plan.eval_every, plan.checkpoint_every)
                 logs, evaluates, saves = (step % every == 0 or step == plan.steps for every in intervals)
-                ends, is_due = self._exchange_words(step)
+                ends, is_due = self._agree_to_end_or_save(step)
                 saves = saves or ends or is_due
                 if logs or evaluates or saves:
                     sent = self.train_step.send()
@@ -215,7 +215,7 @@ class Trainer:
                     "losses": {name: value if math.isfinite(value) else str(value) for name, value in losses.items()},
                     "loss": str(record.loss),
                     "gradient_norm": str(record.gradient_norm),
-                    "keys": self.batches.keys(step),
+                    "keys": self.batches.keys(step - 1),
                 }
                 write_json(path, content)
         bad = [f"{name} {value:g}" for name, value in losses.items() if not math.isfinite(value)]
@@ -228,7 +228,7 @@ class Trainer:
             f"{remedies} a new run; under another --name this run's checkpoints stay.",
         )
 
-    def _exchange_words(self, step: int) -> tuple[bool, bool]:
+    def _agree_to_end_or_save(self, step: int) -> tuple[bool, bool]:
         """Tell whether a signal asks any process to end, and whether the last checkpoint is old; the same on all."""
         if self.context.size > 1 and step % _STEPS_BETWEEN_WORDS:
             return False, False

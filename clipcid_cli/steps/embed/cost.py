@@ -86,7 +86,7 @@ def _count_left(plan: EmbedPlan, output: Output[EmbedSidecar]) -> _Left:
             finished = read_manifest(output.folder, "")
     work = output.begun or output.work_top
     deciding = plan.decide_rows(output.spec.settings)
-    done = EmbeddingWriter(work, deciding, plan.shards, plan.dataset.keys).find_done(finished)
+    done = EmbeddingWriter(work, deciding, plan.shards, plan.dataset.keys).estimate_done(finished)
     total = len(plan.shards)
     samples = plan.dataset.estimate_samples()
     if plan.dataset.index is None:

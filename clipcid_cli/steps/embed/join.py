@@ -134,7 +134,7 @@ def _finish(
     """Write the manifest and the sidecar of shards that are all here."""
     writer = _open_writer(output, parts, records)
     for shard_index, record in enumerate(records):
-        if not writer.holds(shard_index, record) or writer.read_record(shard_index) is None:
+        if not writer.holds(shard_index, record) or writer.finished_record(shard_index) is None:
             raise ClipcidError(
                 f"Shard {record.input.shard} in {output.folder} is not what its record says: its files or its settings "
                 "are others.",

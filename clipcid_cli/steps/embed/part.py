@@ -105,7 +105,7 @@ def _describe(
         writer.forget_sent()
         shutil.rmtree(plan.folder, ignore_errors=True)
     shards = part.shards(len(plan.shards))
-    records = [record for shard_index in shards if (record := writer.read_record(shard_index)) is not None]
+    records = [record for shard_index in shards if (record := writer.finished_record(shard_index)) is not None]
     return EmbedPart(
         images=sum(record.rows for record in records),
         skipped=dict(sorted(merge_skips(records).counts.items())),

@@ -26,6 +26,7 @@ def ensure_embeddings(
     data: str | None,
     model: str,
     text: bool | None = None,
+    without_captions: str = "",
 ) -> Path | EmbedCost:
     """Find the embeddings another step needs in its work directory, and make them where they are missing.
 
@@ -33,6 +34,8 @@ def ensure_embeddings(
 
     Args:
         text: Whether text embeddings are needed; None makes them where the data has captions.
+        without_captions: How the step does without captions, for the error where text embeddings are needed and there are
+            none.
 
     Returns:
         Folder of finished embeddings of this model over this data; in a dry run without them what they would cost.
@@ -52,9 +55,9 @@ def ensure_embeddings(
             request = dataclasses.replace(request, **captions)
     elif text is None and wanted:
         request = dataclasses.replace(request, text=context.on_rank0(lambda: choose_text(request, name)))
-    result = make_embeddings(request, context, "" if text else embed_images_first(request, name))
+    result = make_embeddings(request, context, without_captions if text else embed_images_first(request, name))
     if isinstance(result, EmbedCost):
-        flags = settings.data_flags | {"work": settings.work, "text": None if request.text else False}
+        flags = request.data_flags | {"work": settings.work, "text": None if request.text else False}
         embed = command_line("embed", data or "DATA", model=model, **flags)
         reporting.note(
             f"There are no embeddings of {name.spec} in {folder}, and this is what they would cost. Once they are made, "

@@ -144,7 +144,7 @@ def embed_missing(
 def _find_missing(plan: EmbedPlan, writer: EmbeddingWriter, shards: range) -> tuple[list[int], float | None]:
     """Return the numbers of the shards that are not finished, and about how many samples they have; None if unknown."""
     dataset = plan.dataset
-    missing = [shard_index for shard_index in shards if writer.read_record(shard_index) is None]
+    missing = [shard_index for shard_index in shards if writer.finished_record(shard_index) is None]
     if dataset.index is None and any(is_pipe(shard.file) for shard in dataset.shards):
         return missing, None  # nothing is known of the output of a command
     return missing, dataset.estimate_samples() * len(missing) / len(plan.shards)

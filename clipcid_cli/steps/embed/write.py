@@ -113,7 +113,7 @@ def commit(
 
     Args:
         captions: What was counted of them; None where they are not embedded.
-        without_text: As of `EmbedPlan`.
+        without_text: As of `EmbedPlan`; advised where few other samples are unusable.
     """
     rows = sum(shard.rows for shard in records)
     skips = merge_skips(records)
@@ -125,8 +125,10 @@ def commit(
         )
     written = [output.work / name for name in (MANIFEST, SKIPPED)]
     outputs = [record(path, output.work) for path in written if path.exists()]
-    fix = without_text if "no_caption" in skips.counts else ""
-    skips.check(sum(shard.read for shard in records), max_bad_fraction, facts.data.spec, fix)
+    read = sum(shard.read for shard in records)
+    without_caption = skips.counts.get("no_caption", 0)
+    suffices = without_caption and skips.total - without_caption <= max_bad_fraction * read
+    skips.check(read, max_bad_fraction, facts.data.spec, without_text if suffices else "")
     return output.commit(
         outputs=outputs,
         model=facts.model,

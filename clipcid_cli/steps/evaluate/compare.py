@@ -213,10 +213,12 @@ def _compare(
             for side in (first, second)
         )
         return compare(metrics, others, replicates, seed, groups_N=groups)
-    recalls, other_recalls = ([_retrieval_ranks(predictions) for predictions in side] for side in (first, second))
+    ranks_of_first, ranks_of_second = (
+        [_retrieval_ranks(predictions) for predictions in side] for side in (first, second)
+    )
     captions = torch.from_numpy(truth.lengths("image_ranks"))
     image_of_text = torch.repeat_interleave(torch.arange(len(captions)), captions)
-    return compare_retrieval(recalls, other_recalls, image_of_text, replicates, seed, groups)
+    return compare_retrieval(ranks_of_first, ranks_of_second, image_of_text, replicates, seed, groups)
 
 
 def _retrieval_ranks(predictions: Predictions) -> Ranks:

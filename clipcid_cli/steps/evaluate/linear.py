@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -12,7 +12,7 @@ import torch
 from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K
 from clipcid_cli.algorithms.near.repeated import find_repeated
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.output import Output, OutputSpec, find_output
+from clipcid_cli.formats.output import Output, OutputSpec, find_output, other_run_error
 from clipcid_cli.formats.results.evaluations import LinearSidecar
 from clipcid_cli.formats.results.features import ImageFeatures
 from clipcid_cli.formats.results.metrics import (
@@ -99,19 +99,61 @@ def _identify(plan: ProbePlan, model: EvaluatedModel) -> tuple[dict[str, list[Fi
 
 
 def _find_usable(plan: ProbePlan, output: Output[LinearSidecar]) -> LinearSidecar | None:
-    """Find an earlier probe that answers the question, and say so.
+    """Find an earlier probe that answers the question, and say so; refuse to replace one with more than is asked for."""
+    if not plan.path.is_file():
+        return None
+    usable = _find_answer(plan, output)
+    if usable is None:
+        _validate_kept(plan, output)
+    return usable
 
-    One that also has a few-shot curve, or nearest neighbours, does where these are not asked for.
-    """
-    more = plan.settings.shot_counts or plan.settings.neighbour_counts
+
+def _find_answer(plan: ProbePlan, output: Output[LinearSidecar]) -> LinearSidecar | None:
+    """Find an earlier probe with all metrics, few-shot curves and nearest neighbours that are asked for, and say so."""
     usable = output.finished
-    if usable is None and not more and output.differences.keys() <= {f"settings.{name}" for name in _BESIDE}:
-        usable = output.earlier
+    earlier = output.earlier
+    if earlier is not None and output.differences.keys() <= {f"settings.{name}" for name in _BESIDE}:
+        usable = None if _find_lacking(earlier.settings, plan.identity) else earlier
+    if usable is None:
+        return None
     what = f"{plan.name.spec} on {plan.dataset}"
-    if usable is None or not plan.path.is_file() or lacks_predictions(plan.path, what, plan.settings):
+    measured = read_metrics(plan.path).metrics
+    names = [f"lp_{name}" for name in plan.splits["test"].metric_names]
+    missing = [name for name in names if name not in measured]
+    if missing:  # of a version that did not know them
+        reporting.note(f"{plan.path} has no {', '.join(missing)}; measuring {what} again.")
+        return None
+    if lacks_predictions(plan.path, what, plan.settings):
         return None
     reporting.note(f"{plan.path} already holds {what}.")
     return usable
+
+
+def _validate_kept(plan: ProbePlan, output: Output[LinearSidecar]) -> None:
+    """Refuse to measure a probe again without the few-shot curve or the nearest neighbours that the earlier one has."""
+    if output.earlier is None or plan.settings.overwrite:
+        return
+    lost = [f"settings.{name}" for name in _find_lacking(plan.identity, output.earlier.settings)]
+    if lost:
+        differences = {name: output.differences[name] for name in lost}
+        raise other_run_error(f"{plan.path} holds a linear probe", differences)
+
+
+def _find_lacking(has: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Name the settings of few-shot curves and nearest neighbours of which `has` lacks something that is asked for."""
+    lacking = [
+        name for name in ("shots", "knn") if any(count not in _counts(has, name) for count in _counts(asked, name))
+    ]
+    both = _counts(has, "shots") and _counts(asked, "shots")
+    if both and has.get("shot_repeats") != asked.get("shot_repeats"):
+        lacking.append("shot_repeats")
+    return lacking
+
+
+def _counts(settings: dict[str, Any], name: str) -> list[Any]:
+    """Return the counts of a setting; none where a sidecar, which anyone can edit, holds something else."""
+    counts = settings.get(name)
+    return counts if isinstance(counts, list) else []
 
 
 def _write(

@@ -221,7 +221,7 @@ def _measure_associations(rows: TaskRows, weights: torch.Tensor) -> TaskResult:
 
 
 def _measure_retrieval(rows: TaskRows, device: torch.device) -> TaskResult:
-    """Measure recall at k of images from captions, and of captions from images."""
+    """Measure how well captions find their images, and images their captions: all of `MEASURES`."""
     encoded = rows.encoded
     images, texts = (encoded.rows[kind].to(device) for kind in (Kind.IMAGES, Kind.TEXTS))
     smallest = min(len(images), len(texts))

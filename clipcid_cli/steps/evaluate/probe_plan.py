@@ -49,6 +49,9 @@ class ProbePlan:
     def identity(self) -> dict[str, Any]:
         """Return the settings by which a finished probe is recognised."""
         settings = self.settings
+        reading: dict[str, Any] = {}
+        for task in self.splits.values():
+            reading |= task.describe_reading()
         return {
             "dataset": self.dataset,
             "classes": list(self.classes),
@@ -63,8 +66,7 @@ class ProbePlan:
             "grid": regularisation_grid(),
             "tolerance": TOLERANCE,
             "promised_decrease": PROMISED_DECREASE,
-            "keys": settings.keys,
-            "columns": dataclasses.asdict(self.splits["train"].dataset.columns),
+            **reading,
         }
 
 

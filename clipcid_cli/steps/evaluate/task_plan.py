@@ -149,6 +149,6 @@ def _choose_task(folder: BenchmarkFolder, dataset: Dataset, settings: EvalZerosh
         return RETRIEVAL
     raise ClipcidError(
         f"{folder.data}: sample {first.key} has neither a class nor a caption.",
-        "Classification needs a .cls next to each image, a `label` column or one folder per class; retrieval a .txt or a "
-        "caption column; a .npy of zeros and ones is read with --task multilabel.",
+        "Classification needs a .cls with a number next to each image, a `label` column or one folder per class; retrieval "
+        "a .txt or a caption column; a .npy of zeros and ones is read with --task multilabel.",
     )

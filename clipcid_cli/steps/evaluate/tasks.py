@@ -17,7 +17,7 @@ from clipcid_cli.formats.data.benchmark import ACCURACY, fill_template
 from clipcid_cli.formats.data.classes import read_classes
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
-from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.data.samples import ListFormat, Sample
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.results.metrics import ASSOCIATION, CLASSIFICATION, MULTI_LABEL, RETRIEVAL, LinesRecord
 from clipcid_cli.formats.skips import Skips
@@ -140,13 +140,21 @@ class ZeroshotTask:
             "templates": list(self.templates),
             "multi_label": self.multi_label,
             "held_out": None if self.held_out is None else hash_json(sorted(self.held_out)),
-            "keys": self.dataset.keys,
-            "columns": dataclasses.asdict(self.dataset.columns),
+            **self.describe_reading(),
         }
         if self.own is not None:
             described["own"] = self.own.name
-        if self.kind == RETRIEVAL and self.dataset.caption_lines:
+        return described
+
+    def describe_reading(self) -> dict[str, Any]:
+        """Return the settings by which the data is read, those that have no default only where they are given."""
+        dataset = self.dataset
+        described: dict[str, Any] = {"keys": dataset.keys, "columns": dataclasses.asdict(dataset.columns)}
+        if self.kind == RETRIEVAL and dataset.caption_lines:
             described["caption_lines"] = True
-        if self.kind == RETRIEVAL and self.dataset.caption_keys:
-            described["caption_key"] = list(self.dataset.caption_keys)
+        # The rows of a list hold captions also where these are not measured.
+        if dataset.caption_keys and (self.kind == RETRIEVAL or dataset.kind == "list"):
+            described["caption_key"] = list(dataset.caption_keys)
+        if dataset.list_format != ListFormat():
+            described["list_format"] = dataclasses.asdict(dataset.list_format)
         return described

@@ -100,6 +100,11 @@ class Classes:
 def find_classes(settings: ExportSettings) -> Classes | None:
     """Read the classes of ``--classnames``, of a folder without a list of names those of its folders; None without it."""
     names, templates = settings.classnames, settings.templates
+    if names is not None and not names.exists():
+        raise ClipcidError(
+            f"--classnames {names} cannot be read: there is no such file or folder.",
+            "Give a text file with one class name per line, or a folder that has a folder of images per class.",
+        )
     if names is None or not names.is_dir():
         return None if names is None else Classes.read(names, templates)
     folder = find_benchmark_folder(str(names))

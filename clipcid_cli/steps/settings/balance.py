@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from clipcid_cli.errors import UsageError
+from clipcid_cli.steps.balance.linkages import LINKAGES
 from clipcid_cli.steps.settings.gpu_plan import GpuPlanSettings
 from clipcid_cli.steps.settings.shared import (
     AT_LEAST_1,
@@ -19,10 +20,6 @@ from clipcid_cli.steps.settings.shared import (
     group,
 )
 
-# What each is and does: `steps/balance/linkages.py`.
-LINKAGE_NAMES = ("single", "star")
-# Those that themselves determine the kept image of each set.
-_CHOOSING_LINKAGES = ("star",)
 NEIGHBORS = ("exact", "partitioned")
 SELECTIONS = ("central", "medoid", "first", "random", "similarity", "resolution")
 
@@ -107,9 +104,8 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings, GpuPlanSettings)
     )
     linkage: str = _sets(
         "single",
-        "`single`: a chain of near-duplicates is one set, as in the CLIP-CID paper. `star`: every dropped image is "
-        "within the cut-off of its kept image.",
-        choices=LINKAGE_NAMES,
+        " ".join(f"`{name}`: {linkage.help}" for name, linkage in LINKAGES.items()),
+        choices=tuple(LINKAGES),
     )
     select: str = _sets(
         "central",
@@ -181,7 +177,7 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings, GpuPlanSettings)
         if self.against_threshold is not None and not self.against:
             raise UsageError("--against-threshold was given without --against.", "Add --against EMB, or omit it.")
         self._check_near()
-        if self.linkage in _CHOOSING_LINKAGES and self.select != "central":
+        if LINKAGES[self.linkage].chooses and self.select != "central":
             raise UsageError(
                 f"--select {self.select} cannot be combined with --linkage {self.linkage}, which itself determines the kept "
                 "image.",
@@ -229,6 +225,10 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings, GpuPlanSettings)
     def named_references(self) -> list[tuple[str, str]]:
         """What images are compared with before sets are made: the flag and the name of each."""
         return [*(("--against", name) for name in self.against), *(("--near", name) for name in self.near)]
+
+    @property
+    def named_data(self) -> tuple[str, ...]:
+        return (*super().named_data, *(name for _, name in self.named_references))
 
     @property
     def has_filters(self) -> bool:

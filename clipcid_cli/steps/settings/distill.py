@@ -471,6 +471,18 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         return self.text_tower == "teacher"
 
     @property
+    def without_captions(self) -> str:
+        """How to train on images alone, for errors; empty where what else was given rules that out."""
+        try:
+            alone = dataclasses.replace(self, text_tower="teacher")
+        except UsageError:
+            return ""
+        needing = [loss.name for loss in alone.losses if alone.needs_teacher_texts(loss)]
+        if len(needing) == len(alone.losses) or any(map(alone.typed_losses.get, needing)):
+            return ""
+        return "Train an image tower alone, beside the teacher's text tower: add --text-tower teacher."
+
+    @property
     def trains_text(self) -> bool:
         """Whether the student's text tower is trained."""
         return not (self.freeze_text or self.keeps_text_tower)
@@ -522,8 +534,13 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         return max(divisor, min(batch_size, samples) // divisor * divisor)
 
     def name_losses(self, losses: Mapping[LossEntry, Weight]) -> str:
-        """Name what a run combines: its preset, or the losses that took the place of the default one."""
-        return self.chosen_preset if losses == self.losses else "-".join(NEAR_CHANCE)
+        """Name what a run combines: its preset, the losses that took the place of the default one, or what is left of it."""
+        if losses != self.losses:
+            return "-".join(NEAR_CHANCE)
+        preset = PRESETS[self.chosen_preset]
+        # Of images without captions, for example.
+        lacks_some = self.keeps_text_tower and any(self.typed_losses.get(name) == 0 for name in preset)
+        return "-".join(loss.name for loss in losses) if lacks_some else self.chosen_preset
 
     @cached_property
     def losses(self) -> dict[LossEntry, Weight]:
@@ -567,7 +584,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
             function="",
             scale=CLIP_SCALE if SCALE in file.arguments else None,
             fuses=FUSION in file.arguments,
-            reads=file.arguments.intersection(SAMPLE_INPUTS),
+            sample_inputs=tuple(name for name in SAMPLE_INPUTS if name in file.arguments),
             needs_teacher=not self.has_no_teacher,
         )
 

@@ -186,6 +186,8 @@ class EmbedSettings(AugmentationSettings, TrainingDataSettings, GpuPlanSettings)
     def asked_by(cls, step: ReadingSettings, **chosen: Any) -> EmbedSettings:
         """Return the settings by which another step asks for embeddings: data is read as it reads data."""
         read_so = {field.name: getattr(step, field.name) for field in dataclasses.fields(ReadingSettings)}
+        if chosen.get("data") is not None:
+            read_so |= step.list_flags(chosen["data"])
         return cls(**read_so | {"batch_size": None, "precision": "auto"} | chosen)
 
     @property

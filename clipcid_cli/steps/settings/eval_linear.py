@@ -83,6 +83,10 @@ class EvalLinearSettings(ComparingSettings):
         return tuple(name for name in (self.model, self.data) if name is not None)
 
     @property
+    def named_data(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.data, self.train, self.test, self.val) if name is not None)
+
+    @property
     def shot_counts(self) -> tuple[int, ...]:
         """Numbers of images of each class, ascending; none without a curve."""
         return _read_counts("--shots", self.shots, "1,2,4,8,16")

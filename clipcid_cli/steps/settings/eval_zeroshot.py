@@ -76,3 +76,7 @@ class EvalZeroshotSettings(ComparingSettings):
     @property
     def named(self) -> tuple[str, ...]:
         return (*([self.model] if self.model is not None else []), *self.data)
+
+    @property
+    def named_data(self) -> tuple[str, ...]:
+        return self.data

@@ -24,8 +24,9 @@ class GpuPlanSettings(SharedSettings):
     )
     images: int | None = _plan(
         None,
-        "Number of images to plan for; by default those of the work directory or the data.",
+        "Number of images to plan for, such as 330M (k, M, G); by default those of the work directory or the data.",
         within=AT_LEAST_1,
+        may_have_suffix=True,
         operational=True,
     )
     price: float | None = _plan(

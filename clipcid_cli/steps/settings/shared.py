@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from clipcid_cli.errors import DEFAULT_WORK, UsageError
+from clipcid_cli.formats.data.addresses import without_query
 from clipcid_cli.runtime.libraries import NO_SPINS
 
 _KEY = "clipcid"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # of which a Path keeps one slash
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
+_TEXT_LISTS = (".csv", ".tsv")
+# How the names of lists end that are read by a flag.
+_LISTS = {"list_root": (*_TEXT_LISTS, ".parquet"), "list_separator": _TEXT_LISTS, "list_encoding": _TEXT_LISTS}
 
 # About 0.1 ms: it bridges thousands of short parallel sections, and leaves the core to another process otherwise.
 BRIEF_SPINS = "10000"
@@ -63,6 +67,7 @@ class Setting:
     # Whether it leaves the outputs' content as it is (number of workers, verbosity, …): it then never makes one stale.
     operational: bool = False
     may_be_url: bool = False  # of a path
+    may_have_suffix: bool = False  # of a whole number: whether 250k, 4M and 1.28G are numbers
 
 
 def option(default: Any, help: str, **more: Any) -> Any:  # noqa: A002  # the word click and every reader use for it
@@ -326,6 +331,20 @@ class ReadingSettings(TrustSettings, KeyedSettings):
             ) from error
 
     @property
+    def named_data(self) -> tuple[str, ...]:
+        """All data that the command names and reads by these flags."""
+        return ()
+
+    def list_flags(self, data: str) -> dict[str, Any]:
+        """Return the flags of lists for data that the command names: those that can only mean other data of it are None."""
+        flags = dict.fromkeys(_LISTS)
+        for flag, endings in _LISTS.items():
+            are_lists = {name: without_query(name).lower().endswith(endings) for name in (*self.named_data, data)}
+            if are_lists[data] or not any(are_lists.values()):
+                flags[flag] = getattr(self, flag)
+        return flags
+
+    @property
     def data_flags(self) -> dict[str, Any]:
         """The flags by which data is read, as far as they differ from their defaults: for the command of a fix."""
         of_data = (
@@ -345,6 +364,10 @@ class TrainingDataSettings(ReadingSettings):
         "laion/{00000..00099}.tar, a folder of images, or a csv, tsv or parquet list. By default, the data of the "
         "embeddings in the work directory.",
     )
+
+    @property
+    def named_data(self) -> tuple[str, ...]:
+        return () if self.data is None else (self.data,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

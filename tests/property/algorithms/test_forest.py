@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import DisjointSet
 
+from clipcid_cli.algorithms import gather as gathering
 from clipcid_cli.algorithms.near import edges as edges_module
 from clipcid_cli.algorithms.near import search
 from clipcid_cli.algorithms.near.block import Block, load_block
@@ -204,3 +208,45 @@ def test_copies_are_found_though_hashes_collide() -> None:
     again, same = collapse_duplicates(rows.__getitem__, np.arange(7), hash_rows(rows))
     assert again.tolist() == [0, 1, 3]
     assert sorted(as_list(same)) == sorted(as_list(edges))
+
+
+def test_few_edges_of_many_rows_wait_until_a_merge_is_worth_a_pass_over_all_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    merged = list[int]()
+    contract = forest_module._contract
+
+    def watched(num_rows: int, edges: Edges) -> object:
+        merged.append(len(edges))
+        return contract(num_rows, edges)
+
+    monkeypatch.setattr(forest_module, "_MIN_FOLD", 1)
+    monkeypatch.setattr(forest_module, "_contract", watched)
+    sink = ForestSink(64_000)
+    for row in range(0, 2_000, 2):
+        sink.add(Edges(np.array([row]), np.array([row + 1]), np.ones(1, np.float32)))
+    assert merged == []
+    monkeypatch.setattr(np, "unique", None)  # to sort what is picked would take most of a merge
+    assert len(sink.result()) == 1_000
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_values_are_gathered_by_all_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "_PLACES_OF_THREAD", 7)
+    taken = set[int]()
+
+    class Watched(np.ndarray):
+        def take(self, *given: Any, **more: Any) -> Any:
+            taken.add(threading.get_ident())
+            time.sleep(0.001)  # so that one thread does not take all
+            return super().take(*given, **more)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        values = np.arange(100)[::-1].copy()
+        places = np.random.default_rng(0).integers(0, 100, 60).astype(np.int32)
+        assert np.array_equal(gathering.gather(values.view(Watched), places), values[places])
+    finally:
+        torch.set_num_threads(before)
+    assert len(taken) == threads

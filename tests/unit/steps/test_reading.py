@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,9 @@ from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.files import lock
+from clipcid_cli.formats.output import find_differences
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, RETRIEVAL
+from clipcid_cli.formats.sidecar import Provenance
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
@@ -35,9 +38,12 @@ from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.probe_plan import make_plan
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.preflight import choose_order, choose_workers, validate_samples
 from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.settings.embed import EmbedSettings
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
+from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 KEYS = [f"{row:04d}" for row in range(100)]
@@ -69,12 +75,12 @@ def test_another_number_of_names_is_refused() -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Three shards of seven images; one has no class, one no image, one key is repeated, one image is damaged."""
+    """Three shards of seven images; one has a bad class, one no image, one key is repeated, one image is damaged."""
     for shard in range(3):
         members = [("odd.cls", b"1"), ("odd.txt", b"no image")] if shard == 1 else []
         for number in range(shard * 7, shard * 7 + 7):
             members.append((f"{number}.png", make_image(number)[: 99 if number == 9 else None]))
-            members += [(f"{number}.cls", b"%d" % (number % 2))] if number != 16 else []
+            members.append((f"{number}.cls", b"cat" if number == 16 else b"%d" % (number % 2)))
         members += [("14.png", make_image(1)), ("14.cls", b"0")] if shard == 2 else []
         write_tar(tmp_path / "data" / f"{shard}.tar", members)
     return tmp_path / "data"
@@ -250,7 +256,9 @@ def test_what_is_missing_of_a_truncated_shard_is_told(context: DistContext, tmp_
     for opened in (dataset, ensure_index(dataset, context, 0)):
         first, *_ = check(opened, context, dry_run=False)
         assert first.startswith(f"Shard {path} is truncated: 000014.png should end at byte ")
-        assert re.search(r"; about \d+\.\d% of the data is missing; its samples before the end are used\.$", first)
+        assert re.search(
+            r"; up to about \d+\.\d% of the data is missing; its samples before the end are used\.$", first
+        )
     again = open_dataset(tmp_path / "data", index_root=tmp_path / "index", max_bad_fraction=0.2)
     assert again.index is not None
     assert again.truncation is not None
@@ -282,10 +290,18 @@ def test_samples_of_which_none_can_be_used_end_a_run(context: DistContext, tmp_p
     assert f"looked for in {tmp_path}, or where --list-root DIR says" in told.value.fix
     with heard() as notes:
         validate_samples(dataset, context, ReadingSettings(max_bad_fraction=0.9), dry_run=False)
-    assert "15 cannot be decoded" in notes[0]
+    assert "15 cannot be used, 15 × file not found." in notes[0]
     for number in range(20):
         (tmp_path / f"{number}.png").write_bytes(make_image(number) if number == 3 else b"no image")
     assert "14 cannot be decoded" in check(dataset, context, dry_run=dry_run)[0]
+
+
+def test_data_in_place_of_a_model_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("test classes").mkdir()
+    with pytest.raises(ClipcidError, match="was read as the model") as refused:
+        choose_model("test classes", tmp_path, positional_of="eval-zeroshot")
+    assert refused.value.fix == "Put the model first: clipcid eval-zeroshot MODEL 'test classes'"
 
 
 def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,6 +315,54 @@ def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: py
     ):
         with pytest.raises(ClipcidError, match=r"^(--near  : )?The path of the data is empty\.\n"):
             read()
+
+
+def write_french_list(folder: Path) -> str:
+    """Write a folder of an image, and a list of it that is not UTF-8; return the list."""
+    (folder / "photos").mkdir()
+    (folder / "photos" / "1.png").write_bytes(make_image(1))
+    path = folder / "list.csv"
+    path.write_text("filepath,title,other\nphotos/1.png,café,au lait\n", encoding="latin-1")
+    return str(path)
+
+
+def test_flags_of_lists_apply_to_those_of_several_data_sets_that_are_lists(tmp_path: Path) -> None:
+    listed, folder = write_french_list(tmp_path), str(tmp_path / "photos")
+    flags: dict[str, Any] = {"list_encoding": "latin-1", "list_root": tmp_path, "work": tmp_path / "work"}
+    balance = BalanceSettings(threshold=0.2, data=listed, against=(folder,), **flags)
+    validate_references(balance, None)
+    assert EmbedSettings.asked_by(balance, data=folder).list_encoding is None
+    assert EmbedSettings.asked_by(balance, data=listed).list_encoding == "latin-1"
+    for settings in (
+        balance,
+        EvalLinearSettings(train=folder, test=listed, **flags),
+        EvalZeroshotSettings(data=(listed, folder), **flags),
+    ):
+        kinds = {data: open_named(settings, data).kind for data in (folder, listed)}
+        assert kinds == {folder: "images", listed: "list"}
+    probe = EvalLinearSettings(train=folder, test=folder, **flags)
+    for settings in (probe, EmbedSettings.asked_by(probe, data=folder)):
+        with pytest.raises(ClipcidError, match="say how a list is read"):
+            open_named(settings, folder)
+
+
+def test_samples_that_other_flags_read_are_not_called_changed(tmp_path: Path) -> None:
+    listed = write_french_list(tmp_path)
+
+    def describe(**flags: Any) -> Provenance:
+        dataset = open_named(ReadingSettings(**{"list_encoding": "latin-1"} | flags), listed)
+        task = ZeroshotTask("list", RETRIEVAL, dataset)
+        return Provenance(settings=task.describe(), inputs=task.fingerprints())
+
+    there = describe()
+    for flags, difference in (
+        ({"caption_column": "other"}, {"settings.columns.caption": '"title" there, "other" now'}),
+        ({"caption_key": ("other",)}, {"settings.caption_key": 'null there, ["other"] now'}),
+        ({"list_encoding": "cp1250"}, {"settings.list_format.encoding": '"latin-1" there, "cp1250" now'}),
+    ):
+        assert find_differences(there, describe(**flags)) == difference
+    (tmp_path / "photos" / "1.png").write_bytes(make_image(2))
+    assert list(find_differences(there, describe())) == [f"input {listed}#images"]
 
 
 def test_paths_of_a_windows_machine_are_told_as_such(context: DistContext, tmp_path: Path) -> None:

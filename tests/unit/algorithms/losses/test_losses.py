@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from clipcid_cli.algorithms.losses.registry import (
     LOSSES,
     PRESETS,
     SAMPLE_INPUTS,
+    LossEntry,
     load_loss,
     select_losses,
 )
@@ -240,13 +242,19 @@ def test_entry_is_complete(name: str) -> None:
     function = load_loss(name)
     assert "Source: " in (inspect.getdoc(function) or "")
     learned = {"scale": entry.scale is not None, "fusion": entry.fuses}
-    learned |= {name: name in entry.reads for name in SAMPLE_INPUTS}
+    learned |= {name: name in entry.sample_inputs for name in SAMPLE_INPUTS}
     assert list(inspect.signature(function).parameters) == [
         "batch",
         *(part for part, is_own in learned.items() if is_own),
     ]
     assert entry.needs_teacher or (entry.space == "own" and CLUSTERS not in entry.reads and entry.one_tower)
     assert [each.name for each in LOSSES.values() if each.function == entry.function] == [name]
+
+
+@pytest.mark.parametrize("mistyped", [{"reads": frozenset({"tokns"})}, {"sample_inputs": ("widht",)}])
+def test_an_entry_reads_only_what_there_is(mistyped: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"the loss mine reads what there is not: (tokns|widht)"):
+        LossEntry("mine", "a mistyped entry", "contrastive:clip", **mistyped)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

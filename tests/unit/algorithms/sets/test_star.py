@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
+from clipcid_cli.algorithms.sets.covers import count_kept, find_cover_threshold
 from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
-from clipcid_cli.algorithms.sets.star import count_kept, find_star_threshold, star_cover
+from clipcid_cli.algorithms.sets.star import star_cover
 
 NUM_ROWS = 60
 
@@ -125,7 +126,7 @@ def test_star_cover(seed: int, num_rows: int, cutoff: float) -> None:
 def test_star_cutoff_for_a_number_of_rows(seed: int, num_rows: int, share: float) -> None:
     _, pairs = points_and_pairs(seed, num_rows)
     wanted = max(1, round(share * num_rows))
-    found = find_star_threshold(pairs, np.ones(num_rows, np.int64), wanted)
+    found = find_cover_threshold(star_cover, pairs, np.ones(num_rows, np.int64), wanted)
     assert found is not None
     assert count_kept(found.representatives) <= wanted
     assert found.representatives.tolist() == cover_row_by_row(num_rows, pairs.up_to(found.threshold))
@@ -136,5 +137,5 @@ def test_star_cutoff_for_a_number_of_rows(seed: int, num_rows: int, share: float
 
 def test_star_cutoff_beyond_the_pairs_is_not_guessed() -> None:
     _, pairs = points_and_pairs(0, 40)
-    assert find_star_threshold(pairs.up_to(0.5), np.ones(40, np.int64), 2) is None
-    assert find_star_threshold(Edges.empty(), np.ones(3, np.int64), 1) is None
+    assert find_cover_threshold(star_cover, pairs.up_to(0.5), np.ones(40, np.int64), 2) is None
+    assert find_cover_threshold(star_cover, Edges.empty(), np.ones(3, np.int64), 1) is None

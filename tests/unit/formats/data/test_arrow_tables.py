@@ -22,7 +22,7 @@ def read(folder: Path, kinds: dict[str, pa.DataType], row: dict[str, Any]) -> Sk
         writer.write_table(table)
     skips = Skips()
     for shard in open_captioned(folder, folder, 1000).shards:
-        list(shard.read(skips))
+        list(shard.stream(skips))
     return skips
 
 

@@ -403,7 +403,6 @@ SAMPLES = shard_members(0, 5)
             r"no sample with an image in it \(2 without one, first a/1\)",
             "",
         ),
-        (tar_of(("a.png", make_image(0)), ("a.cls", b"cat")), r"\.cls of sample a/a contains b'cat'", ""),
         (lambda folder: write(folder / "list.csv", b"filepath,title\n"), "has a header and no rows", ""),
         (
             lambda folder: write(folder / "l.csv", b"title,filepath\na cat, grey,a.png\n"),

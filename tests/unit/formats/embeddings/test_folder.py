@@ -86,23 +86,36 @@ def test_all_that_was_skipped_is_listed_whoever_wrote_it_and_whenever(tmp_path: 
     (tmp_path / "killed/.shards/0005.json").unlink()
     (tmp_path / "killed/.shards/0003.skipped.parquet").unlink()
     shutil.copy(tmp_path / "killed/.shards/0005.skipped.parquet", tmp_path / "killed/.shards/0001.skipped.parquet")
-    assert [number for number in range(6) if killed.read_record(number) is None] == [1, 3, 5]
+    assert [number for number in range(6) if killed.finished_record(number) is None] == [1, 3, 5]
     write_skipping(tmp_path / "killed", range(6), (1, 3, 5)).finish()
     assert (tmp_path / "killed" / "skipped.parquet").read_bytes() == whole
     # Data that grew takes over the lists, unless they are missing.
     part = write_skipping(tmp_path / "part", (1, 2, 5), range(3)).finish()
     grown = write_skipping(tmp_path / "grown", range(6), (0, 3, 4))
     grown.take(tmp_path / "part", part)
-    assert all(grown.read_record(number) is not None for number in range(6))
+    assert all(grown.finished_record(number) is not None for number in range(6))
     grown.finish()
     assert (tmp_path / "grown" / "skipped.parquet").read_bytes() == whole
     (tmp_path / "part" / "skipped.parquet").unlink()
     anew = write_skipping(tmp_path / "anew", range(6), ())
     anew.take(tmp_path / "part", part)
-    assert [number for number in range(6) if anew.read_record(number) is not None] == [2]
+    assert [number for number in range(6) if anew.finished_record(number) is not None] == [2]
     # None skipped: no file, also where there was one.
     write_skipping(tmp_path / "whole", (2, 4), range(2)).finish()
     assert not (tmp_path / "whole" / "skipped.parquet").exists()
+
+
+def test_a_finished_folder_gives_its_shards_in_place_of_other_ones_that_a_killed_run_wrote(tmp_path: Path) -> None:
+    finished = write_skipping(tmp_path / "finished", (1, 2), range(2)).finish()
+    write_skipping(tmp_path / "work", (1, 3, 4), (1, 2))  # with other data: its shards 1 and 2
+    (tmp_path / "work/.shards/0000.json").write_text('{"torn')
+    shifted = write_skipping(tmp_path / "work", (2, 1, 4), ())
+    assert shifted.estimate_done(finished) == [0, 1, 2]
+    shifted.take(tmp_path / "finished", finished)
+    assert [index for index in range(3) if shifted.finished_record(index) is not None] == [0, 1, 2]
+    listed = shifted.finish()
+    assert [record.input.shard for record in listed] == ["s2", "s1", "s4"]
+    assert len(pq.read_table(tmp_path / "work" / "skipped.parquet")) == 1
 
 
 def read_all(embeddings: Embeddings, read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> list[str]:

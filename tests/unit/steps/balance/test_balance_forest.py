@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import signal
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ from clipcid_cli.formats import arrays, parquet
 from clipcid_cli.formats import arrays as formats_arrays
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT
 from clipcid_cli.runtime.distributed import open_dist_context
-from clipcid_cli.steps.balance import partition
+from clipcid_cli.steps.balance import keep_list, partition, write
 from clipcid_cli.steps.balance import run_search as searching
+from clipcid_cli.steps.balance.keep_list import read_names
+from clipcid_cli.steps.balance.run import run
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
+from clipcid_cli.steps.settings.balance import BalanceSettings
 
 FILES = ("keep.parquet", "forest.parquet", "curve.csv", "sets.parquet")
 NUM_JOBS = 10 * 11 // 2  # of ten panels
@@ -98,6 +102,7 @@ def test_a_dry_run_states_pairs_memory_and_disk(tmp_path: Path) -> None:
     assert copied["disk"] - result["disk"] == 300 * 32 * 2  # of more files rows in sets are copied
     parts, _ = balance(tmp_path / "w", folder, threshold=0.5, neighbors="partitioned", dry_run=True)
     assert {**parts["partitioned"], "neighbors": "partitioned"}.items() <= parts.items()
+    assert parts["pairs"] == round(6.4 * 300 * 17)  # with 17 centroids, and 5.4 times as many rows (measured)
     assert parts["memory"]["resident"] > result["memory"]["resident"]  # rows visit other partitions
     for cost in (parts["exact"], parts["partitioned"]):
         assert cost["pairs"] > 0
@@ -300,6 +305,26 @@ def count_files(folder: Path) -> int:
     return sum(path.is_file() for path in folder.rglob("*"))
 
 
+def check_shares(rank: int, folder: Path) -> None:
+    """Check that each process reads its share of the keys, and makes its share of the lists of partitions."""
+    with begun(folder / "shares", folder / "embeddings", keep=0.5) as run:
+        read = list[str]()
+        keys_of = run.embeddings.keys_of
+
+        def watched(file: Any) -> Any:
+            read.append(file.name)
+            return keys_of(file)
+
+        run.embeddings.keys_of = watched  # type: ignore[method-assign]
+        assert read_names(run).keys.to_pylist() == [f"{row:06d}" for row in range(60)]
+        assert read == [f"img_emb_{rank}"]
+        # Of each process two entries of each of four lists.
+        parts = run.shared.exchange(lambda: (np.arange(8) % 4, np.arange(8) + 10 * rank, np.empty(0)))
+        listed, lengths = partition._group(run, parts, 4)
+        assert listed.tolist() == [[0, 4, 10, 14, 1, 5, 11, 15], [2, 6, 12, 16, 3, 7, 13, 17]][rank]
+        assert lengths.tolist() == [4, 4]
+
+
 def share(rank: int, folder: Path) -> dict[str, int]:
     """Share arrays as processes on one host, then on two; then balance. Returns how many files are left after each."""
     left, found = {}, []
@@ -312,18 +337,42 @@ def share(rank: int, folder: Path) -> dict[str, int]:
                 found += shared.publish(lambda value=value: (np.full(4, value),))
                 parts = shared.collect(lambda: (np.full(2, rank),))
                 assert [part[0].tolist() for part in parts] == ([[0, 0], [1, 1]] if rank == 0 else [])
+            (whole,) = shared.assemble(lambda: (np.full(rank + 1, rank),))
+            exchanged = shared.exchange(lambda: (np.full(rank, 3),))
+            assert whole.tolist() == [0, 1, 1]
+            assert [part.tolist() for (part,) in exchanged] == [[], [3]]
             context.barrier()
             left[local_size] = count_files(place)
     assert [array.tolist() for array in found] == [[3] * 4, [5] * 4] * 2
+    check_shares(rank, folder)
     balance(folder / "work", folder / "embeddings", keep=0.5)
     left["balance"] = count_files(folder / "work" / "balance" / ".shared")
     return left
 
 
-def test_files_stay_while_another_host_may_read_them(tmp_path: Path) -> None:
+def test_the_lists_are_written_while_the_report_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report_has_begun = threading.Event()
+    written = list[bool]()
+
+    def write_list(*given: Any) -> None:
+        written.append(report_has_begun.wait(20))
+        keep_list.write_list(*given)
+
+    def write_report(*given: Any) -> dict[str, Any]:
+        report_has_begun.set()
+        return {"shown": 0, "unread": [], "why": ""}
+
+    monkeypatch.setattr(write, "write_list", write_list)
+    folder = write_embeddings(tmp_path / "e", make_rows(60))
+    monkeypatch.setattr(write, "write_report", write_report)
+    run(BalanceSettings(work=tmp_path / "w", embeddings=folder, device="cpu", keep=0.5))
+    assert written == [True]
+
+
+def test_processes_share_arrays_and_files_stay_while_another_host_may_read_them(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "embeddings", make_rows(60))
-    # Two arrays of a file each; none where the processes share a host, and none after a run.
-    assert run_in_two(share, tmp_path, tmp_path) == [{"2": 0, "1": 2, "balance": 0}] * 2
+    # Four arrays of a file each, one of them made of parts; none where processes share a host, and none after a run.
+    assert run_in_two(share, tmp_path, tmp_path) == [{"2": 0, "1": 4, "balance": 0}] * 2
 
 
 def peak_of_balance(folder: Path, num_rows: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from balance_data import balance, make_rows, write_embeddings
 from conftest import run_in_two
 
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, FileRows, find_npy
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance.groups import Groups, Share, work_on_groups
+from clipcid_cli.steps.balance.rows import read_rows
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 
 # Files of 70 KiB, which are mapped; smaller ones are read whole.
@@ -86,6 +89,57 @@ def test_each_file_is_opened_once_by_one_process(tmp_path: Path) -> None:
     assert np.array_equal(values, rows[members.reshape(-1), 0])
     assert opened <= NUM_FILES
     assert not any(path.is_file() for path in (tmp_path / "work").rglob("*"))
+
+
+def test_only_rows_whose_hash_may_be_anothers_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    hashes = random.integers(0, 2**64, 20_000, np.uint64)
+    hashes[random.permutation(20_000)[:40]] = hashes[:2].repeat(20)
+    expected = [row for row in np.argsort(hashes, kind="stable") if np.count_nonzero(hashes == hashes[row]) > 1]
+    argsort, sorted_rows = np.argsort, []
+
+    def watched(values: np.ndarray, **more: Any) -> np.ndarray:
+        sorted_rows.append(len(values))
+        return argsort(values, **more)
+
+    monkeypatch.setattr(np, "argsort", watched)
+    assert Groups.from_hashes(hashes).rows.tolist() == expected
+    assert sum(sorted_rows) < 100
+
+
+def test_threads_of_a_process_work_on_parts_of_its_groups_at_once(tmp_path: Path) -> None:
+    rows = make_rows(60, 8)
+    np.save(tmp_path / "rows.npy", rows)
+    labels = np.arange(60) // 6 * 6
+    both = threading.Barrier(2, timeout=20)
+
+    def meet(share: Share) -> tuple[np.ndarray, ...]:
+        both.wait()
+        return share.rows, share.rows[share.labels], share.read(np.arange(len(share.rows)))[:, 0]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with open_dist_context("cpu") as context:
+            images = FileRows([find_npy(tmp_path / "rows.npy")], 8, as_stored=True)
+            groups = Groups.from_sets(labels)
+            ((members, first, values),) = work_on_groups(
+                SharedArrays(context, tmp_path), images, np.arange(60), groups, meet
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert members.tolist() == list(range(60))
+    assert np.array_equal(first, labels)
+    assert np.array_equal(values, rows[:, 0])
+
+
+def test_rows_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    rows = make_rows(8, 4)
+    rows[1, 2], rows[3, 0], rows[5, 3], rows[6, 1] = np.inf, -np.inf, np.nan, 65504.0  # the largest float16
+    np.save(tmp_path / "rows.npy", rows)
+    with open_dist_context("cpu") as context:
+        images = FileRows([find_npy(tmp_path / "rows.npy")], 4, as_stored=True)
+        assert read_rows(SharedArrays(context, tmp_path), images).numbers.tolist() == [0, 2, 4, 6, 7]
 
 
 @pytest.mark.slow

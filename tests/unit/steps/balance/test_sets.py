@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.sets import star
 from clipcid_cli.algorithms.sets.star import star_cover
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.steps.balance import compute, sets, stars
+from clipcid_cli.steps.balance import compute, covers, sets
 from clipcid_cli.steps.balance import pairs as balance_pairs
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.find_forest import find_forest
@@ -25,7 +26,6 @@ from clipcid_cli.steps.balance.linkages import LINKAGES, Linkage
 from clipcid_cli.steps.balance.pairs import collect_pairs
 from clipcid_cli.steps.balance.sets import Division, single_curve
 from clipcid_cli.steps.balance.stored_forest import Forest
-from clipcid_cli.steps.settings import balance as settings
 
 NUM_ROWS = 300
 
@@ -85,7 +85,7 @@ def test_a_bisection_for_stars_that_is_stopped_goes_on(
         return star_cover(*given)
 
     monkeypatch.setattr(star, "star_cover", cover)
-    monkeypatch.setattr(stars.SavePace, "is_due", lambda pace: True)
+    monkeypatch.setattr(covers.SavePace, "is_due", lambda pace: True)
     balance(tmp_path / "whole", embeddings, keep=0.5, linkage="star")
     whole = len(made)
     made.clear()
@@ -122,7 +122,7 @@ def test_a_bisection_does_not_go_on_for_rows_with_other_copies(tmp_path: Path, m
         balance(tmp_path / work, folder, keep=0.5, linkage="star", **window)
 
     monkeypatch.setattr(star, "star_cover", cover)
-    monkeypatch.setattr(stars.SavePace, "is_due", lambda pace: True)
+    monkeypatch.setattr(covers.SavePace, "is_due", lambda pace: True)
     rows = np.eye(24) + np.random.default_rng(0).uniform(0, 0.5, (24, 24))
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True))[[*range(24), 0, 1]].astype(np.float16)
     # One filter drops the copy of the first image, the other that of the second.
@@ -202,13 +202,16 @@ def divide_by_twos(run: BalanceRun, forest: Forest, threshold: float, num_kept: 
 
 
 def test_what_a_linkage_does_and_says_is_in_its_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tuple(LINKAGES) == settings.LINKAGE_NAMES
     rows = np.unique(make_rows(60, num_centroids=12), axis=0)
     embeddings = write_embeddings(tmp_path / "rows", rows)
+    single, _ = balance(tmp_path / "single", embeddings, threshold=0.6)
     module = ModuleType("twos")
     module.divide_by_twos = divide_by_twos  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "clipcid_cli.steps.balance.twos", module)
     entry = Linkage(
+        help="two images at most are one set.",
+        chooses=False,
+        color=1,
         divided_by="twos:divide_by_twos",
         compared_with="single",
         compared_by="compared_linkage:compare_single",
@@ -218,10 +221,8 @@ def test_what_a_linkage_does_and_says_is_in_its_entry(tmp_path: Path, monkeypatc
     )
     explanation = LINKAGES["star"].explanation
     monkeypatch.setitem(LINKAGES, "star", entry)
-    monkeypatch.setattr(settings, "_CHOOSING_LINKAGES", ())
     asked = {"threshold": 0.6, "linkage": "star", "select": "random"}
     result, _ = balance(tmp_path / "twos", embeddings, with_report=True, **asked)
-    single, _ = balance(tmp_path / "single", embeddings, threshold=0.6)
     assert result["largest_component"] == 2 < single["largest_component"]
     assert result["other_linkage"] == {name: single[name] for name in ("kept", "uncovered_ratio")} | {
         "linkage": "single"
@@ -249,3 +250,28 @@ def test_captions_without_a_usable_embedding_come_last_and_are_counted(tmp_path:
     _, said = balance(tmp_path / "good", folder, threshold=0.0, select="similarity")
     assert read_keep(tmp_path / "good")["representative"].unique().tolist() == ["000001"]
     assert "zero or not finite" not in said
+
+
+def cover_in_order(pairs: Edges, copies: np.ndarray) -> np.ndarray:
+    """Keep each row that no row before it covers, which represents all rows near it."""
+    representatives = np.full(len(copies), -1)
+    for row in range(len(copies)):
+        if representatives[row] < 0:
+            near = np.concatenate([pairs.b[pairs.a == row], pairs.a[pairs.b == row]])
+            representatives[near[representatives[near] < 0]] = row
+            representatives[row] = row
+    return representatives
+
+
+def test_another_cover_is_a_function_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.unique(make_rows(60, num_centroids=12), axis=0)
+    module = ModuleType("in_order")
+    module.cover_in_order = cover_in_order  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "clipcid_cli.algorithms.sets.in_order", module)
+    entry = dataclasses.replace(LINKAGES["star"], covered_by="in_order:cover_in_order")
+    monkeypatch.setitem(LINKAGES, "star", entry)
+    result, _ = balance(tmp_path, write_embeddings(tmp_path / "rows", rows), keep=0.5, linkage="star")
+    keep = read_keep(tmp_path)
+    check_keep_list(keep, rows)
+    assert result["kept"] <= round(0.5 * len(rows))
+    assert (keep["representative"].astype(int) <= np.arange(len(rows))).all()  # stars have rows before their centre

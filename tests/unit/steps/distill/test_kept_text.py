@@ -21,12 +21,14 @@ from clipcid_cli.algorithms.metrics.retrieval import retrieval_ranks
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.steps.distill.held_out_images import HeldOutImages
 from clipcid_cli.steps.distill.kept_text import find_teacher
 from clipcid_cli.steps.distill.memory import fitting_batch
+from clipcid_cli.steps.distill.stored import find_embeddings
 from clipcid_cli.steps.distill.student import load_student
 from clipcid_cli.steps.distill.teachers import name_no_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -65,7 +67,7 @@ def test_images_alone_train_an_image_tower(
     """Nothing of the text tower runs or moves, and its scale does not either."""
     monkeypatch.setattr(PrunedForward, "encode_texts", None)
     log, told = kept(place, tmp_path, "images", online_teacher=online, ema=0.9, lr=0.01)
-    assert "without clip, instance, the losses are fd." in told
+    assert "which clip and instance need: the run trains by fd alone." in told
     assert "16 samples" in told
     assert [list(line) for line in log] == [["step", "loss", "loss_fd", "lr", "gradient_norm", "scale_student"]] * 4
     assert log[-1]["loss_fd"] < log[0]["loss_fd"]
@@ -163,3 +165,21 @@ def test_rows_of_nobody_have_no_text_tower(place: Path, tmp_path: Path) -> None:
 def test_losses_that_images_alone_cannot_serve_are_refused(given: dict[str, Any], wrong: str, place: Path) -> None:
     with pytest.raises(ClipcidError, match=wrong):
         join(place / "images", place / "rows of images", **KEPT | given)
+
+
+def test_images_alone_are_told_how_they_can_be_trained_on(place: Path, tiny_model: Path, tmp_path: Path) -> None:
+    advice = "add --text-tower teacher"
+    settings = DistillSettings(
+        student="student.json", teacher=(str(tiny_model),), data=str(place / "images"), work=tmp_path
+    )
+    with pytest.raises(ClipcidError, match="no sample of the first shard has a caption") as refused:
+        find_embeddings(settings, DistContext(0, 1, 0, CPU))
+    assert advice in refused.value.fix
+    with pytest.raises(ClipcidError, match="none of 16 samples has a caption") as refused:
+        join(place / "images", place / "rows of images", preset=None)
+    assert advice in refused.value.fix
+    alone = dataclasses.replace(settings, text_tower="teacher", loss=("clip=0", "instance=0"))
+    assert alone.name_losses(alone.losses) == "fd"
+    assert settings.name_losses(settings.losses) == "fd-instance"
+    for given in ({"freeze_image": True}, {"loss": ("icl=1",)}, {"preset": "clip"}, {"preset": "clip-td"}):
+        assert dataclasses.replace(settings, **given).without_captions == ""

@@ -74,6 +74,14 @@ def test_eval_data_without_class_names_is_told_what_reaches_it(tmp_path: Path) -
     assert first.startswith("Write one class name per line to classnames.txt in the folder of the data set, or ")
     assert second.startswith("Of the flags of eval-zeroshot only --caption-key and --caption-lines reach --eval-data.")
     assert second.endswith(f"measure it after the training: clipcid eval-zeroshot MODEL '{data}'")
+    # What was given for the training data is not advised once more.
+    listed = tmp_path / "list.csv"
+    listed.write_text("filepath,title\n1.png,café\n", encoding="latin-1")
+    with pytest.raises(ClipcidError) as caught:
+        open_named_data(dataclasses.replace(settings, eval_data=(str(listed),), list_encoding="latin-1"))
+    first, second = caught.value.fix.splitlines()
+    assert first == "Only the training data is read by --list-encoding latin-1."
+    assert second.endswith(f"clipcid eval-zeroshot MODEL {listed} --list-encoding latin-1")
     (data / "classnames.txt").write_text("one\ntwo\n")
     assert open_named_data(settings).tasks[0].class_names == ("one", "two")
     with pytest.raises(ClipcidError) as caught:

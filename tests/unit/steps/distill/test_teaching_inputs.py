@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from teaching_data import ALONE, embed_data, join, read_keys, write_student
 
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
+from clipcid_cli.algorithms.pairing import summarise_ranks
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
 from clipcid_cli.formats.embeddings.folder import open_embeddings
@@ -30,6 +31,7 @@ from clipcid_cli.steps import cluster
 from clipcid_cli.steps.distill import run as distill
 from clipcid_cli.steps.distill.space import choose_space
 from clipcid_cli.steps.distill.stored import open_stored
+from clipcid_cli.steps.distill.teachers import Judgement, choose_losses
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -147,6 +149,26 @@ def test_images_alone_are_taught(tiny_shards: Path, tiny_model: Path, folders: d
     left = dataclasses.replace(asked, losses=settings.losses_near_chance)
     assert choose_space(asked, 24, ALONE) != SharedSpace(32)
     assert choose_space(left, 24, ALONE) == SharedSpace(32)
+
+
+@pytest.mark.parametrize(
+    ("preset", "loss", "followed"),
+    [
+        ("clip-kd", (), "but followed, as --preset clip-kd says. Try --teacher none without --preset clip-kd."),
+        ("clip", ("fd=3",), "but followed, as --loss fd=3 says. Try --teacher none without --loss fd=3."),
+        (
+            "cid",
+            (),
+            "and no loss follows its features (--preset cid stays). Try --teacher none without --preset cid.",
+        ),
+    ],
+)
+def test_who_has_a_teacher_near_chance_followed_is_said(preset: str, loss: tuple[str, ...], followed: str) -> None:
+    pairing = summarise_ranks(np.arange(40), np.full(40, 39))  # as a guess ranks
+    settings = DistillSettings(student="student.json", preset=preset, loss=loss)
+    with heard() as told:
+        assert choose_losses(settings, Judgement(pairing=pairing)) == settings.losses
+    assert told[-1].endswith(f": near chance, {followed}")
 
 
 @pytest.mark.parametrize(

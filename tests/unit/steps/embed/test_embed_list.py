@@ -52,3 +52,14 @@ def test_where_a_list_has_no_captions_its_columns_are_named(table: Path, tiny_mo
     first, second = refused.value.fix.splitlines()
     assert first == "Name their column with --caption-column."
     assert second == "Or add --no-text to embed the images alone."
+
+
+def test_images_alone_are_advised_only_where_that_suffices(table: Path, tiny_model: Path) -> None:
+    with table.open("a") as file:
+        file.write("0.png,,again\n")
+    table.write_text(table.read_text().replace("1.png,a cat", "1.png,"))
+    for more, suffices in (("", False), ("key", True)):
+        flags = {"key_column": "Nr"} if more else {}
+        with pytest.raises(ClipcidError, match="cannot be used") as refused:
+            embed_list(table, tiny_model, overwrite=True, **flags)
+        assert ("--no-text" in refused.value.fix) == suffices, refused.value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -406,7 +407,7 @@ def read_all(folder: Path) -> dict[str, bytes]:
     }
 
 
-def leave_out(result: ZeroshotResult, metric: str) -> None:
+def leave_out(result: ZeroshotResult | LinearResult, metric: str) -> None:
     """Make a result that of a version which did not know a metric."""
     path = Path(result.files["metrics"])
     metrics = read_metrics(path)
@@ -480,8 +481,8 @@ def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: 
         model=str(tiny_model), data=str(data), work=tmp_path / "work", workers=0, shot_repeats=1, val_fraction=0.2
     )
 
-    def probe(shots: str | None) -> LinearResult:
-        found = eval_linear.run(dataclasses.replace(settings, shots=shots))
+    def probe(shots: str | None, **more: Any) -> LinearResult:
+        found = eval_linear.run(dataclasses.replace(settings, shots=shots, **more))
         assert isinstance(found, LinearResult)
         return found
 
@@ -491,17 +492,30 @@ def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: 
     curve = probe("1,2")
     before = read_all(tmp_path / "work" / "eval")
     with pytest.raises(ClipcidError, match="--shots 1000"):
-        probe("1000")
+        probe("1,2,1000")
     assert read_all(tmp_path / "work" / "eval") == before
-    assert [is_there(shots) for shots in (None, "1,2", "2")] == [True, True, False]
+    assert [is_there(shots) for shots in (None, "1,2", "2")] == [True, True, True]
     plain = probe(None)
     assert plain == msgspec.structs.replace(curve, reused=True)
 
     # Predictions of each test image make two probes comparable, by the words of `eval-zeroshot --compare`.
     with heard() as told:
-        predicted = eval_linear.run(dataclasses.replace(settings, predictions=True))
-    assert "has no predictions; measuring" in "\n".join(told)
-    assert isinstance(predicted, LinearResult)
+        probe("1,2", predictions=True, knn="3")
+    # What is not asked for again is not lost, also where something else is measured again.
+    for asked, lost in (
+        ({"knn": "5"}, "settings.knn: [3] there, [5] now"),
+        ({"shots": "1,4"}, "settings.shots: [1, 2] there, [1, 4] now\n  settings.knn: [3] there, [] now"),
+        ({"shots": "1,2", "knn": "3", "shot_repeats": 2}, "settings.shot_repeats: 1 there, 2 now"),
+        ({"bootstrap": 30}, "settings.shots: [1, 2] there, [] now\n  settings.knn: [3] there, [] now"),
+    ):
+        for dry_run in (True, False):
+            with pytest.raises(ClipcidError, match=re.escape(lost)):
+                eval_linear.run(dataclasses.replace(settings, dry_run=dry_run, **asked))
+    # A metric that a later version measures, too.
+    leave_out(probe("1,2", knn="3"), "lp_acc1")
+    with heard() as told_of_metric:
+        assert "lp_acc1" in probe("1,2", knn="3").metrics
+    assert "has no lp_acc1; measuring" in "\n".join(told_of_metric)
     (result,) = (tmp_path / "work" / "eval").glob("*.json")
     other = shutil.copytree(tmp_path / "work" / "eval", tmp_path / "other") / result.name
     rows = pq.read_table(predictions_path(other))
@@ -519,6 +533,6 @@ def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: 
     assert not any("prompts" in line for line in told)
     with pytest.raises(ClipcidError, match="is a result of eval-linear, and eval-zeroshot compares its own"):
         compare(result, other)
-    other = probe("2")
+    other = probe("2", overwrite=True, shot_repeats=2)
     assert not other.reused
     assert [point.shots for point in other.shots] == [2]
