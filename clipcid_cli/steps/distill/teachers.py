@@ -394,9 +394,14 @@ def choose_teacher(
 
 def name_no_teacher(settings: DistillSettings) -> str:
     """Return the flag to train without a teacher, and the given ones that it does not go with."""
-    needing = []
-    if settings.keeps_text_tower:
-        needing.append("--text-tower teacher")
+    of_teacher = {
+        "--text-tower teacher": settings.keeps_text_tower,
+        "--online-teacher": settings.online_teacher,
+        "--views stored": settings.views == "stored",
+        f"--extra-texts {settings.extra_texts}": bool(settings.extra_texts),
+        "--student-caption-key": bool(settings.student_caption_key),
+    }
+    needing = [flag for flag, is_given in of_teacher.items() if is_given]
     if settings.preset is not None and any(LOSSES[name].needs_teacher for name in PRESETS[settings.preset]):
         needing.append(f"--preset {settings.preset}")
     for name, weight in settings.typed_losses.items():
