@@ -73,10 +73,11 @@ def test_a_member_of_a_remote_shard_that_claims_too_much(place: Place, tiny_mode
     assert not outcome.problems(), outcome
 
 
-def test_sparse_images_of_a_folder_are_skipped(place: Place, tiny_model: Path) -> None:
+def test_sparse_images_and_captions_of_a_folder_are_skipped(place: Place, tiny_model: Path) -> None:
     sparse_file(place.data / "1.png", 400 * 10**9, make_image(1))
     sparse_file(place.data / "2.jpg", _GIGABYTES)
     sparse_file(place.data / "0.txt", _GIGABYTES, b"a caption")
+    (place.data / "3.png").write_bytes(make_image(3))
     assert embed(place, place.data, tiny_model).json["images"] == 1
 
 

@@ -5,14 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import run_clipcid
 from sidecars import edit_sidecar, leave_work, unfinish
 
-from clipcid_cli.formats.embeddings.manifest import read_manifest
+from clipcid_cli.formats.embeddings.manifest import ShardRecord, read_manifest
+from clipcid_cli.formats.journal import record_journal
 
 MODEL = "clipcid-work/embeddings/tiny"
 BALANCE = ("balance", "--keep", "0.8")
@@ -207,9 +207,9 @@ def test_a_resumed_embed_makes_a_damaged_shard_again(chain: Path, tmp_path: Path
     folder = tmp_path / "rows"
     whole = (folder / "img_emb/img_emb_0000.npy").read_bytes()
     work = unfinish(folder, "embed")
-    (work / ".shards").mkdir()
+    done = record_journal(work / ".shards", ShardRecord)
     for number, record in enumerate(read_manifest(folder, "")):
-        (work / ".shards" / f"{number:04d}.json").write_text(json.dumps(msgspec.to_builtins(record)))
+        done.append(f"{number:04d}", record)
     for name in ("img_emb", "text_emb", "metadata"):
         (folder / name).rename(work / name)
     (work / "img_emb/img_emb_0000.npy").write_bytes(content)
