@@ -47,8 +47,9 @@ class ChosenKeepList:
             allowed = math.ceil(1000 * missing / total) / 1000
             raise ClipcidError(
                 f"Keep list {self.path} {how}, more than the allowed {self.max_missing:.1%}.",
-                f"If those are images that could not be used, allow them: --max-bad-fraction {allowed:g}. If the list is of "
-                "other data, give another --keep-list, or --keep-list none.",
+                "If they were added since, run clipcid balance again. If they are images that could not be used, allow "
+                f"them: --max-bad-fraction {allowed:g}. If the list is of other data, give another --keep-list, or "
+                "--keep-list none.",
             )
         unlisted = f"; {missing:,} not in it" if missing else ""
         reporting.note(f"Keep list: {self.path}, {kept:,} of {total:,} {self.samples} kept{unlisted}.")

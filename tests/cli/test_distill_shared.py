@@ -105,6 +105,7 @@ def test_an_image_tower_beside_the_teachers_text_tower_is_any_students(
     assert exported["parity"].keys() == {"open-clip", "hf"}
     card = (distill_place / "clipcid-work" / "export" / "whole" / "README.md").read_text()
     assert "| Text tower | of the teacher, unchanged |" in card
+    assert re.search(r"^\| Losses \| .*fd × 2000/D.* \(D: dimensions in which features are compared\) \|$", card, re.M)
     students = [
         clipcid("eval-zeroshot", model, tiny_shards, "--json").json for model in (whole / "student", tiny_model)
     ]

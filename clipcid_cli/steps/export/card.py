@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from clipcid_cli import __version__
 from clipcid_cli.algorithms.losses.registry import LOSSES
@@ -118,9 +119,16 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
         **kept,
         "Training data": f"{short_name(run.data.spec)}; {used}",
         "Keep ratio": ratio,
-        "Losses": ", ".join(f"{name} × {loss['value']:g}" for name, loss in losses.items()),
+        "Losses": _describe_weights(losses),
         "Training": f"{run.result['steps']:,} steps, {run.result['samples']:,} samples",
     }
+
+
+def _describe_weights(losses: dict[str, dict[str, Any]]) -> str:
+    """Write the losses with their factors, as a preset states them."""
+    factors = [f"{name} × {loss['value']:g}" + ("/D" if loss.get("per_width") else "") for name, loss in losses.items()]
+    legend = " (D: dimensions in which features are compared)"
+    return ", ".join(factors) + (legend if any(loss.get("per_width") for loss in losses.values()) else "")
 
 
 def _measured_in_training(run: DistillSidecar, held_out: str, *, is_average: bool) -> Iterator[_Measurement]:
