@@ -127,7 +127,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("eval-linear --config single.toml", 2, "There is no data to evaluate on"),  # a single value stands for a list
     ("eval-linear test", 2, "--train and --test are missing. test was read as the model"),
     ("eval-linear model --train three", 2, "--test is missing"),
-    ("eval-linear model --train two --test three", 1, "1 classes that"),
+    ("eval-linear model --train two --test three", 1, "1 class that"),
     ("eval-linear model --train lonely --test three", 1, "none can be held out"),
     ("eval-linear three three", 1, "first positional argument is the model"),
     ("eval-linear no-such-model three", 1, "If no-such-model is the data: put the model first"),

@@ -26,6 +26,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.data_index import open_named, refuse_empty
 from clipcid_cli.steps.evaluate.image_groups import describe_groups
+from clipcid_cli.steps.evaluate.split_classes import Split, match_classes
 from clipcid_cli.steps.evaluate.task_plan import find_copy
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.models import choose_model
@@ -52,6 +53,9 @@ class ProbePlan:
         reading: dict[str, Any] = {}
         for task in self.splits.values():
             reading |= task.describe_reading()
+        numbering = self._numbering()
+        if numbering:
+            reading["labels"] = numbering
         return {
             "dataset": self.dataset,
             "classes": list(self.classes),
@@ -69,9 +73,18 @@ class ProbePlan:
             **reading,
         }
 
+    def _numbering(self) -> dict[str, list[int]]:
+        """Return the labels of splits that a file of class names may give other ones; those of folders follow from data."""
+        has_folders = self.splits["train"].dataset.classes is not None
+        return {
+            split: list(task.label_of)
+            for split, task in self.splits.items()
+            if task.label_of is not None and has_folders != (task.dataset.classes is not None)
+        }
+
 
 def make_plan(settings: EvalLinearSettings) -> ProbePlan:
-    """Find the model, open all splits and match their classes: class folders by name, numbered classes by number."""
+    """Find the model, open all splits and match their classes: by name, where both are numbered by number."""
     model = choose_model(settings.model, settings.work, positional_of="eval-linear")
     if settings.data is not None:
         refuse_empty(settings.data)
@@ -91,34 +104,21 @@ def make_plan(settings: EvalLinearSettings) -> ProbePlan:
         given["val"] = settings.val
     opened = {split: open_named(settings, data) for split, data in given.items()}
     train = opened["train"]
-    described = find_benchmark_folder(given["train"], "train")
+    described = find_benchmark_folder(os.path.expanduser(given["train"]), "train")
     several = described.dataset_type == MULTI_LABEL
     if not several:
         first = next(sample for shard in train.shards for sample in shard.stream())
         several = first.label is None and (first.labels is not None or first.multi_hot is not None)
     classes = _class_names(described, opened)
     kind = MULTI_LABEL if several else CLASSIFICATION
-    splits = {
-        split: ZeroshotTask(f"{name} {split}", kind, dataset, classes, label_of=_labels_of(train, dataset))
-        for split, dataset in opened.items()
-    }
+    splits = {}
+    for split, dataset in opened.items():
+        other = Split(split, given[split], dataset)
+        label_of = match_classes(Split("train", given["train"], train), other, several=several)
+        splits[split] = ZeroshotTask(f"{name} {split}", kind, dataset, classes, label_of=label_of)
     metric = choose_metric(settings.metric, name, several=several)
     path = WorkDirectory(settings.work).eval / f"{metrics_stem(name, model.slug, LINEAR_PROBE)}.json"
     return ProbePlan(model, name, classes, metric, splits, path, settings)
-
-
-def _labels_of(train: Dataset, other: Dataset) -> tuple[int, ...] | None:
-    """Return the training split's label of each class of another split; None where both number them alike."""
-    if other.classes is None or train.classes in (None, other.classes):
-        return None
-    unknown = sorted(set(other.classes) - set(train.classes))
-    if unknown:
-        raise ClipcidError(
-            f"{other.spec} has {len(unknown)} classes that {train.spec} lacks: {', '.join(unknown[:5])}"
-            f"{', …' if len(unknown) > 5 else ''}.",
-            "Give the class folders of both splits the same names.",
-        )
-    return tuple(train.classes.index(name) for name in other.classes)
 
 
 def choose_metric(requested: str, name: str, *, several: bool) -> str:

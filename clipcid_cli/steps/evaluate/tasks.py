@@ -114,10 +114,11 @@ class ZeroshotTask:
     def label(self, sample: Sample) -> int | None:
         if sample.label is None:
             return None
-        if not 0 <= sample.label < len(self.class_names):
+        count = len(self.class_names if self.label_of is None else self.label_of)
+        if not 0 <= sample.label < count:
             raise ClipcidError(
                 f"{self.dataset.spec}: sample {sample.key} has class {sample.label}, and there are "
-                f"{len(self.class_names)} class names (0 … {len(self.class_names) - 1}).",
+                f"{count} class names (0 … {count - 1}).",
                 "Give the matching list of class names with --classnames.",
             )
         return self.label_of[sample.label] if self.label_of is not None else sample.label
