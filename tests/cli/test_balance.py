@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from balance_data import check_keep_list, distance_matrix, make_rows, write_embeddings
 from conftest import Clipcid, shard_members, write_tar, write_tiny_model
+from distill_data import SHORT, STUDENT
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
@@ -259,11 +260,24 @@ def test_shards_that_were_added_are_told_and_taken_in(clipcid: Clipcid, tiny_mod
     clipcid("balance", "data", "--model", tiny_model, "--keep", 0.5)
     assert "not embedded yet" not in clipcid("balance", "--keep", 0.5).said
     write_tar(tmp_path / "data/1.tar", shard_members(6, 4))
-    told = clipcid("balance", "--keep", 0.5).said
+    told = clipcid("balance", "--keep", 0.5, "--write-shards", "grown").said
+    assert [path.name for path in (tmp_path / "grown").glob("*.tar")] == ["0.tar"]
     assert f"{tmp_path}/data has 1 shard that is not embedded yet. To include them, name the data" in told
     again = clipcid("balance", "data", "--keep", 0.5)
     assert "made with other settings or inputs, will be replaced: inputs: 1 more shard now" in again.said
     assert len(read_keep(tmp_path)) == 10
+
+    # Other pictures and captions under the keys that were embedded.
+    others = [(key, content) for (key, _), (_, content) in zip(shard_members(0, 6), shard_members(20, 6), strict=True)]
+    write_tar(tmp_path / "data/0.tar", others)
+    (tmp_path / "student.json").write_text(json.dumps(STUDENT))
+    student = ("distill", *SHORT, "--preset", "clip-kd", "--steps", 2)
+    for command in (("balance", "--keep", 0.5, "--write-shards", "changed"), student):
+        refused = clipcid(*command, code=1).said
+        assert f"{tmp_path}/data has changed since clipcid-work/embeddings/tiny was made from it: " in refused
+        assert "changed or gone: 0.tar. Run embed again with --overwrite." in refused
+        assert "from which the embeddings were made" not in refused
+    assert not (tmp_path / "changed").exists()
 
 
 def test_references_of_another_model(clipcid: Clipcid, tiny_model: Path, tiny_shards: Path, tmp_path: Path) -> None:

@@ -7,17 +7,23 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.rows import METADATA, ArrayFile, Kind, find_npy
+from clipcid_cli.formats.embeddings.sidecar import read_embed_sidecar
 from clipcid_cli.formats.files import (
     reading,
 )
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, validate_unchanged
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_lost, validate_unchanged
 from clipcid_cli.formats.parquet import read_rows
+from clipcid_cli.formats.sidecar import run_again
 from clipcid_cli.formats.skips import Skips
+
+if TYPE_CHECKING:
+    from clipcid_cli.formats.data.dataset import Dataset
 
 MANIFEST = "manifest.parquet"
 # Bytes that numpy writes before the values of an array of few dimensions.
@@ -65,6 +71,29 @@ def read_manifest(folder: Path, fix: str) -> list[ShardRecord]:
         for row in rows:
             row["files"] = {part: file for part, file in row["files"].items() if file is not None}
         return msgspec.convert(rows, list[ShardRecord])
+
+
+def validate_embedded(folder: Path, dataset: Dataset) -> None:
+    """Refuse the data that embeddings record where a shard has other content now; shards may be added or lacking."""
+    sidecar = read_embed_sidecar(folder)
+    if sidecar is None or sidecar.data.spec != dataset.spec:  # other data may have shards of the same names
+        return
+    fix = run_again("embed", sidecar, "Or put the shards back as they were.")
+    rows = read_rows(folder / MANIFEST, fix, ["input"])
+    with reading(folder / MANIFEST, "a manifest of embeddings", fix):
+        inputs = msgspec.convert([row["input"] for row in rows], list[FileRecord])
+    names = {shard.name for shard in dataset.shards}
+    # Samples of a list or of a folder of images are described as they were read, which other flags change.
+    embedded = [file for file in inputs if file.shard in names and not file.is_of_samples]
+    if not embedded:
+        return
+    now = {
+        shard.name: msgspec.structs.replace(file, shard=shard.name)
+        for shard, file in zip(dataset.shards, dataset.fingerprints(), strict=True)
+    }
+    lost = find_lost(embedded, [now[str(file.shard)] for file in embedded])
+    if lost:
+        raise ClipcidError(f"{dataset.spec} has changed since {folder} was made from it: {lost}.", fix)
 
 
 def merge_skips(records: Iterable[ShardRecord]) -> Skips:

@@ -18,6 +18,7 @@ from clipcid_cli.formats.data.captions import parse_json
 from clipcid_cli.formats.data.dataset import Dataset, names_command, open_described
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.manifest import validate_embedded
 from clipcid_cli.formats.embeddings.rows import EmbeddingFile
 from clipcid_cli.formats.join import Keys, Listing, Values, join
 from clipcid_cli.formats.results.keep_list import is_uid
@@ -37,7 +38,9 @@ def open_recorded(settings: BalanceSettings, embeddings: Embeddings) -> Dataset 
     """Open the data that embeddings record; None when they do not, or it is the output of a command, which is not run."""
     if embeddings.sidecar is None or names_command(embeddings.sidecar.data.spec):
         return None
-    return open_described(embeddings.sidecar.data, WorkDirectory(settings.work).indexes, **settings.trust)
+    data = open_described(embeddings.sidecar.data, WorkDirectory(settings.work).indexes, **settings.trust)
+    validate_embedded(embeddings.folder, data)
+    return data
 
 
 def validate_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:

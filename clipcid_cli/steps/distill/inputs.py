@@ -15,6 +15,7 @@ from clipcid_cli.algorithms.losses.registry import LossEntry, Weight
 from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.manifest import validate_embedded
 from clipcid_cli.formats.embeddings.sidecar import recorded_data
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows
@@ -77,7 +78,7 @@ def find_inputs(settings: DistillSettings, folders: TeacherFolders, scratch: Pat
     embeddings = None
     if folders:
         embeddings = open_stored(settings, folders, scratch or work.path)
-    dataset = _open_data(settings, embeddings, scratch)
+    dataset = _open_data(settings, folders, embeddings, scratch)
     if settings.keeps_text_tower:
         from clipcid_cli.steps.distill.kept_text import drop_losses_of_captions
 
@@ -135,15 +136,20 @@ def find_inputs(settings: DistillSettings, folders: TeacherFolders, scratch: Pat
     )
 
 
-def _open_data(settings: DistillSettings, embeddings: Embeddings | None, scratch: Path | None) -> Dataset:
+def _open_data(
+    settings: DistillSettings, folders: TeacherFolders, embeddings: Embeddings | None, scratch: Path | None
+) -> Dataset:
     work = WorkDirectory(settings.work)
     if settings.data is not None:
         dataset = open_named(settings.read_for_student(), settings.data, work.indexes)
     else:
-        described = recorded_data(work.find_embeddings() if embeddings is None else embeddings.folder)
+        folder = work.find_embeddings() if embeddings is None else embeddings.folder
+        described = recorded_data(folder)
         if settings.student_caption_key:
             described = msgspec.structs.replace(described, caption_key=settings.student_caption_key)
         dataset = open_described(described, work.indexes, **settings.trust)
+        for embedded in folders or (folder,):
+            validate_embedded(embedded, dataset)
         reporting.note(f"Data: {dataset.spec}, from which the embeddings were made.")
     if scratch is not None and dataset.index is None:
         dataset = dataclasses.replace(dataset, index_folder=scratch / "index")
