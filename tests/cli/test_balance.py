@@ -272,7 +272,8 @@ def test_shards_that_were_added_are_told_and_taken_in(clipcid: Clipcid, tiny_mod
     write_tar(tmp_path / "data/0.tar", others)
     (tmp_path / "student.json").write_text(json.dumps(STUDENT))
     student = ("distill", *SHORT, "--preset", "clip-kd", "--steps", 2)
-    for command in (("balance", "--keep", 0.5, "--write-shards", "changed"), student):
+    named = ("distill", "data", *student[1:])
+    for command in (("balance", "--keep", 0.5, "--write-shards", "changed"), student, named):
         refused = clipcid(*command, code=1).said
         assert f"{tmp_path}/data has changed since clipcid-work/embeddings/tiny was made from it: " in refused
         assert "changed or gone: 0.tar. Run embed again with --overwrite." in refused

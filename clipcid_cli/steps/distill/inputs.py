@@ -142,6 +142,8 @@ def _open_data(
     work = WorkDirectory(settings.work)
     if settings.data is not None:
         dataset = open_named(settings.read_for_student(), settings.data, work.indexes)
+        for embedded in folders:
+            validate_embedded(embedded, dataset)
     else:
         folder = work.find_embeddings() if embeddings is None else embeddings.folder
         described = recorded_data(folder)
