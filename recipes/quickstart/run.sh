@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain on the shipped data, on a machine that has Python >= 3.11 and nothing else:
-#   bash recipes/quickstart/run.sh            4 to 6 minutes on 2 cores after installation; again: seconds
+#   bash recipes/quickstart/run.sh            4 to 5 minutes on 2 cores, packages at hand; again: seconds
 #   bash recipes/quickstart/run.sh --short    the same commands with few training steps, as CI runs them
 set -euo pipefail
 cd "$(dirname "$0")/../.."
