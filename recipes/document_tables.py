@@ -87,7 +87,7 @@ def worlds_file() -> list[str]:
 
 def presets() -> list[str]:
     """Return the README's table of presets: each one's level, and its distance from `clip`."""
-    clip, rival, ours, cid = (tuned(name) for name in ("clip", "clip-kd", "fd-instance", "cid"))
+    clip, default, ours, cid = (tuned(name) for name in ("clip", "clip-kd", "fd-instance", "cid"))
     no_teacher = photographed("clip")
 
     def on_photographs(setting: str) -> str:
@@ -96,21 +96,27 @@ def presets() -> list[str]:
     def on_drawings(setting: str) -> str:
         return beside(of_drawings(), setting, clip, RECALL)
 
-    rival_there, cid_there = (on_photographs(repaired(name)) for name in ("clip-kd", "cid"))
+    default_there, cid_there = (on_photographs(repaired(name)) for name in ("clip-kd", "cid"))
     alone, teacher = (level(of_photographs(), name, ACCURACY) for name in (no_teacher, "teacher"))
-    default, default_there = f"{ours}/with clip", on_photographs(f"{repaired('fd-instance')}/with clip")
+    with_clip, with_clip_there = f"{ours}/with clip", on_photographs(f"{repaired('fd-instance')}/with clip")
     less_clip = on_photographs(repaired("fd-instance", 1))
     # The teacher that pairs badly is repaired, and pairs well then.
     rows = [
         [
-            "`fd-instance` (default)",
+            "`clip-kd` (default)",
             default_there,
             default_there,
-            on_drawings(f"{default}/no extras"),
             on_drawings(default),
+            on_drawings(tuned("clip-kd+extras")),
+        ],
+        [
+            "`fd-instance`",
+            with_clip_there,
+            with_clip_there,
+            on_drawings(f"{with_clip}/no extras"),
+            on_drawings(with_clip),
         ],
         ["… `--loss clip=0.1`", less_clip, less_clip, on_drawings(f"{ours}/no extras"), on_drawings(ours)],
-        ["`clip-kd`", rival_there, rival_there, on_drawings(rival), on_drawings(tuned("clip-kd+extras"))],
         ["`cid` (after the paper)", cid_there, cid_there, on_drawings(cid), ""],
         ["`clip` (no teacher)", alone, alone, level(of_drawings(), clip, RECALL), ""],
         ["the teacher itself", "", teacher, level(of_drawings(), "teacher", RECALL), ""],
@@ -143,7 +149,7 @@ def ablation_recipes() -> list[str]:
 
 
 def ablation_taken_away() -> list[str]:
-    """Return what the default loses without each of its parts."""
+    """Return what `fd-instance` loses without each of its parts."""
     ours = tuned("fd-instance")
     names = {
         "`fd`": "no fd",
@@ -178,10 +184,10 @@ def ablation_exchanged() -> list[str]:
     rows = []
     for share in plan.NOISE:
         settings = [plan.noisy(name, share, of_drawings().entries).name for name in names]
-        settings.append(plan.exchanged(plan.default_alone(of_drawings().entries), share).name)
+        settings.append(plan.exchanged(plan.with_clip_alone(of_drawings().entries), share).name)
         cells = [level(of_drawings(), name, RECALL) if of_drawings().seeds(name) else "" for name in settings]
         rows.append([f"{100 * share:.0f} %", *cells])
-    heads = (*(f"`{name}`" for name in names[:-1]), "`fd-instance`, `clip=0.1`", "`fd-instance` (default)")
+    heads = ("`clip`", "`cid`", "`clip-kd` (default)", "`fd-instance`, `clip=0.1`", "`fd-instance`")
     return lines(("captions exchanged", *heads), rows)
 
 

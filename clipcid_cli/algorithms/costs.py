@@ -33,8 +33,9 @@ _LAYER_HELD = 22
 _WITH_BACKWARD = 3
 # What the optimiser reads and writes of a parameter: itself, its gradient, its moments.
 _BYTES_OF_UPDATE = 28
-# Products of a process's rows with all rows of the batch: logits of images and captions, of the student and the teacher.
-_SIMILARITIES = 4
+# Products of a process's rows with all rows of the batch, by the default losses: two each for `clip`, `icl` and `crd`, and
+# two of the teacher's rows in `crd`, which have no backward pass.
+_SIMILARITIES = 6 + 2 / 3
 _TOWERS = 2
 # The cluster loss on a GPU makes each product of three of half precision (``losses/half_products.py``), and reads and writes
 # so many bytes for each logit: 36 in the forward pass, 56 in the backward pass.
@@ -191,8 +192,8 @@ class Clip:
         """Bytes that the optimiser reads and writes in a step."""
         return _BYTES_OF_UPDATE * self.parameters
 
-    def loss_operations(self, own: int, batch: int) -> int:
-        """Return the operations of the losses of a step but for the cluster loss, in float32.
+    def loss_operations(self, own: int, batch: int) -> float:
+        """Return the operations of the default losses in a step, in float32.
 
         Args:
             own: Samples of the process.

@@ -226,8 +226,8 @@ def nearer_to_captions(base: Setting) -> list[Setting]:
     ]
 
 
-def default_alone(log: Log) -> Setting:
-    """Return the default preset, `fd-instance` with `clip` at weight 1, on the pairs alone."""
+def with_clip_alone(log: Log) -> Setting:
+    """Return `fd-instance` with `clip` at weight 1, as the preset has it, on the pairs alone."""
     with_clip = nearer_to_captions(tuned("fd-instance", log))[0]
     return _changed(with_clip, "no extras", extras=())
 
@@ -317,7 +317,7 @@ def repaired(log: Log, drawings: Log) -> list[Setting]:
 
 
 def trusted(base: Setting, trust: float) -> Setting:
-    """Return `fd-instance` with the weights that the default preset has where a repaired teacher is trusted so far."""
+    """Return `fd-instance` with the weights that the default had where a repaired teacher was trusted so far."""
     fd, instance, clip = (base.weights[loss] for loss in ("fd", "instance", "clip"))
     weights = {"fd": fd * trust, "instance": 1 - (1 - instance) * trust, "clip": 1 - (1 - clip) * trust}
     return _changed(base, f"trust {trust:g}", weights=weights)
@@ -399,7 +399,7 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds((tuned(name, log) for name in CONTENDERS), SEEDS)
     yield _seeds((tuned(name, log) for name in MAIN), FIRST_SEEDS)
     yield _seeds(left_out(log), FIRST_SEEDS)
-    yield _seeds([*nearer_to_captions(tuned("fd-instance", log)), default_alone(log)], FIRST_SEEDS)
+    yield _seeds([*nearer_to_captions(tuned("fd-instance", log)), with_clip_alone(log)], FIRST_SEEDS)
     yield _seeds((setting for name in SCALED for setting in large_batches(name, log)), SEEDS[:1])
     yield _seeds((longer(name, log) for name in SCALED), SEEDS[:1])
     yield from _tried(NEW, log)
@@ -417,8 +417,8 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds(nearest_alone(log), FIRST_SEEDS)
     yield _seeds(worth_storing(log), FIRST_SEEDS)
     yield _seeds((noisy(name, share, log) for share in NOISE for name in SCALED), SEEDS[:1])
-    yield _seeds((exchanged(default_alone(log), share) for share in NOISE), SEEDS[:1])
-    tried = with_crd(default_alone(log))
+    yield _seeds((exchanged(with_clip_alone(log), share) for share in NOISE), SEEDS[:1])
+    tried = with_crd(with_clip_alone(log))
     yield _seeds([tried], FIRST_SEEDS)
     yield _seeds((exchanged(tried, share) for share in NOISE), SEEDS[:1])
 

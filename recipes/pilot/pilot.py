@@ -3,7 +3,7 @@
     python recipes/pilot/pilot.py --steps 100000 --student ViT-B-32 --batch-size 4096
     python recipes/pilot/pilot.py --launch 'torchrun --nproc-per-node 8 -m clipcid_cli' --steps 100000 --student ViT-B-32
 
-What it does not know itself goes to `clipcid distill` (data, teacher, ...). Presets `fd-instance` (the default), `clip-kd`,
+What it does not know itself goes to `clipcid distill` (data, teacher, ...). Presets `clip-kd` (the default), `fd-instance`,
 `cid` and `clip` at half the default rate, at it and at twice that; all are compared with the best on the held-out pairs, and
 the last line is the command to go on with. Stop it when you like: the same command continues.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 FRACTION = 0.05
 FACTORS = (1.0, 0.5, 2.0)  # the default first, which tells its rate
-PRESETS = ("fd-instance", "clip-kd", "cid", "clip")
+PRESETS = ("clip-kd", "fd-instance", "cid", "clip")
 RECALLS = ("image_retrieval_recall@1", "text_retrieval_recall@1")
 
 

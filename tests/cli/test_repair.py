@@ -95,14 +95,14 @@ def test_the_repaired_rows_teach(clustered: Run) -> None:
         for name, flags in (("repaired", ("--name", "repaired")), ("raw", ("--repair", "none")))
     }
     work = clustered.cwd / "clipcid-work"
-    assert "Loss: 1·clip + 0.333333·instance + " in told["repaired"]
-    (raw,) = (work / "distill").glob("*-clip-instance-s0*")  # not fd-instance: it has no part in the run
+    assert "Loss: 1·clip + 31.25·fd + " in told["repaired"]
+    (raw,) = (work / "distill").glob("*-clip-instance-s0*")  # not clip-kd: it has no part in the run
     assert losses(work / "distill" / "repaired") != losses(raw)
     # What a run says of the teacher is of the rows that teach.
     assert "Teacher on these captions, after its repair: median rank" in told["repaired"]
     assert "Loss: 1·clip + 1·instance (the teacher is near chance)." in told["raw"]
-    changes = "(no fd, instance at 1 instead of 0.333)"
-    assert f"near chance, so its features are not followed {changes}. Try --teacher none." in told["raw"]
+    following = "so its features are not followed: the losses are clip and instance. Try --teacher none."
+    assert f"near chance, {following}" in told["raw"]
     report, sidecar = ((raw / name).read_text() for name in ("report.html", "distill.json"))
     assert "near chance; try --teacher none" in report
     assert json.loads(sidecar)["result"]["pairing"]["near_chance"]

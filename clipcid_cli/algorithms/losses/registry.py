@@ -225,8 +225,8 @@ PRESETS: Mapping[str, Mapping[str, Weight]] = {
 }
 
 # With a teacher: the preset of the least largest regret in recipes/ablation/worlds.md.
-DEFAULT_PRESET = "fd-instance"
-# In its place where the teacher is near chance: without features, and `instance` at full weight.
+DEFAULT_PRESET = "clip-kd"
+# In its place where the teacher is near chance: without features and relations.
 NEAR_CHANCE: Mapping[str, Weight] = {"clip": Weight(1.0), "instance": Weight(1.0)}
 
 

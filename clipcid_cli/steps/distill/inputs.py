@@ -23,7 +23,13 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import index_alone, note_captions, open_named
 from clipcid_cli.steps.distill.samples import Sources, UsableSamples, count_usable, find_samples, index_of
-from clipcid_cli.steps.distill.stored import TeacherFolders, choose_online, first_key, open_stored
+from clipcid_cli.steps.distill.stored import (
+    TeacherFolders,
+    choose_online,
+    drop_losses_of_captions,
+    first_key,
+    open_stored,
+)
 from clipcid_cli.steps.distill.teachers import Judgement, Teacher, choose_losses, choose_teacher, judge_teacher
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -79,9 +85,7 @@ def find_inputs(settings: DistillSettings, folders: TeacherFolders, scratch: Pat
     if folders:
         embeddings = open_stored(settings, folders, scratch or work.path)
     dataset = _open_data(settings, folders, embeddings, scratch)
-    if settings.keeps_text_tower:
-        from clipcid_cli.steps.distill.kept_text import drop_losses_of_captions
-
+    if settings.keeps_text_tower or (embeddings is not None and not embeddings.has_texts):
         settings = drop_losses_of_captions(settings, embeddings, dataset)
     captions = settings.shows_captions
     may_lack = bool(settings.student_caption_key)  # few data are translated whole

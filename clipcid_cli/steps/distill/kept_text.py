@@ -5,14 +5,11 @@ The text tower never runs in a step: what it would make of captions are the teac
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.sidecar import read_embed_sidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ClipModel
@@ -20,7 +17,6 @@ from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.models.text_tower import put_beside
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.models import embed_with, validate_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
@@ -71,28 +67,3 @@ def find_teacher(settings: DistillSettings) -> ModelName:
     name = parse_model(sidecar.model.spec)
     validate_teacher(f"embeddings in {folder}", sidecar.model, name, f"Run: {embed_with(name, settings)}")
     return name
-
-
-def drop_losses_of_captions(
-    settings: DistillSettings, embeddings: Embeddings | None, dataset: Dataset
-) -> DistillSettings:
-    """Turn those losses off that need the teacher's rows of captions where there are none, and say so."""
-    needing = [loss.name for loss in settings.losses if settings.needs_teacher_texts(loss)]
-    lacking = None
-    if settings.online_teacher:
-        if not any(shard.with_captions for shard in index_of(dataset).records):
-            lacking = f"{dataset.spec} has no captions"
-    elif embeddings is not None and not embeddings.has_texts:
-        lacking = f"{embeddings.folder} holds no embeddings of captions"
-    if lacking is None or not needing:
-        return settings
-    typed = [name for name in needing if settings.typed_losses.get(name)]
-    left = [loss.name for loss in settings.losses if loss.name not in needing]
-    if typed or not left:
-        raise ClipcidError(
-            f"{lacking}, and they are needed by: {', '.join(typed or needing)}.",
-            "Use losses of images alone, such as --loss fd=2, or data with captions.",
-        )
-    verb = "needs" if len(needing) == 1 else "need"
-    reporting.note(f"{lacking}, which {' and '.join(needing)} {verb}: the run trains by {' and '.join(left)} alone.")
-    return dataclasses.replace(settings, loss=(*settings.loss, *(f"{name}=0" for name in needing)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,35 @@ from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
 def losses_of_captions(settings: DistillSettings) -> list[str]:
     """List the losses of the run that need the teacher's embeddings of captions.
 
-    Beside its text tower only those do that were typed: a preset's others are off where there are none.
+    Beside the teacher's text tower, and without ``--preset``, only those do that were typed: others are off where there
+    are no such embeddings.
     """
     needing = [loss.name for loss in settings.losses if settings.needs_teacher_texts(loss)]
-    return [name for name in needing if name in settings.typed_losses] if settings.keeps_text_tower else needing
+    return [name for name in needing if name in settings.typed_losses] if settings.may_drop_losses else needing
+
+
+def drop_losses_of_captions(
+    settings: DistillSettings, embeddings: Embeddings | None, dataset: Dataset
+) -> DistillSettings:
+    """Turn those losses off that need the teacher's rows of captions where there are none, and say so."""
+    needing = [loss.name for loss in settings.losses if settings.needs_teacher_texts(loss)]
+    lacking = None
+    if settings.online_teacher:
+        if not any(shard.with_captions for shard in index_of(dataset).records):
+            lacking = f"{dataset.spec} has no captions"
+    elif embeddings is not None and not embeddings.has_texts:
+        lacking = f"{embeddings.folder} holds no embeddings of captions"
+    if lacking is None or not needing:
+        return settings
+    typed = [name for name in needing if settings.typed_losses.get(name)]
+    left = [loss.name for loss in settings.losses if loss.name not in needing]
+    if typed or not left:
+        raise ClipcidError(
+            f"{lacking}, and they are needed by: {', '.join(typed or needing)}.",
+            "Use losses of images alone, such as --loss fd=2, or data with captions.",
+        )
+    reporting.note(f"{lacking}: without {', '.join(needing)}, the run trains by {', '.join(left)} alone.")
+    return dataclasses.replace(settings, loss=(*settings.loss, *(f"{name}=0" for name in needing)))
 
 
 TeacherFolders = tuple[Path, ...]

@@ -341,11 +341,7 @@ def _describe_following(settings: DistillSettings, losses: dict[LossEntry, Weigh
         return f"but followed, as --preset {settings.preset} says"
     if settings.preset is not None:
         return f"and no loss follows its features (--preset {settings.preset} stays)"
-    changes = [f"no {loss.name}" for loss in settings.losses if loss not in losses]
-    for loss, weight in losses.items():
-        if (usual := settings.losses[loss]) != weight:
-            changes.append(f"{loss.name} at {weight.value:g} instead of {usual.value:.3g}")
-    return "so its features are not followed" + (f" ({', '.join(changes)})" if changes else "")
+    return f"so its features are not followed: the losses are {' and '.join(loss.name for loss in losses)}"
 
 
 def choose_teacher(

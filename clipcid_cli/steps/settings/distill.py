@@ -492,6 +492,11 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
         return not (loss.image_alone if self.keeps_text_tower else loss.one_tower)
 
     @property
+    def may_drop_losses(self) -> bool:
+        """Whether losses that were not typed are left out where the teacher has no rows of captions for them."""
+        return self.keeps_text_tower or self.preset is None
+
+    @property
     def shows_captions(self) -> bool:
         """Whether samples show captions: beside the teacher's text tower only losses that need its rows of them do."""
         return not self.keeps_text_tower or any(map(self.needs_teacher_texts, self.losses))
@@ -539,7 +544,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
             return "-".join(loss.name for loss in losses)
         preset = PRESETS[self.chosen_preset]
         # Of images without captions, for example.
-        lacks_some = self.keeps_text_tower and any(self.typed_losses.get(name) == 0 for name in preset)
+        lacks_some = self.may_drop_losses and any(self.typed_losses.get(name) == 0 for name in preset)
         return "-".join(loss.name for loss in losses) if lacks_some else self.chosen_preset
 
     @cached_property

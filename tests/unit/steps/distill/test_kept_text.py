@@ -67,7 +67,7 @@ def test_images_alone_train_an_image_tower(
     """Nothing of the text tower runs or moves, and its scale does not either."""
     monkeypatch.setattr(PrunedForward, "encode_texts", None)
     log, told = kept(place, tmp_path, "images", online_teacher=online, ema=0.9, lr=0.01)
-    assert "which clip and instance need: the run trains by fd alone." in told
+    assert ": without clip, icl, crd, the run trains by fd alone." in told
     assert "16 samples" in told
     assert [list(line) for line in log] == [["step", "loss", "loss_fd", "lr", "gradient_norm", "scale_student"]] * 4
     assert log[-1]["loss_fd"] < log[0]["loss_fd"]
@@ -178,8 +178,8 @@ def test_images_alone_are_told_how_they_can_be_trained_on(place: Path, tiny_mode
     with pytest.raises(ClipcidError, match="none of 16 samples has a caption") as refused:
         join(place / "images", place / "rows of images", preset=None)
     assert advice in refused.value.fix
-    alone = dataclasses.replace(settings, text_tower="teacher", loss=("clip=0", "instance=0"))
+    alone = dataclasses.replace(settings, text_tower="teacher", loss=("clip=0", "icl=0", "crd=0"))
     assert alone.name_losses(alone.losses) == "fd"
-    assert settings.name_losses(settings.losses) == "fd-instance"
+    assert settings.name_losses(settings.losses) == "clip-kd"
     for given in ({"freeze_image": True}, {"loss": ("icl=1",)}, {"preset": "clip"}, {"preset": "clip-td"}):
         assert dataclasses.replace(settings, **given).without_captions == ""

@@ -144,7 +144,9 @@ def test_images_alone_are_taught(tiny_shards: Path, tiny_model: Path, folders: d
     found = image.numpy()
     assert np.corrcoef((found @ found.T).ravel(), (stored @ stored.T).ravel())[0, 1] > 0.95
     # A loss that the run does not have decides nothing: without fd the student's rows are compared with one another only.
-    settings = dataclasses.replace(run.settings, preset=None, loss=("instance=0", "crd=1"), teacher_space="auto")
+    settings = dataclasses.replace(
+        run.settings, preset=None, loss=("instance=0", "crd=1", "icl=0"), teacher_space="auto"
+    )
     asked = dataclasses.replace(run.inputs, settings=settings, losses=settings.losses)
     left = dataclasses.replace(asked, losses=settings.losses_near_chance)
     assert choose_space(asked, 24, ALONE) != SharedSpace(32)
@@ -264,9 +266,10 @@ def test_a_teacher_of_images_alone_adds_to_images(place: Path, tiny_shards: Path
 def test_images_alone_are_of_data_with_any_captions(place: Path, tiny_shards: Path, tmp_path: Path) -> None:
     work, model = tmp_path / "work", place / "models" / "one"
     embed_data(tiny_shards, model, work / "embeddings" / "one", text=False)
-    given: dict[str, Any] = {"student": str(write_student(tmp_path)), "preset": "clip", "loss": ("fd=1",), "steps": 2}
+    given: dict[str, Any] = {"student": str(write_student(tmp_path)), "preset": None, "steps": 2}
     said = train(work, tiny_shards, teacher=(str(model),), caption_key=("txt",), **given)[1]
     assert "They are of images only" in said
+    assert ": without crd, the run trains by clip, fd, icl alone." in said
 
 
 def test_clusters_and_a_run_of_several_teachers(place: Path, tiny_shards: Path, tmp_path: Path) -> None:
