@@ -21,8 +21,7 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
-from clipcid_cli.formats.results.repair import RepairFigures
-from clipcid_cli.records import Pairing
+from clipcid_cli.records import Pairing, Repair
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
@@ -66,7 +65,7 @@ class TeacherRows(NamedTuple):
 class Judgement:
     """How well a teacher pairs images with captions; None where nothing was judged."""
 
-    repair: RepairFigures | None = None  # of its image rows
+    repair: Repair | None = None  # of its image rows
     pairing: Pairing | None = None
     is_decided: bool = True  # whether it is known if it is repaired; a dry run may leave it to the run
 
