@@ -62,3 +62,19 @@ class Pairing(msgspec.Struct, frozen=True, kw_only=True):
         recalls = ((1, self.recall_at_1, self.chance_at_1), (10, self.recall_at_10, self.chance_at_10))
         shares = [f"R@{k} {100 * recall:.1f}% (chance {100 * chance:.2g}%)" for k, recall, chance in recalls]
         return f"Teacher on these captions{state}: {ranks}, {', '.join(shares)}"
+
+
+class Repair(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Whether a teacher is repaired, and how pairs that the repair was not fitted to judge it."""
+
+    repaired: bool  # whether the repair is taken
+    steps: int  # of the fit, after which it was best; 0 for none
+    # Mean of ln(1 + images of other captions nearer to the caption than its own), before and after.
+    log_rank: tuple[float, float]
+    standard_error: float  # of the difference of the two
+    # Share of the images whose nearest caption of their fold is one of their own, before and after.
+    recall_at_1: tuple[float, float]
+    chance_at_1: float  # of a guess
+    pairs: int  # pairs that it was fitted to and judged by
+    captions: int  # different captions of those
+    pairing: Pairing | None = None  # of the repaired teacher: captions of a fold and its images

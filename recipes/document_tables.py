@@ -157,7 +157,7 @@ def ablation_taken_away() -> list[str]:
         "views, variants and texts": "no extras",
         "mixed views": "no mix",
         "texts": "no texts",
-        "strong views": "no strong",
+        "strong views (no longer offered)": "no strong",
         "variants in the place of two captions in three (no longer offered)": "no variants",
         "`instance`": "no instance",
     }

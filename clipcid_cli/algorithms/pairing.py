@@ -83,12 +83,15 @@ def _number(values_N: npt.NDArray[np.generic]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(firsts), torch.from_numpy(numbers)
 
 
-def summarise_ranks(nearer_N: npt.NDArray[np.int64], others_N: npt.NDArray[np.int64]) -> Pairing:
+def summarise_ranks(
+    nearer_N: npt.NDArray[np.int64], others_N: npt.NDArray[np.int64], *, repaired: bool = False
+) -> Pairing:
     """Summarise the ranks of captions' own images.
 
     Args:
         nearer_N: How many images of other captions come before a caption's own, int64 [N].
         others_N: How many images of other captions there are, int64 [N].
+        repaired: Whether the images' rows were repaired.
     """
     recall_at_1, recall_at_10 = (float((nearer_N < k).mean()) for k in (1, 10))
     chance_at_1, chance_at_10 = (float(np.minimum(1, k / (1 + others_N)).mean()) for k in (1, 10))
@@ -105,6 +108,7 @@ def summarise_ranks(nearer_N: npt.NDArray[np.int64], others_N: npt.NDArray[np.in
         recall_at_10=recall_at_10,
         chance_at_10=chance_at_10,
         near_chance=near_chance,
+        repaired=repaired,
     )
 
 

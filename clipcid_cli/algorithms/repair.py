@@ -32,7 +32,7 @@ from torch import Tensor
 from clipcid_cli.algorithms.losses.contrastive import contrast_both_ways
 from clipcid_cli.algorithms.pairing import Matches, Pairs, summarise_ranks
 from clipcid_cli.algorithms.sets.forest import connected_components
-from clipcid_cli.records import Pairing
+from clipcid_cli.records import Repair
 
 MAX_PAIRS = 10_000
 """Pairs that are enough for any data; judging costs the square of their number."""
@@ -70,31 +70,16 @@ class Rule:
 RULE = Rule()
 
 
-@dataclasses.dataclass(frozen=True)
-class Repair:
-    """A fitted repair, and how pairs that it was not fitted to judge it."""
-
-    # The map A, float32 [D, D]; None where it is not taken, and the rows stay as they are. Entries are multiples of 2⁻¹⁶:
-    # products of float16 rows and A, added in float64, are exact in any order.
-    map_DD: Tensor | None
-    pairs: int  # pairs that were read
-    captions: int  # different captions of those
-    steps: int  # steps of the fit after which it was best; 0 for none
-    log_rank: tuple[float, float]  # mean log-rank of the pairs, before and after
-    standard_error: float  # of the difference of the two
-    # Share of the images whose nearest caption of their fold is one of their own, before and after.
-    recall_at_1: tuple[float, float]
-    chance_at_1: float  # that of a guess
-    pairing: Pairing  # of the captions of a fold and its images, after the best number of steps
-
-
 def can_be_divided(pairs: Pairs) -> bool:
     """Tell whether a repair can be fitted to some of these pairs and judged by others."""
     return len(np.unique(group_pairs(pairs))) >= _MIN_GROUPS
 
 
-def fit_repair(pairs: Pairs, scale: float, seed: int, rule: Rule = RULE) -> Repair:
+def fit_repair(pairs: Pairs, scale: float, seed: int, rule: Rule = RULE) -> tuple[Repair, Tensor | None]:
     """Fit A, from the identity on, to min CE(norm(tA) ↔ u; scale), and judge it.
+
+    Return the verdict and, where the repair is taken, A, float32 [D, D]. Its entries are multiples of 2⁻¹⁶: products of
+    float16 rows and A, added in float64, are exact in any order.
 
     The bytes depend on the arguments, PyTorch and the kind of processor, and on the number of its threads: call it with one.
 
@@ -132,23 +117,26 @@ def fit_repair(pairs: Pairs, scale: float, seed: int, rule: Rule = RULE) -> Repa
                 break
     gain_N = before_N - best_N
     gain, error = float(gain_N.mean()), standard_error(gain_N, judged_group_N)
-    map_DD = None
+    map_DD = pairing = None
     if rule.is_clear(gain, error) and rule.is_large(gain, (recall_before, recall)):
         whole = _Fit(pairs, scale, seed)
         for _ in range(best_step):
             whole.step()
         map_DD = (whole.map_DD.detach() / _GRID).round() * _GRID
-    return Repair(
-        map_DD=map_DD,
-        pairs=len(pairs),
-        captions=len(np.unique(pairs.captions_N)),
+        others_N = torch.cat([judge.others_N for judge in judges])
+        pairing = summarise_ranks(best_nearer_N.numpy(), others_N.numpy(), repaired=True)
+    repair = Repair(
+        repaired=map_DD is not None,
         steps=best_step,
         log_rank=(float(before_N.mean()), float(best_N.mean())),
         standard_error=error,
         recall_at_1=(recall_before, recall),
         chance_at_1=sum(judge.guessed for judge in judges) / len(pairs),
-        pairing=summarise_ranks(best_nearer_N.numpy(), torch.cat([judge.others_N for judge in judges]).numpy()),
+        pairs=len(pairs),
+        captions=len(np.unique(pairs.captions_N)),
+        pairing=pairing,
     )
+    return repair, map_DD
 
 
 def group_pairs(pairs: Pairs) -> Tensor:

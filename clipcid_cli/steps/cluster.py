@@ -41,10 +41,10 @@ from clipcid_cli.formats.results.clusters import (
     read_label_parts,
     top_paths,
 )
-from clipcid_cli.formats.results.repair import RepairFigures
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory
+from clipcid_cli.records import Repair
 from clipcid_cli.runtime.distributed import DistContext, memory_for_rows, open_dist_context
 from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.runtime.precision import choose_coarse_dtype
@@ -81,7 +81,7 @@ class ClusterResult(msgspec.Struct, omit_defaults=True, kw_only=True):
     largest_cluster: int
     skipped: dict[str, int]  # rows by reason
     iterations: int
-    repair: RepairFigures | None = None  # that of the teacher, where it was repaired
+    repair: Repair | None = None  # that of the teacher, where it was repaired
     seconds: dict[str, float]  # ``read, repair, kmeans, assign, write``
     files: dict[str, str] = {}  # the path of each file by its name; the sidecar holds the result without them
 
@@ -168,7 +168,7 @@ class ClusterRows:
     keep_list: Path | None  # the keep list that chose them; None for all
     chosen: Selection  # which of all rows of the embeddings they are
     joint: bool  # whether the features are joint ones of image and caption
-    repair: RepairFigures | None  # what was found of the repair of the teacher; None where nothing was judged
+    repair: Repair | None  # what was found of the repair of the teacher; None where nothing was judged
     skips: Skips  # rows that cannot be used
     images: Rows
     texts: Rows | None

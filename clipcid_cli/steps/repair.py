@@ -5,24 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import msgspec
-
 from clipcid_cli.algorithms.pairing import Pairs, are_enough
 from clipcid_cli.algorithms.repair import MAX_PAIRS, RULE, can_be_divided, fit_repair
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.formats.fingerprint import record
+from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import OutputSpec, find_output, open_output, remove_leftovers
-from clipcid_cli.formats.results.repair import (
-    REPAIR,
-    STEP,
-    RepairFigures,
-    RepairSidecar,
-    read_repair,
-    write_repair,
-)
+from clipcid_cli.formats.results.repair import REPAIR, STEP, RepairSidecar, read_repair, write_repair
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.records import Repair
 from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
@@ -33,7 +25,7 @@ from clipcid_cli.steps.settings.shared import KeptSettings
 _SEED = 0
 
 
-def repair_teacher(settings: KeptSettings, embeddings: Embeddings) -> tuple[Embeddings, RepairFigures | None]:
+def repair_teacher(settings: KeptSettings, embeddings: Embeddings) -> tuple[Embeddings, Repair | None]:
     """Repair the image rows of embeddings where that is better; return them with the figures that decided it, and say so.
 
     Call it on the first process. There are no figures where nothing could be judged, or not yet: in a dry run.
@@ -82,19 +74,16 @@ def _decide(spec: OutputSpec[RepairSidecar], pairs: Pairs, scale: float) -> Repa
         if output.finished is not None:
             return output.finished
         with timed(seconds, "fit"), threads_for(0):  # one thread: the same bytes whatever their number
-            repair = fit_repair(pairs, scale, _SEED)
+            repair, map_DD = fit_repair(pairs, scale, _SEED)
         output.begin_work()
-        if repair.map_DD is not None:
-            write_repair(output.work, repair.map_DD.numpy())
-        written = [] if repair.map_DD is None else [record(output.work / REPAIR, output.work)]
-        judged = {name: value for name, value in vars(repair).items() if name not in ("map_DD", "pairing")}
-        repaired = repair.map_DD is not None
-        pairing = msgspec.structs.replace(repair.pairing, repaired=True) if repaired else None
-        figures = RepairFigures(repaired=repaired, pairing=pairing, **judged)
-        return output.commit(counts={}, seconds=seconds, outputs=written, result=figures)
+        written = list[FileRecord]()
+        if map_DD is not None:
+            write_repair(output.work, map_DD.numpy())
+            written.append(record(output.work / REPAIR, output.work))
+        return output.commit(counts={}, seconds=seconds, outputs=written, result=repair)
 
 
-def describe_repair(repair: RepairFigures) -> str:
+def describe_repair(repair: Repair) -> str:
     """Say what was decided, and by what."""
     before, after = (f"{math.exp(log_rank):,.2f}" for log_rank in repair.log_rank)
     if repair.repaired:

@@ -106,12 +106,11 @@ class Inputs:
         if not setting.extras and not setting.noise:
             return self.embeddings
         stored = sorted(setting.extras)
-        kinds = [kind for kind in ("strong", "mix") if kind in stored]
         pairs = self.pairs_of(setting)
         name = "+".join([pairs.stem, *stored, str(setting.stored)])
         flags: list[object] = []
-        if kinds:
-            flags += ["--views", setting.stored, "--view-kind", ",".join(kinds)]
+        if "mix" in stored:
+            flags += ["--views", setting.stored, "--view-kind", "mix"]
         if "texts" in stored:
             flags += ["--text-variants", setting.stored]
         work = self.work / "embedded" / name

@@ -36,13 +36,15 @@ BOTH_TOWERS = ("--cluster-towers", "both")
 FEW = ("--candidate-ratio", "0.1", "--min-candidates", "1")
 # How many of a sample's nearest centroids teach it; 16 are stored.
 NEAREST = (16, 4, 2, 1)
-# What a run may read beside images and their captions; `inputs.py` makes it. Stored views of strong crops and of mixed
-# images; texts without images, which are variants of captions. (The log's students of all extras had variants also in the
-# place of two captions in three, which a run without them showed to be worth nothing.)
-EXTRAS = ("strong", "mix", "texts")
-# Stored views of an image, of all kinds together, and as many texts; and the numbers of mixed views alone
-# that are tried.
-STORED, MIXED_ALONE = 8, (2, 4, 8)
+# What a run may read beside images and their captions; `inputs.py` makes it. Stored views of mixed images; texts without
+# images, which are variants of captions. The log's students of all extras had more, which runs without it showed to be
+# worth nothing and clipcid no longer makes: half of their views were strong crops, and variants stood in the place of two
+# captions in three.
+EXTRAS = ("mix", "texts")
+# Stored views of an image, and as many texts.
+STORED = 8
+# Fewer of both, which are tried.
+FEWER_STORED = (2, 4)
 # How far a repaired teacher is trusted: what its figures say on photographs, half of it, and wholly.
 TRUST = (0.13, 0.06, 1.0)
 # Shares of the pairs whose captions are exchanged with one another.
@@ -290,9 +292,9 @@ def _at_rates(base: Setting, label: str, student: str, steps: int, rates: Iterab
 
 
 def no_longer_offered(log: Log) -> list[Setting]:
-    """Return what the log still holds of inputs that clipcid no longer makes: captions replaced by their variants."""
+    """Return `fd-instance` without an input that only the log's students had: strong views, or variants as captions."""
     base = tuned("fd-instance", log)
-    return [_changed(base, "no variants")]
+    return [_changed(base, "no strong"), _changed(base, "no variants")]
 
 
 def photograph_changes(log: Log, drawings: Log) -> list[Setting]:
@@ -310,7 +312,7 @@ def repaired(log: Log, drawings: Log) -> list[Setting]:
         if name == "fd-instance":
             ours = [trusted(alone, trust) for trust in TRUST]
             with_clip = nearer_to_captions(alone)[0]
-            found += [*ours, with_clip, with_crd(with_clip), mixed_alone(ours[0], MIXED_ALONE[0])]
+            found += [*ours, with_clip, with_crd(with_clip), with_stored(ours[0], FEWER_STORED[0])]
         elif alone.is_taught:
             found.append(alone)
     return found
@@ -323,16 +325,16 @@ def trusted(base: Setting, trust: float) -> Setting:
     return _changed(base, f"trust {trust:g}", weights=weights)
 
 
-def mixed_alone(base: Setting, stored: int) -> Setting:
-    """Return a setting that reads this many mixed views and texts, but no strong views."""
-    return _changed(base, f"{stored} mixed views, {stored} texts", extras=("mix", "texts"), stored=stored)
+def with_stored(base: Setting, stored: int) -> Setting:
+    """Return a setting that reads this many mixed views and texts."""
+    return _changed(base, f"{stored} mixed views, {stored} texts", extras=EXTRAS, stored=stored)
 
 
 def worth_storing(log: Log) -> list[Setting]:
     """Return `fd-instance` at its best trial with less stored for each pair."""
     base = tuned("fd-instance", log)
-    fewest = _changed(base, f"{MIXED_ALONE[0]} mixed views", extras=("mix",), stored=MIXED_ALONE[0])
-    return [*(mixed_alone(base, stored) for stored in MIXED_ALONE), fewest]
+    fewest = _changed(base, f"{FEWER_STORED[0]} mixed views", extras=("mix",), stored=FEWER_STORED[0])
+    return [*(with_stored(base, stored) for stored in FEWER_STORED), fewest]
 
 
 def noisy(name: str, share: float, log: Log) -> Setting:

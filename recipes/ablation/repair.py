@@ -68,9 +68,9 @@ class Rows:
     test_texts: Tensor
     own: Tensor
 
-    def right(self, repair: Repair) -> tuple[float, float]:
-        """Return how often the nearest text is a test image's own, as the teacher is and with a repair."""
-        moved = self.test_images if repair.map_DD is None else normalize(self.test_images @ repair.map_DD)
+    def right(self, map_DD: Tensor | None) -> tuple[float, float]:
+        """Return how often the nearest text is a test image's own, as the teacher is and with a repair's map, if any."""
+        moved = self.test_images if map_DD is None else normalize(self.test_images @ map_DD)
         before, after = (
             float(((images @ self.test_texts.T).argmax(dim=1) == self.own).double().mean())
             for images in (self.test_images, moved)
@@ -108,9 +108,9 @@ def cases(rows: Rows, draw: torch.Generator) -> Iterator[tuple[str, Rows]]:
     yield "images rotated", rows.mapped(rotation)
     yield "images half rotated", rows.mapped(torch.eye(width) + rotation)
     half = len(order) // 2
-    repair = fit(rows.some(order[:half]), seed=0)
-    if repair.map_DD is not None:
-        repaired = rows.mapped(repair.map_DD).some(order[half:])
+    _, map_DD = fit(rows.some(order[:half]), seed=0)
+    if map_DD is not None:
+        repaired = rows.mapped(map_DD).some(order[half:])
         yield "repaired by the other half", repaired
         for share in (*plan.NOISE, 1.0):
             yield f"repaired by the other half, {share:.0%} exchanged", repaired.exchanged(share, draw)
@@ -133,7 +133,7 @@ def real_cases(rows: Rows, draw: torch.Generator) -> Iterator[tuple[str, Rows]]:
     yield "folds by captions alone", dataclasses.replace(rows, images=told_apart)
 
 
-def fit(rows: Rows, seed: int) -> Repair:
+def fit(rows: Rows, seed: int) -> tuple[Repair, Tensor | None]:
     """Fit and judge a repair, which is taken where the gain is significant."""
     return fit_repair(Pairs(rows.images, rows.texts, rows.captions), rows.scale, seed, SIGNIFICANT)
 
@@ -146,7 +146,7 @@ def gain(repair: Repair) -> float:
 
 def is_taken(repair: Repair) -> bool:
     """Tell whether `cluster` and `distill` take a repair."""
-    return repair.map_DD is not None and RULE.is_large(gain(repair), repair.recall_at_1)
+    return repair.repaired and RULE.is_large(gain(repair), repair.recall_at_1)
 
 
 def number(texts: list[str]) -> Tensor:
@@ -255,8 +255,8 @@ def main() -> None:
         results: dict[str, list[tuple[Repair, tuple[float, float]]]] = {}
         for seed in range(SEEDS):
             for case, made in make(rows, torch.Generator().manual_seed(seed)):
-                repair = fit(made, seed)
-                results.setdefault(case, []).append((repair, made.right(repair)))
+                repair, map_DD = fit(made, seed)
+                results.setdefault(case, []).append((repair, made.right(map_DD)))
         for case, of_case in results.items():
             print(f"| {name} | {case} | {describe(of_case)} |", flush=True)
 
@@ -267,7 +267,7 @@ def describe(results: list[tuple[Repair, tuple[float, float]]]) -> str:
     scores = [gain(repair) / repair.standard_error if repair.steps else 0.0 for repair in repairs]
     rank_before, rank_after = np.exp(np.mean([repair.log_rank for repair in repairs], axis=0))
     recall_before, recall_after = np.mean([repair.recall_at_1 for repair in repairs], axis=0)
-    significant = sum(repair.map_DD is not None for repair in repairs)
+    significant = sum(repair.repaired for repair in repairs)
     taken = list(map(is_taken, repairs))
     right, if_significant = np.mean([rights for _, rights in results], axis=0)
     now = np.mean([rights[is_one] for (_, rights), is_one in zip(results, taken, strict=True)])

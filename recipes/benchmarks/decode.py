@@ -80,7 +80,7 @@ def find_decoders() -> dict[str, Decode]:
 
 
 def show_view(jpegs: list[bytes], number: int) -> tuple[View, np.ndarray]:
-    """Decode an image and render a `strong` view of it, as a worker of `distill` does."""
+    """Decode an image and render a view of it, in a crop and colours of its own, as a worker of `distill` does."""
     image = decode_image(jpegs[number % len(jpegs)])
     view = choose_view(Augmentation(0.3, 0.4, 0.2), *image.size, number)
     return view, Renderer({"size": SIDE})(image, view)

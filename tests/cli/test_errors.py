@@ -68,7 +68,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("cluster --embeddings foreign --keep-list nobody.parquet --work w", 1, "Nothing is left to cluster"),
     ("cluster --embeddings foreign --keep-list others.parquet --work w", 1, "lacks 40 of the 40 rows"),
     ("cluster --embeddings foreign --num-clusters 20 --train-rows 19 --work w", 1, "20 is more than --train-rows 19"),
-    ("embed pairs --model model --views 2 --view-kind mix,cutmix", 2, "--view-kind cannot be 'cutmix'"),
+    ("embed pairs --model model --views 2 --view-kind mix,strong", 2, "--view-kind cannot be 'strong'"),
     ("embed pairs --view-kind mix", 2, "--view-kind was given, but no --views"),
     ("embed pairs --crop-scale 0.3", 2, "--crop-scale was given, but no --views"),
     ("embed pairs --color-jitter 0.3 --text-variants 8", 2, "--color-jitter was given, but no --views"),

@@ -28,7 +28,8 @@ from golden import (
 )
 from shard_server import serve
 
-AUGMENTED = ("--views", 2, "--view-kind", "strong,mix", "--text-variants", 2)
+DRAWN = ("--crop-scale", 0.3, "--color-jitter", 0.4, "--gray-probability", 0.2)
+AUGMENTED = ("--views", 2, "--view-kind", "crop,mix", *DRAWN, "--text-variants", 2)
 KINDS = ("img_emb", "text_emb", "view_emb", "view_params", "variant_emb")
 # Of an entry of a unit row in float16: two processors round differently.
 TOLERANCE = 3e-4

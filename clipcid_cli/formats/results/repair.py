@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -12,32 +11,17 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.sidecar import Sidecar
-from clipcid_cli.records import Pairing
+from clipcid_cli.records import Repair
 
 REPAIR = "repair.npz"
 STEP = "repair"
 _MAP = "image_map"
 
 
-class RepairFigures(msgspec.Struct, omit_defaults=True):
-    """How captions that a repair of a teacher was not fitted to find their images, before and after it."""
-
-    repaired: bool  # whether the repair is taken
-    steps: int  # those of the fit after which it was best
-    # Mean of ln(1 + images of other captions nearer to the caption than its own), before and after.
-    log_rank: tuple[float, float]
-    standard_error: float  # of the difference of the two
-    recall_at_1: tuple[float, float]  # share of the images whose nearest caption is their own, before and after
-    chance_at_1: float  # of a guess
-    pairs: int  # pairs that it was fitted to and judged by
-    captions: int  # different captions of those
-    pairing: Pairing | None = None  # of the repaired teacher
-
-
 class RepairSidecar(Sidecar, kw_only=True):
     """``repair.json``, beside ``repair.npz`` where the repair is taken."""
 
-    result: RepairFigures
+    result: Repair
 
 
 def write_repair(folder: Path, map_DD: npt.NDArray[np.float32]) -> None:

@@ -28,10 +28,6 @@ class Augmentation:
         return self.color_jitter > 0 or self.gray_probability > 0
 
 
-# What `embed --view-kind strong` draws views by.
-STRONG = Augmentation(crop_scale=0.3, color_jitter=0.4, gray_probability=0.2)
-
-
 def choose_view(augmentation: Augmentation, width: int, height: int, seed: int) -> View:
     """Draw a view; its crop as torchvision's RandomResizedCrop, area in [crop_scale, 1] and aspect ratio in [3/4, 4/3]."""
     random = np.random.default_rng(seed)

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from clipcid_cli.formats.results.repair import RepairFigures
-from clipcid_cli.records import Pairing
+from clipcid_cli.records import Pairing, Repair
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.evaluate.result import Preview, ZeroshotResult
@@ -26,7 +25,7 @@ class Distilled(msgspec.Struct, omit_defaults=True):
     seconds: dict[str, float]  # time by phase
     files: dict[str, str]
     chance: dict[str, float] = {}  # what a guess scores on the held-out part
-    repair: RepairFigures | None = None  # that of the teacher, where it was repaired
+    repair: Repair | None = None  # that of the teacher, where it was repaired
     pairing: Pairing | None = None  # how well the teacher knows these captions and images
 
 

@@ -21,8 +21,7 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
-from clipcid_cli.formats.results.repair import RepairFigures
-from clipcid_cli.records import Pairing
+from clipcid_cli.records import Pairing, Repair
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
@@ -39,11 +38,12 @@ from clipcid_cli.steps.distill.training_batch import TrainingBatch
 from clipcid_cli.steps.pairing import MAX_SCALE, judge_pairing, teacher_scale
 from clipcid_cli.steps.repair import describe_repair, repair_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.embed import VIEW_KINDS
 
 SAMPLES_AT_ONCE = 256
 """Samples that an online teacher takes at once, whatever the batch; no activations are kept."""
 
-# Another tool's views may have any crop and colours.
+# Views of another tool, or of a kind that `embed` no longer draws, may have any crop and colours.
 _ANY = Augmentation(crop_scale=0.08, color_jitter=1.0, gray_probability=1.0)
 
 
@@ -66,7 +66,7 @@ class TeacherRows(NamedTuple):
 class Judgement:
     """How well a teacher pairs images with captions; None where nothing was judged."""
 
-    repair: RepairFigures | None = None  # of its image rows
+    repair: Repair | None = None  # of its image rows
     pairing: Pairing | None = None
     is_decided: bool = True  # whether it is known if it is repaired; a dry run may leave it to the run
 
@@ -196,13 +196,10 @@ class StoredTeacher(Teacher):
     def augmentation(self, chosen: Augmentation) -> Augmentation:
         if not self.num_views:
             return chosen
-        if self.embeddings.sidecar is None:
+        sidecar = self.embeddings.sidecar
+        if sidecar is None or not set(sidecar.made.view_kind) <= set(VIEW_KINDS):
             return _ANY
-        from clipcid_cli.steps.embed.augmented import Views
-
-        recorded = self.embeddings.sidecar.made
-        drawn = Augmentation(recorded.crop_scale, recorded.color_jitter, recorded.gray_probability)
-        return Views(self.num_views, recorded.view_kind, drawn, recorded.seed).strongest
+        return Augmentation(sidecar.made.crop_scale, sidecar.made.color_jitter, sidecar.made.gray_probability)
 
     def fingerprints(self) -> list[FileRecord]:
         kinds = _kinds_shown(self.num_views, self.first_captions)

@@ -21,7 +21,7 @@ from PIL import Image
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.runtime.models.augment import STRONG, Augmentation, choose_view
+from clipcid_cli.runtime.models.augment import Augmentation, choose_view
 from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
 from clipcid_cli.runtime.models.views import (
     PACKED_MIX,
@@ -47,8 +47,8 @@ class Views:
     """Which augmented views of each image are embedded in addition to its evaluation crop."""
 
     count: int  # V, at least 1
-    kinds: tuple[str, ...]  # view v is of kind v modulo the number of kinds: `crop`, `strong` or `mix`
-    augmentation: Augmentation  # how views of kind `crop`, and both images of a `mix`, are drawn
+    kinds: tuple[str, ...]  # view v is of kind v modulo the number of kinds: `crop` or `mix`
+    augmentation: Augmentation  # how a `crop`, and both images of a `mix`, are drawn
     seed: int
 
     def kind(self, view_index: int) -> str:
@@ -63,18 +63,6 @@ class Views:
     def packed_size(self) -> int:
         """Numbers stored of each view."""
         return PACKED_MIX if self.mixes else PACKED_VIEW
-
-    @property
-    def strongest(self) -> Augmentation:
-        """The smallest crops and strongest colours of any kind."""
-        drawn = self.augmentation
-        if "strong" not in self.kinds[: self.count]:
-            return drawn
-        return Augmentation(
-            crop_scale=min(drawn.crop_scale, STRONG.crop_scale),
-            color_jitter=max(drawn.color_jitter, STRONG.color_jitter),
-            gray_probability=max(drawn.gray_probability, STRONG.gray_probability),
-        )
 
 
 class _Mixture(NamedTuple):
@@ -114,8 +102,8 @@ def _draw_views(
         wanted[mixture.other].append(mixture)
     for row, image in images:
         for view_index in range(views.count):
-            drawn = STRONG if views.kind(view_index) == "strong" else views.augmentation
-            view = choose_view(drawn, *image.size, derive_seed("view", views.seed, view_index, keys[row]))
+            seed = derive_seed("view", views.seed, view_index, keys[row])
+            view = choose_view(views.augmentation, *image.size, seed)
             pixels[view_index, row] = render(image, view)
             firsts[row, view_index] = view
             colors[row, view_index] = view.colors
@@ -255,7 +243,7 @@ class AugmentingEncoder(EmbedEncoder):
     def _color(self, pixels: torch.Tensor, colors: torch.Tensor | None) -> torch.Tensor:
         """Apply the colour maps of views to their pixels."""
         views = self.decoder.views
-        if views is None or colors is None or not views.strongest.changes_colors:
+        if views is None or colors is None or not views.augmentation.changes_colors:
             return pixels
         maps = torch.eye(3, 4).repeat(len(pixels), 1, 1)
         maps[self.decoder.batch_size :] = colors.transpose(0, 1).reshape(-1, 3, 4)  # view after view, as the pixels
@@ -282,8 +270,6 @@ def augmenting_settings(settings: EmbedSettings) -> dict[str, Any]:
         for name in ("views", "crop_scale", "color_jitter", "gray_probability"):
             decisive[name] = getattr(settings, name)
         decisive["view_kind"] = list(settings.view_kinds)
-        if "strong" in settings.view_kinds:
-            decisive["strong_view"] = dataclasses.asdict(STRONG)
     if settings.text_variants:
         decisive |= {"text_variants": settings.text_variants, "text_variant_rules": RULES}
     return decisive

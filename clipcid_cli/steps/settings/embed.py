@@ -26,7 +26,7 @@ from clipcid_cli.steps.settings.shared import (
 
 DEFAULT_MODEL = "ViT-L-14"
 _PART = re.compile(r"(?:auto|(?:auto|(\d{1,9}))/([1-9]\d{0,8}))")
-VIEW_KINDS = ("crop", "strong", "mix")
+VIEW_KINDS = ("crop", "mix")
 
 # What other steps take from the table or the variables of `embed` where they embed; they read data as their own flags say.
 _TAKEN = (
@@ -108,8 +108,8 @@ class EmbedSettings(AugmentationSettings, TrainingDataSettings, GpuPlanSettings)
     view_kind: tuple[str, ...] = _augment(
         (),
         "Kinds of the views, in turn; may be repeated, or listed with commas. `crop`, the default: random crops and colors "
-        "by the flags above. `strong`: crops of 30% of the area and more, strong colors. `mix`: two images, cropped by "
-        "those flags, are mixed, with a weight of 0.5 to 1 for the first.",
+        "by the flags above. `mix`: two images, cropped by those flags, are mixed, with a weight of 0.5 to 1 for the "
+        "first.",
         metavar="KIND",
     )
     text_variants: int = _augment(

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from clipcid_cli.algorithms.pairing import Pairs, are_enough
 from clipcid_cli.algorithms.repair import (
     RULE,
-    Repair,
     Rule,
     can_be_divided,
     deal_groups,
@@ -23,6 +22,7 @@ from clipcid_cli.algorithms.repair import (
     group_pairs,
     standard_error,
 )
+from clipcid_cli.records import Repair
 
 WIDTH, SCALE = 32, 50.0
 
@@ -45,19 +45,22 @@ def make_captioned(seed: int, *, num_images: int = 60, noise: float = 0.25) -> P
 
 
 def repair(pairs: Pairs) -> Repair:
-    return fit_repair(pairs, SCALE, seed=0)
+    figures, _ = fit_repair(pairs, SCALE, seed=0)
+    return figures
 
 
 def test_a_rotated_teacher_is_brought_back_by_a_map_that_multiplies_float16_rows_without_error() -> None:
     pairs = make_pairs(1)
     rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(WIDTH, WIDTH)))[0]
-    found = repair(dataclasses.replace(pairs, images_ND=pairs.images_ND @ torch.from_numpy(rotation).float()))
-    assert found.map_DD is not None
+    turned = dataclasses.replace(pairs, images_ND=pairs.images_ND @ torch.from_numpy(rotation).float())
+    found, map_DD = fit_repair(turned, SCALE, seed=0)
+    assert found.repaired
+    assert map_DD is not None
     assert found.recall_at_1[0] < 0.1
     assert found.recall_at_1[1] > 0.3
     assert found.log_rank[1] < found.log_rank[0]
     rows = torch.nn.functional.normalize(torch.randn(50, WIDTH)).half().double()
-    wide = found.map_DD.double()
+    wide = map_DD.double()
     sums = sum((rows[:, [place]] * wide[place] for place in reversed(range(WIDTH))), torch.zeros(50, WIDTH))
     torch.testing.assert_close(rows @ wide, sums, rtol=0, atol=0)
 
@@ -71,7 +74,7 @@ def test_a_sound_teacher_stays_whatever_share_of_the_captions_is_wrong(exchanged
     places[wrong] = random.permutation(wrong)
     other = pairs.take(torch.from_numpy(places))
     found = repair(Pairs(pairs.images_ND, other.texts_ND, other.captions_N))
-    assert found.map_DD is None
+    assert not found.repaired
     assert exchanged > 0.0 or found.recall_at_1[0] > 0.8
 
 
@@ -84,7 +87,7 @@ def test_noise_is_not_followed(num_captions: int, seed: int) -> None:
     number = (num_captions * random.uniform(size=400) ** 2).astype(np.int64)
     images = unit(random.normal(size=(400, WIDTH)) + 0.5)
     pairs = Pairs(*(torch.from_numpy(rows).float() for rows in (images, captions[number])), torch.from_numpy(number))
-    assert repair(pairs).map_DD is None
+    assert not repair(pairs).repaired
 
 
 @given(st.integers(0, 2**31), st.integers(4, 400))
@@ -124,7 +127,7 @@ def test_another_caption_of_an_image_is_no_wrong_answer() -> None:
     assert found.recall_at_1[0] > 0.95  # by one caption of five it would be a fifth
     assert math.exp(found.log_rank[0]) < 1.1
     assert found.chance_at_1 == pytest.approx(5 / (len(make_captioned(0)) / 5), rel=0.1)
-    assert found.map_DD is None
+    assert not found.repaired
 
 
 def turn(pairs: Pairs, share: float) -> Pairs:
@@ -136,16 +139,19 @@ def turn(pairs: Pairs, share: float) -> Pairs:
 
 def test_a_clear_but_small_gain_is_not_taken() -> None:
     pairs = turn(make_pairs(3), 0.6)
-    significant = fit_repair(pairs, SCALE, 0, Rule(rank_falls_by=1.0, recall_rises_by=0.0))
-    assert significant.map_DD is not None
+    significant, map_DD = fit_repair(pairs, SCALE, 0, Rule(rank_falls_by=1.0, recall_rises_by=0.0))
+    assert significant.repaired
+    assert map_DD is not None
     assert significant.recall_at_1[0] > 0.5
-    assert repair(pairs).map_DD is None
+    assert not repair(pairs).repaired
 
 
 def test_a_large_but_unclear_gain_is_not_taken() -> None:
     pairs = turn(make_pairs(3), 1.0)
-    assert repair(pairs).map_DD is not None
-    assert fit_repair(pairs, SCALE, 0, Rule(standard_errors=1e6)).map_DD is None
+    assert repair(pairs).repaired
+    unclear, map_DD = fit_repair(pairs, SCALE, 0, Rule(standard_errors=1e6))
+    assert not unclear.repaired
+    assert map_DD is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from balance_data import heard, unit, write_embeddings
 
 from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.results.repair import RepairFigures
+from clipcid_cli.records import Repair
 from clipcid_cli.steps.pairing import consider_rows, judge_pairing
 from clipcid_cli.steps.repair import describe_repair, repair_teacher
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -69,7 +69,7 @@ def test_pairs_of_one_image_decide_no_repair_but_are_ranked(tmp_path: Path) -> N
     ],
 )
 def test_why_a_teacher_is_left_as_it_is(log_rank: tuple[float, float], error: float, gain: str) -> None:
-    figures = RepairFigures(
+    figures = Repair(
         repaired=False,
         steps=5,
         log_rank=log_rank,

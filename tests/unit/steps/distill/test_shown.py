@@ -34,6 +34,7 @@ from teaching_data import (
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import decode_image
 from clipcid_cli.runtime.models.load import load_model
@@ -48,7 +49,15 @@ from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 COUNTS = (1, 3, 2, 5, 1, 4)
 # Batches of 40 pictures hold ten samples, with 1 + 3 pictures each.
-MIXED = {"views": 3, "view_kind": ("strong", "mix,crop"), "crop_scale": 0.8, "seed": 5, "batch_size": 40}
+MIXED = {
+    "views": 3,
+    "view_kind": ("crop", "mix,crop"),
+    "crop_scale": 0.3,
+    "color_jitter": 0.4,
+    "gray_probability": 0.2,
+    "seed": 5,
+    "batch_size": 40,
+}
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +124,7 @@ def test_other_captions_than_those_embedded_are_refused(
     embedded: tuple[int, ...], now: tuple[int, ...], differing: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "embedded by"
-    made = {"views": 2, "view_kind": ("strong", "mix"), "crop_scale": 0.5, "seed": 7, "text_variants": 2}
+    made = {"views": 2, "view_kind": ("crop", "mix"), "crop_scale": 0.5, "seed": 7, "text_variants": 2}
     embed_data(write_captions(tmp_path / "then", embedded), tiny_model, folder, batch_size=16, **made)
     changed = write_captions(tmp_path / "now", now)
     with pytest.raises(ClipcidError, match=differing) as raised:
@@ -177,7 +186,7 @@ def test_further_texts_by_default(work: Path, plain: Path, data: Path, tiny_shar
 
 @pytest.fixture(scope="module")
 def mixed(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A strong view, a mixture and a gentle crop of each image of the tiny shards."""
+    """A crop, a mixture and another crop of each image of the tiny shards."""
     out = tmp_path_factory.mktemp("mixed") / "tiny"
     embed_data(tiny_shards, tiny_model, out, **MIXED)
     return out
@@ -207,6 +216,18 @@ def test_views_are_replayed_to_the_pixel(mixed: Path, tiny_shards: Path, teacher
     assert (np.sort(seen[:3], axis=0) == np.arange(3)[:, None]).all(), "three epochs show three views"
     assert seen[3] == seen[0]
     assert len(set(seen[0])) == 3, "samples begin with different views"
+
+
+def test_views_of_a_kind_that_is_no_longer_drawn_may_show_anything(mixed: Path, tiny_shards: Path) -> None:
+    teacher = join(tiny_shards, mixed).inputs.teacher
+    chosen = Augmentation(crop_scale=1.0)
+    assert teacher.augmentation(chosen) == Augmentation(crop_scale=0.3, color_jitter=0.4, gray_probability=0.2)
+    embeddings = teacher.embeddings
+    settings = embeddings.sidecar.settings | {"view_kind": ["strong"], "color_jitter": 0.0, "gray_probability": 0.0}
+    embeddings.sidecar = msgspec.structs.replace(embeddings.sidecar, settings=settings)
+    shown = teacher.augmentation(chosen)
+    assert shown.changes_colors
+    assert shown.crop_scale < 0.1
 
 
 def keep_some(folder: Path, embeddings: Embeddings, rows: list[int]) -> str:
