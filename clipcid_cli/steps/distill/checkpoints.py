@@ -8,6 +8,7 @@ again. A run without a checkpoint starts anew, and removes what earlier ones hav
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -90,7 +91,7 @@ class Checkpoints:
         self._saved = self._begun  # all processes have come here, the first after it had waited
         refuse_differing(checksums, state.step, self._saved)
         if self._context.is_main:
-            content = _copy_to_host(state.state_dict()) | {"bad": bad}
+            content = _copy_to_host(state.state_dict() | {"bad": bad})
             if self._context.device.type == "cuda":
                 torch.cuda.synchronize(self._context.device)  # the copies are then there
             self._writing = self._writer.submit(write_checkpoint, self._folder.checkpoints, state.step, content)
@@ -124,11 +125,16 @@ def refuse_differing(checksums: Sequence[int], step: int, saved: int) -> None:
 
 
 def _copy_to_host(value: Any) -> Any:
-    """Copy the tensors in dictionaries and lists to the host; a GPU's are there once it is synchronized."""
+    """Copy the tensors in dictionaries and lists to the host; a GPU's are there once it is synchronized.
+
+    Equal texts become one object, which is written once: so a run that was resumed writes the same bytes.
+    """
     if isinstance(value, Tensor):
         return value.detach().to("cpu", non_blocking=True, copy=True)
+    if isinstance(value, str):
+        return sys.intern(value)
     if isinstance(value, Mapping):
-        return {name: _copy_to_host(one) for name, one in value.items()}
+        return {_copy_to_host(name): _copy_to_host(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_copy_to_host(one) for one in value)
     return value
