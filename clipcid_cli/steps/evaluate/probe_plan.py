@@ -24,7 +24,7 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, LINEAR_PROBE, MULTI_LABEL, metrics_stem
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.steps.data_index import open_named, refuse_empty
+from clipcid_cli.steps.data_index import note_left_out, open_named, refuse_empty
 from clipcid_cli.steps.evaluate.image_groups import describe_groups
 from clipcid_cli.steps.evaluate.split_classes import Split, match_classes
 from clipcid_cli.steps.evaluate.task_plan import find_copy
@@ -104,6 +104,8 @@ def make_plan(settings: EvalLinearSettings) -> ProbePlan:
     if settings.val is not None:
         given["val"] = settings.val
     opened = {split: open_named(settings, data) for split, data in given.items()}
+    for dataset in opened.values():
+        note_left_out(dataset)
     train = opened["train"]
     described = find_benchmark_folder(os.path.expanduser(given["train"]), "train")
     several = described.dataset_type == MULTI_LABEL
