@@ -98,7 +98,13 @@ def test_added_shards_are_embedded_alone(clipcid: Clipcid, tiny_shards: Path, ti
     clipcid(*call)
     first = hash_rows(tmp_path / "out")
     write_tar(tmp_path / "data" / "00002.tar", shard_members(9, 4))
-    for name in ("list.csv", "00002.parquet", "README.md", "cat/0.PNG", "about/0.json"):  # of a tar's name: its metadata
+    for name in (
+        "list.csv",
+        "00002.parquet",
+        "README.md",
+        "cat/0.PNG",
+        "about/0.json",
+    ):  # of a tar's name: its metadata
         (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "data" / name).touch()
     told = clipcid(*call).stderr
