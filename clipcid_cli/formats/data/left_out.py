@@ -42,7 +42,8 @@ def describe_left_out(folder: str, kind: str) -> str:
     unread = ", ".join(f"{what}: {count:,}" for what, count in others.items() if count)
     if not unread:
         return ""
-    return f"{folder}: its {taken} are read, and not what is beside them ({unread}). To read one of these, give it as the data."
+    read_alone = f"{folder}: its {taken} are read, and not what is beside them ({unread})."
+    return f"{read_alone} To read one of these, give it as the data."
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -171,7 +171,9 @@ def test_damaged_and_other_parquet_files_are_told(tmp_path: Path) -> None:
             open_dataset(spec)
         assert "lists of images are not read" in error.value.fix
     pq.write_table(pa.table({"filepath": ["a"]}), tmp_path / "both" / "a.parquet")
-    with pytest.raises(ClipcidError, match="is a list of images .*; a folder or pattern of lists is not read") as error:
+    with pytest.raises(
+        ClipcidError, match=r"is a list of images .*; a folder or pattern of lists is not read"
+    ) as error:
         open_dataset(tmp_path / "both")
     assert f"Give a list itself, for example {tmp_path}/both/a.parquet;" in error.value.fix
     (tmp_path / "photos").mkdir()
@@ -180,6 +182,6 @@ def test_damaged_and_other_parquet_files_are_told(tmp_path: Path) -> None:
     assert open_dataset(tmp_path / "photos").kind == "images"
     unread = "its images are read, and not what is beside them (.parquet: 1)"
     assert unread in describe_left_out(str(tmp_path / "photos"), "images")
-    with pytest.raises(ClipcidError, match="say how a list is read, and .*/photos is none") as error:
+    with pytest.raises(ClipcidError, match=r"say how a list is read, and .*/photos is none") as error:
         open_dataset(tmp_path / "photos", list_format=ListFormat(root=str(tmp_path)))
     assert error.value.fix == f"Omit them, or give a list of that folder: {tmp_path}/photos/metadata.parquet."
