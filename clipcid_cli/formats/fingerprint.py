@@ -231,7 +231,12 @@ def find_lost(there: Sequence[FileRecord], now: Collection[FileRecord]) -> str:
     if renamed:
         first = renamed[0]
         parts.append(f"shards renamed: {len(renamed):,}, first {first.shard}, now {names[first.content[:2]]}")
-    if gone:
+    known = {file.content for file in there}
+    new = [_name_file(file) for file in now if file.content not in known]
+    lost = [_name_file(file) for file in changed]
+    if gone and new and not set(map(os.path.dirname, lost)) & set(map(os.path.dirname, new)):
+        parts.append(f"other data: {lost[0]} before, {new[0]} now")
+    elif gone:
         gone = list(dict.fromkeys(gone))
         more = f" and {len(gone) - 3:,} more" if len(gone) > 3 else ""
         parts.append(f"changed or gone: {', '.join(gone[:3])}{more}")

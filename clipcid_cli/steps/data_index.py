@@ -23,6 +23,7 @@ from clipcid_cli.formats.data.index import (
     read_record,
     write_part,
 )
+from clipcid_cli.formats.data.left_out import describe_left_out
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Columns, ListFormat, Sample
 from clipcid_cli.formats.data.shard_files import FORMS
 from clipcid_cli.formats.embeddings.layouts import find_rows
@@ -75,6 +76,14 @@ def open_named(settings: ReadingSettings, data: str, index_root: Path | None = N
                     "Name it with --embeddings (balance, cluster, distill), not as the data.",
                 ) from error
         raise
+
+
+def note_left_out(dataset: Dataset) -> None:
+    """Say what a folder that was named as data holds of another kind, which is not read."""
+    if dataset.kind != "benchmark" and os.path.isdir(dataset.spec):
+        left_out = describe_left_out(dataset.spec, dataset.kind)
+        if left_out:
+            reporting.note(left_out)
 
 
 def holds_embeddings(folder: Path) -> bool:

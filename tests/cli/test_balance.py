@@ -152,11 +152,15 @@ def test_all_filters_go_together(clipcid: Clipcid, torchrun: Clipcid, tiny_model
     evaluation = write_tar(tmp_path / "evaluation.tar", shard_members(500, 20))
     write_tar(tmp_path / "data" / "0.tar", [*shard_members(0, 80), *shard_members(500, 20)])
     amounts = ("--model", tiny_model, "--keep", 0.8, "--against", evaluation, "--against-threshold", 0.001)
-    run = clipcid("balance", "data", *amounts, "--json")
+    run = clipcid("balance", "data", *amounts, "--write-pairs", "pairs.csv", "--json")
     work, keep = tmp_path / "clipcid-work", read_keep(tmp_path)
     assert (keep["dropped_by"][80:] == "reference").all()
     assert (keep["reference_distance"][80:] == 0.0).all()
     assert run.json["against"]["dropped"] == (keep["dropped_by"] == "reference").sum() < len(keep)
+    pairs = pd.read_csv(tmp_path / "pairs.csv", dtype={"from": str, "to": str})
+    assert pairs["from"].tolist() == keep["key"][keep["dropped_by"].notna()].tolist()
+    assert pairs["to"].tolist() == keep["reference_key"].fillna(keep["representative"])[~keep["kept"]].tolist()
+    assert (pairs["reference"].dropna() == str(evaluation)).sum() == run.json["against"]["dropped"]
     page = (work / "balance" / "report.html").read_text()
     gallery = page[page.index("Images near a reference") : page.index("Images kept at each cut-off")]
     assert gallery.count("data:image/webp;base64,") == 24

@@ -98,7 +98,18 @@ def test_added_shards_are_embedded_alone(clipcid: Clipcid, tiny_shards: Path, ti
     clipcid(*call)
     first = hash_rows(tmp_path / "out")
     write_tar(tmp_path / "data" / "00002.tar", shard_members(9, 4))
-    assert "1 of 2 shards are already embedded." in clipcid(*call).stderr
+    for name in (
+        "list.csv",
+        "00002.parquet",
+        "README.md",
+        "cat/0.PNG",
+        "about/0.json",
+    ):  # of a tar's name: its metadata
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    told = clipcid(*call).stderr
+    assert "1 of 2 shards are already embedded." in told
+    assert "its .tar files (2) are read, and not what is beside them (.csv: 1, folders of images or tars: 1)." in told
     assert first.items() < hash_rows(tmp_path / "out").items()
     # One in between: files after it get other numbers, and are not made again.
     write_tar(tmp_path / "data" / "00001.tar", shard_members(5, 4))

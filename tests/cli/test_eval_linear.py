@@ -193,6 +193,10 @@ def test_splits_are_named_in_any_form(clipcid: Clipcid, tiny_model: Path, tmp_pa
     run = clipcid("eval-linear", tiny_model, "--train", "a.tar::b.tar", "--test", "pipe:cat c.tar", "--json")
     assert [run.json[f"{split}images"] for split in ("train_", "", "repeated_")] == [48, 24, 12]
     assert "12 of 24 test images are among those of training too" in run.said
+    # Another training set of the same test set is another result.
+    planned = clipcid("eval-linear", tiny_model, "--train", "a.tar", "--test", "pipe:cat c.tar", "--dry-run", "--json")
+    names = [Path(answer["files"]["metrics"]).stem.partition("_linear_probe")[2] for answer in (run.json, planned.json)]
+    assert names == ["_train-a.tar-b.tar", "_train-a.tar"]
     for split, data in (("train", "none.tar"), ("test", f"pipe:cat {300 * 'x'}")):
         given = {"train": "a.tar", "test": "c.tar"} | {split: data}
         refused = clipcid("eval-linear", tiny_model, "--train", given["train"], "--test", given["test"], code=1)

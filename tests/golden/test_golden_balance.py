@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from golden import (
     QUICKSTART,
@@ -144,6 +145,12 @@ def test_references_captions_and_lists(place: Path) -> None:
     lists = ("--write-shards", "shards", "--write-pairs", "pairs.parquet", "--write-keys", "keys.txt")
     found = balance(place, "filtered", SHARDS, *amount, "--against", "references", *lists)
     pairs = read_table(place / "pairs.parquet")
+    is_own = pairs.pop("reference") == ""
+    near = {"key": "from", "reference_key": "to", "reference_distance": "distance"}
+    table = pq.read_table(place / "filtered" / "balance" / "keep.parquet", filters=[("reference", "!=", "")])
+    for name, column in near.items():
+        assert pairs[column][~is_own].tolist() == table[name].to_pylist()
+    pairs = {name: column[is_own] for name, column in pairs.items()}
     pairs |= {name: find_rows(pairs[name]) for name in ("from", "to")}
     check("balance-filtered", found | {f"pairs.{name}": column for name, column in pairs.items()})
     keys = read_metadata(ROWS)["key"][found["keep.kept"]].tolist()

@@ -19,6 +19,7 @@ from clipcid_cli.formats.data.first_look import (
     validate_shards,
 )
 from clipcid_cli.formats.data.index import DataIndex, index_folder, open_index
+from clipcid_cli.formats.data.left_out import find_lists
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, Columns, ListFormat
 from clipcid_cli.formats.data.shard import Opened, ReadOptions, Shard
 from clipcid_cli.formats.data.shard_files import (
@@ -211,7 +212,7 @@ def open_dataset(
     if opened.kind != "list" and options.list_format != ListFormat():
         raise ClipcidError(
             f"--list-root, --list-separator and --list-encoding say how a list is read, and {spec} is none.",
-            "Omit them.",
+            f"Omit them{_name_lists(spec)}.",
         )
     dataset = Dataset(
         redact(spec),
@@ -259,6 +260,12 @@ def _open_parquet(spec: str, files: Sequence[str], options: ReadOptions) -> Open
     if os.path.isdir(spec) and (images := find_images(spec, options)):
         return images
     raise no_images_error(files[0], options.columns)
+
+
+def _name_lists(spec: str) -> str:
+    """Return the other remedy for flags of lists where a folder of lists, or of data with lists, was named."""
+    lists = find_lists(spec) if os.path.isdir(spec) else []
+    return f", or give a list of that folder: {', '.join(lists[:3])}" if lists else ""
 
 
 def _find_index(dataset: Dataset, root: Path, max_sample_bytes: int) -> Dataset:

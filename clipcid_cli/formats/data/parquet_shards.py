@@ -154,6 +154,11 @@ def no_images_error(path: str, columns: Columns) -> ClipcidError:
             f"{path} has no images in column {columns.image!r}; it has some in {', '.join(image_columns[:12])}.",
             f"Give --image-column {image_columns[0]}.",
         )
+    if columns.image in schema.names:
+        return ClipcidError(
+            f"{path} is a list of images (it has a column {columns.image!r}); a folder or pattern of lists is not read.",
+            f"Give a list itself, for example {path}; write the rows of several into one.",
+        )
     return ClipcidError(
         f"{path} has no column with one image per row, as bytes or {{bytes, path}}; "
         f"it has {', '.join(schema.names[:12])}.",

@@ -44,6 +44,7 @@ _SCHEMA = pa.schema(
 UID_HALVES = np.dtype([("f0", "<u8"), ("f1", "<u8")])
 
 _PAIRS = pa.schema([("from", pa.string()), ("to", pa.string()), ("distance", pa.float32())])
+_REFERENCE = pa.field("reference", pa.string())
 _UID = "[0-9a-fA-F]{32}"
 _AT_ONCE = 2**16
 
@@ -220,13 +221,31 @@ def _open(path: Path) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def read_dropped(path: Path) -> Iterator[pa.Table]:
-    """Read, part by part, dropped images and those kept for them: the keys ``from`` and ``to``, and ``distance``."""
+def _read_dropped(path: Path) -> Iterator[pa.Table]:
+    """Read, part by part, the dropped images, those they are dropped for, and the distance between them, as `_PAIRS`."""
     with _open(path) as file:
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=["key", "representative", "distance", "kept"]):
             table = pa.Table.from_batches([batch])
             dropped = table.filter(pc.and_(pc.invert(table["kept"]), table["representative"].is_valid()))
-            yield dropped.select(["key", "representative", "distance"]).rename_columns(["from", "to", "distance"])
+            yield dropped.select(["key", "representative", "distance"]).rename_columns(_PAIRS.names).cast(_PAIRS)
+
+
+def _read_dropped_of_references(path: Path) -> Iterator[pa.Table]:
+    """Read what `_read_dropped` reads, and images near a reference, whose pair is an image of that: with its name."""
+    schema = _PAIRS.append(_REFERENCE)
+    names = ["key", "representative", "distance", "kept", "reference", "reference_key", "reference_distance"]
+    with _open(path) as file:
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=names):
+            table = pa.Table.from_batches([batch])
+            is_near = table["reference"].is_valid()
+            own = table.select(["key", "representative", "distance", "reference"]).rename_columns(schema.names)
+            near = table.select(["key", "reference_key", "reference_distance", "reference"]).rename_columns(
+                schema.names
+            )
+            own, near = own.cast(schema), near.cast(schema)
+            columns = [pc.if_else(is_near, near[name], own[name]) for name in schema.names]
+            is_pair = pc.and_(pc.invert(table["kept"]), pc.or_(is_near, own["to"].is_valid()))
+            yield pa.table(columns, schema=schema).filter(is_pair)
 
 
 def are_uids(keys: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
@@ -267,19 +286,23 @@ def write_uids(path: Path, uids: Iterable[pa.ChunkedArray], count: int, *, overw
     return len(halves)
 
 
-def write_pairs(path: Path, pairs: Iterable[pa.Table], *, overwrite: bool) -> None:
-    """Write the dropped images that `read_dropped` reads, as csv where the file's name ends so, else as parquet."""
-    with named_file(path, overwrite) as file:
+def write_pairs(path: Path, keep_list: Path, *, overwrite: bool) -> None:
+    """Write the dropped images of a keep list, as csv where the file's name ends so, else as parquet."""
+    with _open(keep_list) as file:
+        has_references = "reference" in file.schema_arrow.names
+    pairs = _read_dropped_of_references(keep_list) if has_references else _read_dropped(keep_list)
+    with named_file(path, overwrite) as target:
         if path.suffix == ".csv":
             for index, part in enumerate(pairs):
                 frame = part.to_pandas()
                 # The fewest digits that denote the same float32.
                 frame["distance"] = [str(distance) for distance in frame["distance"].to_numpy()]
-                file.write(pack_csv(frame, header=index == 0))
+                target.write(pack_csv(frame, header=index == 0))
         else:
-            with pq.ParquetWriter(file, _PAIRS, compression="zstd") as writer:
+            schema = _PAIRS.append(_REFERENCE) if has_references else _PAIRS
+            with pq.ParquetWriter(target, schema, compression="zstd") as writer:
                 for part in pairs:
-                    writer.write_table(part.cast(_PAIRS))
+                    writer.write_table(part)
 
 
 def write_keys(path: Path, keys: Iterable[pa.Array], *, overwrite: bool) -> None:

@@ -34,7 +34,7 @@ from clipcid_cli.formats.results.forest import (
     forest_sidecar_path,
     row_numbering_path,
 )
-from clipcid_cli.formats.results.keep_list import read_dropped, read_keep_list, write_keys, write_pairs
+from clipcid_cli.formats.results.keep_list import read_keep_list, write_keys, write_pairs
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED, read_skipped, write_skipped
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
@@ -173,7 +173,7 @@ def write_lists(plan: BalancePlan) -> None:
     if settings.write_keys is not None:
         write_keys(settings.write_keys, read_keep_list(keep_list).kept_keys(), overwrite=overwrite)
     if settings.write_pairs is not None:
-        write_pairs(settings.write_pairs, read_dropped(keep_list), overwrite=overwrite)
+        write_pairs(settings.write_pairs, keep_list, overwrite=overwrite)
     if settings.write_uids is not None:
         from clipcid_cli.steps.balance.uids import write_kept_uids
 

@@ -34,7 +34,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.array_task import choose_task
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.data_index import open_named
+from clipcid_cli.steps.data_index import note_left_out, open_named
 from clipcid_cli.steps.models import choose_embeddings, find_embedded_model, find_mismatch
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
 from clipcid_cli.steps.settings.shared import url_of
@@ -140,6 +140,7 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
     name = with_default_tag(parse_model(_choose_model(settings)))
     task = None if settings.part is None else choose_task(settings.part)
     dataset = _open_data(settings, name)
+    note_left_out(dataset)
     folder = _choose_folder(settings, name, task)
     if settings.text:
         if not _has_captions(dataset):

@@ -24,7 +24,7 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, LINEAR_PROBE, MULTI_LABEL, metrics_stem
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.steps.data_index import open_named, refuse_empty
+from clipcid_cli.steps.data_index import note_left_out, open_named, refuse_empty
 from clipcid_cli.steps.evaluate.image_groups import describe_groups
 from clipcid_cli.steps.evaluate.split_classes import Split, match_classes
 from clipcid_cli.steps.evaluate.task_plan import find_copy
@@ -98,11 +98,14 @@ def make_plan(settings: EvalLinearSettings) -> ProbePlan:
                 f"There is no data at {data}.",
                 f"Give --{split}, or a DATA folder that holds train/ and test/; the first positional argument is the model.",
             )
+    names = {split: name_data(data).partition("/")[0] for split, data in given.items()}
     # Both splits have the name of their data set.
-    name = name_data(given["test"]).partition("/")[0] if known is None else known[0].name
+    name = names["test"] if known is None else known[0].name
     if settings.val is not None:
         given["val"] = settings.val
     opened = {split: open_named(settings, data) for split, data in given.items()}
+    for dataset in opened.values():
+        note_left_out(dataset)
     train = opened["train"]
     described = find_benchmark_folder(os.path.expanduser(given["train"]), "train")
     several = described.dataset_type == MULTI_LABEL
@@ -117,8 +120,16 @@ def make_plan(settings: EvalLinearSettings) -> ProbePlan:
         label_of = match_classes(Split("train", given["train"], train), other, several=several)
         splits[split] = ZeroshotTask(f"{name} {split}", kind, dataset, classes, label_of=label_of)
     metric = choose_metric(settings.metric, name, several=several)
-    path = WorkDirectory(settings.work).eval / f"{metrics_stem(name, model.slug, LINEAR_PROBE)}.json"
+    stem = metrics_stem(name, model.slug, LINEAR_PROBE, *_name_training_data(names))
+    path = WorkDirectory(settings.work).eval / f"{stem}.json"
     return ProbePlan(model, name, classes, metric, splits, path, settings)
+
+
+def _name_training_data(names: dict[str, str]) -> tuple[str, ...]:
+    """Return what the result's name ends with where the training images are of another data set: ``train-cars``."""
+    if names["train"] == names["test"]:
+        return ()
+    return (f"train-{names['train'].replace('_', '-')}",)  # a `_` separates the parts of a result's name
 
 
 def choose_metric(requested: str, name: str, *, several: bool) -> str:

@@ -25,7 +25,7 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL, LinesRecord
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.data_index import open_named
+from clipcid_cli.steps.data_index import note_left_out, open_named
 from clipcid_cli.steps.evaluate.image_groups import refuse_groups_of_several
 from clipcid_cli.steps.evaluate.prompts import find_class_names, find_templates
 from clipcid_cli.steps.evaluate.tasks import TASKS, ZeroshotTask
@@ -73,6 +73,7 @@ def plan_folder(
         splits = ", ".join(folder.plain_splits)
         reporting.note(f"{data} has the splits {splits}: {settings.split} is measured. --split chooses another.")
     dataset = open_named(settings, folder.data)
+    note_left_out(dataset)
     kind = _choose_task(folder, dataset, settings)
     if kind == RETRIEVAL:
         variant = tuple(f"caption-key-{key}" for key in dataset.caption_keys)

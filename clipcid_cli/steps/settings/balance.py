@@ -137,7 +137,8 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings, GpuPlanSettings)
     )
     write_pairs: Path | None = _output(
         None,
-        "A table of the dropped images, .parquet or .csv: `from`, the image kept instead (`to`) and their `distance`.",
+        "A table of the dropped images, .parquet or .csv: `from`, the image kept instead (`to`) and their `distance`; with "
+        "--against also images dropped for those of a `reference`.",
         metavar="FILE.parquet",
         operational=True,
     )

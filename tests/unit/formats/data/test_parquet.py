@@ -15,7 +15,8 @@ from shard_server import serve
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
-from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.data.left_out import describe_left_out
+from clipcid_cli.formats.data.samples import ListFormat, Sample
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
@@ -169,7 +170,18 @@ def test_damaged_and_other_parquet_files_are_told(tmp_path: Path) -> None:
         with pytest.raises(ClipcidError, match="no column with one image per row") as error:
             open_dataset(spec)
         assert "lists of images are not read" in error.value.fix
+    pq.write_table(pa.table({"filepath": ["a"]}), tmp_path / "both" / "a.parquet")
+    with pytest.raises(
+        ClipcidError, match=r"is a list of images .*; a folder or pattern of lists is not read"
+    ) as error:
+        open_dataset(tmp_path / "both")
+    assert f"Give a list itself, for example {tmp_path}/both/a.parquet;" in error.value.fix
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(make_image(0))
     (tmp_path / "metadata.parquet").rename(tmp_path / "photos" / "metadata.parquet")
     assert open_dataset(tmp_path / "photos").kind == "images"
+    unread = "its images are read, and not what is beside them (.parquet: 1)"
+    assert unread in describe_left_out(str(tmp_path / "photos"), "images")
+    with pytest.raises(ClipcidError, match=r"say how a list is read, and .*/photos is none") as error:
+        open_dataset(tmp_path / "photos", list_format=ListFormat(root=str(tmp_path)))
+    assert error.value.fix == f"Omit them, or give a list of that folder: {tmp_path}/photos/metadata.parquet."
