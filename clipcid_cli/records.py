@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from statistics import fmean, stdev
 from typing import Any
 
 import msgspec
@@ -78,3 +80,17 @@ class Repair(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pairs: int  # pairs that it was fitted to and judged by
     captions: int  # different captions of those
     pairing: Pairing | None = None  # of the repaired teacher: captions of a fold and its images
+
+
+class Draws(msgspec.Struct):
+    """A metric of several random draws, or seeds; the standard deviation is None for one, and all are without a value."""
+
+    mean: float | None
+    std: float | None
+    values: list[float | None]
+
+    @classmethod
+    def from_values(cls, values: list[float]) -> Draws:
+        if any(math.isnan(value) for value in values):
+            return cls(None, None, [None if math.isnan(value) else value for value in values])
+        return cls(fmean(values), stdev(values) if len(values) > 1 else None, [*values])

@@ -11,8 +11,8 @@ from rich.text import Text
 from clipcid_cli.commands.summary import count, format_percent, print_facts, print_table, shorten_metric, wrap
 
 if TYPE_CHECKING:
+    from clipcid_cli.records import Draws
     from clipcid_cli.steps.evaluate.comparison import Comparison, ComparisonResult, Difference
-    from clipcid_cli.steps.evaluate.draws import Draws
 
 
 def show_comparison(answer: Comparison, console: Console) -> None:

@@ -13,8 +13,8 @@ from clipcid_cli.commands.summary import count, format_percent, print_facts, pri
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 if TYPE_CHECKING:
+    from clipcid_cli.records import Draws
     from clipcid_cli.steps.evaluate.comparison import Comparison
-    from clipcid_cli.steps.evaluate.draws import Draws
     from clipcid_cli.steps.evaluate.probe_result import LinearResult
     from clipcid_cli.steps.evaluate.result import Preview
 

@@ -11,7 +11,8 @@ from clipcid_cli.commands.summary import format_percent, print_facts, print_tabl
 from clipcid_cli.steps.settings.runs import RunsSettings
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.runs import Contents, EvaluationRow, RunRow, Spread
+    from clipcid_cli.records import Draws
+    from clipcid_cli.steps.runs import Contents, EvaluationRow, RunRow
 
 _SHOWN = (
     "image_retrieval_recall@1",
@@ -81,7 +82,7 @@ def _evaluation(row: EvaluationRow) -> list[str]:
     return [data, row.model, shown, value, format_percent(row.chance.get(name)), majority]
 
 
-def _spread(value: Spread | None) -> str:
+def _spread(value: Draws | None) -> str:
     if value is None:
         return "–"
     return format_percent(value.mean) + ("" if value.std is None else f" ± {format_percent(value.std)}")

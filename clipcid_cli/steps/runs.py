@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
@@ -39,6 +38,7 @@ from clipcid_cli.formats.results.metrics import (
 from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder, read_lines
 from clipcid_cli.formats.sidecar import Sidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.records import Draws
 from clipcid_cli.shown import metric_title
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.outdated import find_outdated
@@ -75,18 +75,6 @@ class Made(msgspec.Struct):
     outdated: list[str] = []  # ``other embeddings`` or ``another keep list`` than is there now, from which it was made
 
 
-class Spread(msgspec.Struct):
-    """A metric of several seeds, or of one: then without a standard deviation."""
-
-    mean: float
-    std: float | None
-    values: list[float]
-
-    @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        return cls(fmean(values), stdev(values) if len(values) > 1 else None, values)
-
-
 class RunRow(msgspec.Struct):
     """Runs of `distill` that differ in their seed alone."""
 
@@ -100,7 +88,7 @@ class RunRow(msgspec.Struct):
     samples: int
     held_out: int | None  # images of the held-out part; None of an unfinished run
     finished: bool
-    metrics: dict[str, Spread]  # of the last evaluation: of the held-out part, and NAME/METRIC
+    metrics: dict[str, Draws]  # of the last evaluation: of the held-out part, and NAME/METRIC
     chance: dict[str, float]  # of the held-out part
     reports: list[str]
 
@@ -115,7 +103,7 @@ class EvaluationRow(msgspec.Struct):
     models: list[str]
     images: int | None
     customary: str | None
-    metrics: dict[str, Spread]
+    metrics: dict[str, Draws]
     intervals: dict[str, tuple[float, float]]  # of a single model
     chance: dict[str, float]
     majority: float | None
@@ -319,10 +307,10 @@ def _name_together(names: Sequence[str]) -> str:
     return f"{prefix}*" if prefix else ", ".join(names)
 
 
-def _spread(values: Sequence[dict[str, Any]]) -> dict[str, Spread]:
+def _spread(values: Sequence[dict[str, Any]]) -> dict[str, Draws]:
     """Return the metrics that all have a value of."""
     names = [name for name in values[0] if all(_is_number(figures.get(name)) for figures in values)] if values else []
-    return {name: Spread.of([float(figures[name]) for figures in values]) for name in names}
+    return {name: Draws.from_values([float(figures[name]) for figures in values]) for name in names}
 
 
 def _is_number(value: Any) -> bool:
@@ -494,7 +482,7 @@ def _draw_curves(rows: Sequence[RunRow], groups: Sequence[Sequence[_Run]]) -> It
             drawn[f"{data}/{metric}"] = f"{metric_title(metric)} on {data}"
     for name, title in list(drawn.items())[:_MOST_FIGURES]:
         ended = [place for place, row in enumerate(rows) if name in row.metrics]
-        best = sorted(ended, key=lambda place: -rows[place].metrics[name].mean)[:_MOST_DRAWN]
+        best = sorted(ended, key=lambda place: rows[place].metrics[name].mean or 0.0, reverse=True)[:_MOST_DRAWN]
         figure = _draw_curve(name, {place: (rows[place], groups[place]) for place in best})
         if figure is not None:
             some = f", the {len(best)} best of {len(ended)}" if len(best) < len(ended) else ""

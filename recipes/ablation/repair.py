@@ -36,7 +36,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipcid_cli.algorithms.pairing import Pairs
-from clipcid_cli.algorithms.repair import RULE, Repair, Rule, fit_repair
+from clipcid_cli.algorithms.repair import RULE, Rule, fit_repair
+from clipcid_cli.records import Repair
 
 SEEDS = 3
 HEADING = """Made by `repair.py` on {date}. *z*: the gain in standard errors, smallest … largest of the draws; *rank*, *R@1*:

@@ -73,7 +73,7 @@ def validate_named_clusters(settings: DistillSettings) -> None:
 
 def find_clusters(
     settings: DistillSettings, embeddings: Embeddings | None, online: ModelName | None, keep_list: Path | None
-) -> OpenedClusters:
+) -> Clusters:
     """Open the clusters; those of another teacher or of an earlier keep list are refused."""
     folder = settings.clusters or WorkDirectory(settings.work).find_clusters()
     clusters = open_clusters(folder)
@@ -99,52 +99,45 @@ def find_clusters(
             f"The clusters in {folder} were made from another keep list than {keep_list} holds now.",
             _cluster_again(clusters, None, keep_list=keep_list),
         )
-    return OpenedClusters(settings, clusters)
+    return clusters
 
 
-@dataclasses.dataclass(frozen=True)
-class OpenedClusters:
-    """Clusters of the teacher's embeddings, for the images of the keep list."""
+def choose_clusters(
+    settings: DistillSettings, clusters: Clusters, teacher: Teacher, counts: MatchCounts, *, several_captions: bool
+) -> ChosenClusters:
+    """Let clusters teach; those of other images, or of the teacher before its repair, are refused.
 
-    settings: DistillSettings
-    files: Clusters
-
-    def teach(self, teacher: Teacher, counts: MatchCounts, several_captions: bool) -> ChosenClusters:
-        """Let clusters teach; those of other images, or of the teacher before its repair, are refused.
-
-        Args:
-            several_captions: Whether a sample may show another caption than its first.
-        """
-        settings, clusters, embeddings = self.settings, self.files, teacher.embeddings
-        if teacher.judgement.is_decided:
-            _validate_repair(settings, clusters, embeddings)
-        if counts.without_cluster:
-            few = counts.without_cluster
-            lacking = f"{few:,} of {counts.candidates:,} samples to train on are not in {clusters.folder}"
-            # With stored embeddings, what `embed` left out is known; beside an online teacher the clusters alone tell.
-            if not settings.online_teacher or few > settings.max_bad_fraction * counts.candidates:
-                or_not = ", or these could not be embedded (--max-bad-fraction)" if settings.online_teacher else ""
-                raise ClipcidError(
-                    f"{lacking}: the clusters were made from another keep list, or before data was added{or_not}.",
-                    _cluster_again(clusters, embeddings, keep_list=settings.keep_list),
-                )
-            reporting.warn(f"{lacking}: they are left out.")
-        teach_text = settings.cluster_towers == "both"
-        if settings.cluster_towers == "auto":
-            # Where it can: in recipes/ablation, on drawings that the teacher knew, retrieval was 4.1 (R@1) and 6.2 points
-            # (R@10) worse with the image tower alone (95 %: 1.8…6.2 and 4.4…8.2), hardly better than without the loss. It
-            # cannot where a sample may show another caption than its first, the only one whose clusters are known.
-            teach_text = clusters.captions is not None and settings.trains_text and not several_captions
-        elif teach_text and several_captions:
-            reporting.warn(
-                "--cluster-towers both: captions after an image's first are taught the clusters of the first."
+    Args:
+        several_captions: Whether a sample may show another caption than its first.
+    """
+    embeddings = teacher.embeddings
+    if teacher.judgement.is_decided:
+        _validate_repair(settings, clusters, embeddings)
+    if counts.without_cluster:
+        few = counts.without_cluster
+        lacking = f"{few:,} of {counts.candidates:,} samples to train on are not in {clusters.folder}"
+        # With stored embeddings, what `embed` left out is known; beside an online teacher the clusters alone tell.
+        if not settings.online_teacher or few > settings.max_bad_fraction * counts.candidates:
+            or_not = ", or these could not be embedded (--max-bad-fraction)" if settings.online_teacher else ""
+            raise ClipcidError(
+                f"{lacking}: the clusters were made from another keep list, or before data was added{or_not}.",
+                _cluster_again(clusters, embeddings, keep_list=settings.keep_list),
             )
-        towers = "both towers" if teach_text else "the image tower"
-        reporting.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centroids, for {towers}.")
-        stored = clusters.sidecar.temperatures
-        image = settings.cluster_temperature or stored["image"]
-        caption = settings.cluster_temperature or stored.get("caption", image)
-        return ChosenClusters(clusters, teach_text, (image, caption))
+        reporting.warn(f"{lacking}: they are left out.")
+    teach_text = settings.cluster_towers == "both"
+    if settings.cluster_towers == "auto":
+        # Where it can: in recipes/ablation, on drawings that the teacher knew, retrieval was 4.1 (R@1) and 6.2 points
+        # (R@10) worse with the image tower alone (95 %: 1.8…6.2 and 4.4…8.2), hardly better than without the loss. It
+        # cannot where a sample may show another caption than its first, the only one whose clusters are known.
+        teach_text = clusters.captions is not None and settings.trains_text and not several_captions
+    elif teach_text and several_captions:
+        reporting.warn("--cluster-towers both: captions after an image's first are taught the clusters of the first.")
+    towers = "both towers" if teach_text else "the image tower"
+    reporting.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centroids, for {towers}.")
+    stored = clusters.sidecar.temperatures
+    image = settings.cluster_temperature or stored["image"]
+    caption = settings.cluster_temperature or stored.get("caption", image)
+    return ChosenClusters(clusters, teach_text, (image, caption))
 
 
 def validate_width(clusters: Clusters, teaching: str, width: int, fix: str) -> None:

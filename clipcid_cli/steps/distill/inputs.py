@@ -100,12 +100,12 @@ def find_inputs(settings: DistillSettings, folders: TeacherFolders, scratch: Pat
         embeddings.validate_made_as(dataset, captions=not settings.student_caption_key)
     clusters = None
     if settings.needs_clusters:
-        from clipcid_cli.steps.distill.clusters import find_clusters
+        from clipcid_cli.steps.distill.clusters import choose_clusters, find_clusters
 
         clusters = find_clusters(settings, embeddings, online, listed)
 
     fingerprints = dataset.fingerprints() + ([] if listed is None else [record(listed)])
-    sources = Sources(listed, embeddings, online is None, None if clusters is None else clusters.files, captions)
+    sources = Sources(listed, embeddings, online is None, clusters, captions)
     matched, counts = find_samples(settings, dataset, sources, fingerprints, scratch)
     if embeddings is not None and counts.bad_rows and sources.required:
         reporting.warn(
@@ -124,7 +124,7 @@ def find_inputs(settings: DistillSettings, folders: TeacherFolders, scratch: Pat
     chosen = None
     if clusters is not None:
         several_captions = counts.several_captions > 0 and not teacher.first_captions
-        chosen = clusters.teach(teacher, counts, several_captions)
+        chosen = choose_clusters(settings, clusters, teacher, counts, several_captions=several_captions)
         fingerprints += chosen.fingerprints()
     return Inputs(
         settings=settings,

@@ -297,7 +297,7 @@ def _match_shard(
         columns["clusters"] = matches["clusters"][:, 0]
         counts.without_cluster += int(np.count_nonzero(selected & (columns["clusters"] < 0)))
         # Samples that could not be embedded have no cluster, and are left out. Where stored embeddings are required, the
-        # others all have one: what lacks it stays, for `OpenedClusters.teach` to refuse.
+        # others all have one: what lacks it stays, for `choose_clusters` to refuse.
         selected &= (columns["clusters"] >= 0) | required
     counts.selected += int(np.count_nonzero(selected))
     counts.several_captions += int(np.count_nonzero(num_captions[selected] > 1))

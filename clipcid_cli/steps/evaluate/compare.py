@@ -27,6 +27,7 @@ from clipcid_cli.formats.results.metrics import (
     Metrics,
     Predictions,
 )
+from clipcid_cli.records import Draws
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.compared import Result, read_sides
 from clipcid_cli.steps.evaluate.comparison import (
@@ -37,7 +38,6 @@ from clipcid_cli.steps.evaluate.comparison import (
     Difference,
     MeanDifference,
 )
-from clipcid_cli.steps.evaluate.draws import Draws
 from clipcid_cli.steps.evaluate.image_groups import find_groups, refuse_groups_of_several
 from clipcid_cli.steps.settings.comparing import ComparingSettings
 

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import msgspec
 
 from clipcid_cli.formats.results.metrics import LinesRecord
-from clipcid_cli.steps.evaluate.draws import Draws
+from clipcid_cli.records import Draws
 
 
 class ComparedLines(msgspec.Struct):

@@ -29,10 +29,10 @@ from clipcid_cli.algorithms.probe import (
 )
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.features import ImageFeatures
+from clipcid_cli.records import Draws
 from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.evaluate.draws import Draws
 from clipcid_cli.steps.evaluate.predictions import class_columns, multi_label_columns
 from clipcid_cli.steps.evaluate.probe_plan import ProbePlan
 from clipcid_cli.steps.evaluate.probe_result import FewShot

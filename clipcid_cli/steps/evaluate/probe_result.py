@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from clipcid_cli.formats.results.metrics import Metrics
-from clipcid_cli.steps.evaluate.draws import Draws
+from clipcid_cli.records import Draws
 
 
 class FewShot(msgspec.Struct):

@@ -24,7 +24,8 @@ from clipcid_cli.formats.results.clusters import ClusterSidecar
 from clipcid_cli.formats.results.evaluations import LinearSidecar, ZeroshotSidecar
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.results.run_folder import DistillSidecar
-from clipcid_cli.steps.runs import Contents, Spread, run
+from clipcid_cli.records import Draws
+from clipcid_cli.steps.runs import Contents, run
 from clipcid_cli.steps.settings.runs import RunsSettings
 
 R1 = "image_retrieval_recall@1"
@@ -133,7 +134,7 @@ def test_clusters_of_another_keep_list_say_so(work: Path) -> None:
 
 def test_runs_without_captions_are_listed_by_what_is_measured_of_them(work: Path) -> None:
     contents, _ = list_contents(work)
-    contents.runs[0].metrics = {"teacher_retrieval_recall@1": Spread.of([0.571])}
+    contents.runs[0].metrics = {"teacher_retrieval_recall@1": Draws.from_values([0.571])}
     printed = io.StringIO()
     show(contents, Console(file=printed, width=120))
     assert "teacher R@1" in printed.getvalue()

@@ -38,12 +38,12 @@ from clipcid_cli.formats.results.metrics import (
     write_predictions,
 )
 from clipcid_cli.formats.sidecar import seal, sidecar_path
+from clipcid_cli.records import Draws
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.comparison import ComparisonResult, ComparisonResults
-from clipcid_cli.steps.evaluate.draws import Draws
 from clipcid_cli.steps.evaluate.linear import warn_of_repeats
 from clipcid_cli.steps.evaluate.means import average_results
 from clipcid_cli.steps.evaluate.probe_fits import ProbeFits
