@@ -25,7 +25,8 @@ from clipcid_cli.algorithms.near.nearest import bytes_of_products, integer_dtype
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import Kind, Rows
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.files import write_npy
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output, OutputSpec, is_claimed
@@ -102,7 +103,7 @@ def run(settings: ClusterSettings) -> ClusterResult | ClusterCost:
     """Cluster embeddings."""
     seconds = dict[str, float]()
     with open_dist_context(settings.device) as context:
-        plan = context.on_rank0(lambda: make_plan(settings, seconds))
+        plan = context.on_rank0(make_plan, settings, seconds)
         if settings.dry_run:
             return _estimate_cost(plan, context)
         with timed(seconds, "read"):
@@ -117,7 +118,7 @@ def run(settings: ClusterSettings) -> ClusterResult | ClusterCost:
                     state = _train(plan, context, output.work / PROGRESS)
                 with timed(seconds, "assign"):
                     _assign(plan, context, state.centroids_KD, output.work)
-                result = context.on_rank0(lambda: _write(plan, state, output, seconds))
+                result = context.on_rank0(_write, plan, state, output, seconds)
         files = {
             "centroids": plan.folder / CENTROIDS,
             "clusters": plan.folder / CLUSTERS,

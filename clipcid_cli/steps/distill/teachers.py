@@ -19,7 +19,8 @@ from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, TEACHER_SCAL
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import Kind, Rows
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.records import Pairing, Repair
 from clipcid_cli.runtime.distributed import DistContext
@@ -27,7 +28,8 @@ from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.runtime.models.views import Processor, apply_colors
+from clipcid_cli.runtime.models.renderer import Processor
+from clipcid_cli.runtime.models.views import apply_colors
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.shown import short_name
 from clipcid_cli.steps import reporting

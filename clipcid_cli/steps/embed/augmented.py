@@ -20,15 +20,15 @@ from PIL import Image
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.models.augment import Augmentation, choose_view
 from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
+from clipcid_cli.runtime.models.renderer import Renderer
 from clipcid_cli.runtime.models.views import (
     PACKED_MIX,
     PACKED_VIEW,
     PARTNER,
     MixedView,
-    Renderer,
     View,
     apply_colors,
     identity_colors,
@@ -224,9 +224,10 @@ class AugmentingEncoder(EmbedEncoder):
         """Encode a batch: images [B, D], texts [M, D], views [B, V, D] with their numbers [B, V, P], variants [B, W, D]."""
         assert isinstance(decoded, Augmented), "made by an AugmentingDecoder"
         assert decoded.pixels is not None
-        rows = self.encode_texts(decoded)
         pictures = self._by_sample(self.towers.images(self._color(decoded.pixels, decoded.colors)))
-        rows[Kind.IMAGES] = pictures[:, 0]
+        rows = {Kind.IMAGES: pictures[:, 0]}
+        if decoded.tokens is not None:
+            rows[Kind.TEXTS] = self.towers.encode_texts(decoded.tokens).half()
         if decoded.params is not None:
             rows[Kind.VIEWS] = pictures[:, 1:]
         if decoded.variants is not None:

@@ -15,7 +15,6 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, Sample
-from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.embeddings.manifest import read_manifest
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar, recorded_data
 from clipcid_cli.formats.embeddings.writer import FINISHED, read_unfinished
@@ -34,8 +33,8 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.array_task import choose_task
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.data_index import note_left_out, open_named
 from clipcid_cli.steps.models import choose_embeddings, find_embedded_model, find_mismatch
+from clipcid_cli.steps.open_data import note_left_out, open_named
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
 from clipcid_cli.steps.settings.shared import url_of
 
@@ -145,9 +144,10 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
     if settings.text:
         if not _has_captions(dataset):
             raise _no_captions_error(dataset, without_text)
-        _note_lines(dataset)
-        _warn_of_empty_keys(dataset)
+        _look_at_captions(dataset)
     plan = EmbedPlan(settings, without_text, folder, name, dataset, describe_shards(dataset), task=task)
+    if not folder.exists():
+        return dataclasses.replace(plan, may_grow=True)
     _validate_own_folder(folder)
     with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
         return _look_at_output(plan)
@@ -282,26 +282,23 @@ def _has_captions(dataset: Dataset) -> bool:
     return False
 
 
-def _note_lines(dataset: Dataset) -> None:
-    """Say how many of the first samples have a ``.txt`` of several lines that is taken as one caption."""
-    if dataset.kind not in ("webdataset", "images") or dataset.caption_lines or is_remote(dataset.shards[0].file):
+def _look_at_captions(dataset: Dataset) -> None:
+    """Say what the first samples show: texts of several lines, each taken as one caption, and keys that may be misspelt."""
+    has_texts = dataset.kind in ("webdataset", "images") and not dataset.caption_lines
+    notes_lines = has_texts and not is_remote(dataset.shards[0].file)
+    if not notes_lines and not dataset.caption_keys:
         return
     skips = Skips()
-    looked_at = sum(1 for _ in islice(dataset.shards[0].stream(skips), _LOOKED_AT))
-    if count := skips.changed.get("several_lines"):
+    looked_at = len(list(islice(dataset.shards[0].stream(skips), _LOOKED_AT)))
+    count = skips.changed.get("several_lines")
+    if notes_lines and count:
         reporting.note(
             f"{count:,} of the first {looked_at:,} samples have a caption of several lines, of which a model reads the "
             "beginning; with --caption-lines each line of a .txt is a caption."
         )
-
-
-def _warn_of_empty_keys(dataset: Dataset) -> None:
-    """Name the keys of captions that none of the first samples has: they may be misspelt."""
-    skips = Skips()
-    count = sum(1 for _ in islice(dataset.shards[0].stream(skips), _LOOKED_AT)) if dataset.caption_keys else 0
     for key in dataset.caption_keys:
-        if count and skips.without.get(key) == count:
-            reporting.warn(f"None of the first {count} samples has a caption {key}.")
+        if looked_at and skips.without.get(key) == looked_at:
+            reporting.warn(f"None of the first {looked_at} samples has a caption {key}.")
 
 
 def describe_shards(dataset: Dataset) -> list[FileRecord]:
@@ -315,6 +312,8 @@ def _validate_own_folder(folder: Path) -> None:
     output = next((step for step in _OTHER_OUTPUTS if is_claimed(folder, step)), None)
     if output is not None:
         raise ClipcidError(f"{folder} holds the output of clipcid {output}.", "Choose another folder with --out.")
+    from clipcid_cli.formats.embeddings.layouts import find_rows
+
     first = None if is_claimed(folder, EMBED) else find_rows(folder)
     if first is not None:
         raise ClipcidError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.features import ImageFeatures, features_path, read_features, write_features
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -31,7 +31,7 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
         "listed": ["skipped", "keys"],  # which earlier files lack
     }
     path = features_path(WorkDirectory(model.settings.work).features, info.slug, identity)
-    kept = context.on_rank0(lambda: read_features(path))
+    kept = context.on_rank0(read_features, path)
     if kept is None and path.exists():
         reporting.warn(f"{path} is damaged: the features of {task.name} are computed again.")
     if kept is not None:
@@ -40,6 +40,6 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
         return kept
     rows = model.encode(task)
     images = rows.encoded.rows[Kind.IMAGES]
-    features = context.on_all(lambda: ImageFeatures(images, rows.labels, rows.skips, rows.keys))
-    context.on_rank0(lambda: write_features(path, features))
+    features = context.on_all(ImageFeatures, images, rows.labels, rows.skips, rows.keys)
+    context.on_rank0(write_features, path, features)
     return features

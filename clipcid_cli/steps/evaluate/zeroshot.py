@@ -46,7 +46,7 @@ def run(settings: EvalZeroshotSettings) -> Answer:
 
         return run_suite(settings)
     with open_dist_context(settings.device) as context:
-        plan = context.on_rank0(lambda: make_plan(settings))
+        plan = context.on_rank0(make_plan, settings)
         if settings.dry_run:
             for task in plan.tasks:
                 validate_samples(task.dataset, context, settings, dry_run=True)
@@ -166,4 +166,4 @@ def evaluate(plan: ZeroshotPlan, context: DistContext) -> ZeroshotResults:
             results.append(evaluate_pair(model, task, inputs, path, settings))
     datasets = [task.dataset for task in plan.tasks] * len(plan.names)
     files = context.on_rank0(lambda: write_summary(WorkDirectory(settings.work), results, datasets))
-    return ZeroshotResults(results, files, average_results(results))
+    return ZeroshotResults(results, files, average_results(results) if len(results) > 1 else [])
