@@ -10,6 +10,8 @@ from conftest import STUDENT, make_caption, make_image, write_tar
 from hostile_place import Outcome, Place
 from hostile_server import Server, changing, serve_lies, silent, trickle, whole
 
+from clipcid_cli.formats.data.web import FILE_SECONDS
+
 _DISTILL = ("distill", "--student", "student.json", "--preset", "clip-kd", "--steps", "2", "--batch-size", "4")
 _DISTILL += ("--val-fraction", "0")
 _PADDING = 1_200_000  # after each image, so that a shard takes two requests
@@ -84,15 +86,15 @@ def test_a_copy_that_was_changed_is_not_believed(place: Place, tiny_model: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("answer", ["silent", "trickle"])
-def test_a_server_that_does_not_answer_is_given_up(place: Place, tiny_model: Path, answer: str) -> None:
+@pytest.mark.parametrize(("answer", "count"), [("silent", 6), ("trickle", 1)])  # images wait for one another
+def test_a_server_that_does_not_answer_is_given_up(place: Place, tiny_model: Path, answer: str, count: int) -> None:
     with serve_lies() as server:
-        for index in range(6):
+        for index in range(count):
             server.answers[f"/{index}.png"] = silent if answer == "silent" else trickle(make_image(index)[:20])
         server.answers["/honest.png"] = whole(make_image(9))
         path = place.data / "list.csv"
-        cells = [f"{server.url}/honest.png", *(f"{server.url}/{index}.png" for index in range(6))]
+        cells = [f"{server.url}/honest.png", *(f"{server.url}/{index}.png" for index in range(count))]
         path.write_text("\n".join(("filepath", *cells, "")))
         words = ("embed", path, "--model", tiny_model, "--no-text", "--max-bad-fraction", 1)
-        outcome = place.run(*words, hosts=[server.address], seconds=240)
+        outcome = place.run(*words, hosts=[server.address], seconds=FILE_SECONDS + 240)
     assert not outcome.problems(), outcome

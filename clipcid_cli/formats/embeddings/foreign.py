@@ -118,7 +118,7 @@ class ForeignEmbeddings(Embeddings):
         """Find rows that are zero or not finite, as `Embeddings.find_bad_rows`; the answer is remembered."""
         kinds = [Kind.IMAGES, *([Kind.TEXTS] if texts and self.has_texts else [])]
         remembered = None
-        if self._work is not None and self._work.is_dir():
+        if self._work is not None:
             identity = identity_of({"kinds": kinds}, self.fingerprints(kinds[1:]))
             remembered = self._work / ".bad-rows" / f"{identity}.npy"
             if remembered.is_file():

@@ -9,6 +9,7 @@ import itertools
 import os
 import signal
 import stat
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,7 @@ class _Operations:
         self._act_at = (at, after)
         self._act = act
         self._unflushed: dict[tuple[int, int], tuple[int, int]] = {}
+        self._acting: int | None = None  # the thread that acts
         self._open = os.open
 
     def install(self) -> None:
@@ -63,19 +65,30 @@ class _Operations:
         def counted(target: Any, *rest: Any, **named: Any) -> Any:
             if not is_counted(*rest, **{key: value for key, value in named.items() if key in ("mode", "flags")}):
                 return real(target, *rest, **named)
+            self._wait_for_other_threads()
             number = next(self._numbers)
             os.write(self._log, f"{name} {target}\n".encode(errors="surrogateescape"))
             if self._act_at == (number, False):
-                self._act(name, list(self._unflushed.values()))
+                self._act_alone(name)
             try:
                 result = real(target, *rest, **named)
                 self._follow(name, target)
                 return result
             finally:
                 if self._act_at == (number, True):
-                    self._act(name, list(self._unflushed.values()))
+                    self._act_alone(name)
 
         return counted
+
+    def _act_alone(self, name: str) -> None:
+        self._acting = threading.get_ident()
+        self._act(name, list(self._unflushed.values()))
+        self._acting = None
+
+    def _wait_for_other_threads(self) -> None:
+        """Let no thread give a file its final name between the moment another one cuts that file and the end."""
+        while self._acting not in (None, threading.get_ident()):
+            time.sleep(0.01)
 
     def _follow(self, name: str, target: Any) -> None:
         """Keep a descriptor of a file from its opening for writing until it is flushed, whatever it is called by then."""

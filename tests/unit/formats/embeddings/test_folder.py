@@ -195,6 +195,18 @@ def test_other_tools_folders_are_read_as_they_are(tmp_path: Path) -> None:
         embeddings.rows(Kind.TEXTS)
 
 
+def test_unusable_rows_are_remembered_in_a_new_work_directory_too(tmp_path: Path) -> None:
+    """So a run that is killed and given again leaves no more there than an undisturbed one."""
+    rows = make_rows(6).astype(np.float32)
+    rows[[1, 4]] = np.nan
+    work = tmp_path / "new"
+    folder = open_embeddings(write_embeddings(tmp_path / "rows", rows), work=work)
+    assert folder.find_bad_rows(texts=False).tolist() == [1, 4]
+    (remembered,) = (work / ".bad-rows").iterdir()
+    np.save(remembered, np.array([3]))
+    assert folder.find_bad_rows(texts=False).tolist() == [3]
+
+
 def test_unit_rows_in_float16_keep_their_bits() -> None:
     rows = make_rows(50, 512)
     assert np.array_equal(unit_rows(rows), rows)
