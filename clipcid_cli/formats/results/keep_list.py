@@ -104,6 +104,7 @@ class KeepList:
             if self._held is None or self._held[0] != group:
                 with _open(self.path) as file:
                     self._held = group, file.read_row_group(group, columns=["key"])["key"]
+                    _validate_length("key", len(self._held[1]), file.metadata.row_group(group).num_rows)
             keys = self._held[1].slice(first, stop - start)
             kept.update(keys.filter(pa.array(self.kept[start:stop])).to_pylist())
         return kept
@@ -133,9 +134,18 @@ class KeepList:
         return dict(shards)
 
     def _batches(self, column: str) -> Iterator[pa.Array]:
+        count = 0
         with _open(self.path) as file:
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=[column]):
+                count += len(batch)
                 yield batch.column(0).cast(pa.large_string())
+            _validate_length(column, count, len(self))
+
+
+def _validate_length(column: str, count: int, rows: int) -> None:
+    """Refuse a damaged column, which pyarrow may read as a shorter one."""
+    if count != rows:
+        raise ValueError(f"column {column} has {count:,} values for {rows:,} rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +210,7 @@ def read_keep_list(path: Path) -> KeepList:
         if not is_text(kind := schema.field("key").type):
             raise ClipcidError(f"{path} is not a keep list: its column `key` is of type {kind}, not text.", _FIX)
         kept = file.read(columns=["kept"])["kept"]
+        _validate_length("kept", len(kept), file.metadata.num_rows)
         if kept.type != pa.bool_() or kept.null_count or _has_null_keys(file):
             raise ClipcidError(f"Keep list {path} has rows without a `key`, or without true or false as `kept`.", _FIX)
     return KeepList(path, kept.to_numpy(), "shard" in schema.names, "dropped_by" in schema.names)

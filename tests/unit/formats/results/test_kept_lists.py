@@ -97,6 +97,19 @@ def raw_bytes(path: Path, member: tarfile.TarInfo) -> bytes:
     return path.read_bytes()[member.offset : member.offset_data + -(-member.size // 512) * 512]
 
 
+@pytest.mark.parametrize("column", ["key", "shard", "kept"])
+def test_a_damaged_column_that_reads_as_a_shorter_one_is_refused(tmp_path: Path, column: str) -> None:
+    path, names = tmp_path / "keep.parquet", ["key", "shard", "kept"]
+    table = pa.table({"key": ["a", "b"], "shard": ["s", "s"], "kept": [True, True]})
+    pq.write_table(table, path, use_dictionary=False)
+    start = pq.read_metadata(path).row_group(0).column(names.index(column)).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start + 1] = 2  # the page says that it is of an index, and is passed over
+    path.write_bytes(content)
+    with pytest.raises(ClipcidError, match=f"column {column} has 0 values for 2 rows"):
+        read_keep_list(path).kept_of_shard("s")
+
+
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_samples_are_copied_byte_for_byte(tmp_path: Path, form: int) -> None:
     source, target = tmp_path / "s.tar", tmp_path / "out" / "s.tar"
