@@ -32,10 +32,10 @@ from clipcid_cli.formats.sidecar import DataSpec, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.array_task import choose_task
-from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
+from clipcid_cli.runtime.models.names import ModelName, with_default_tag
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
-from clipcid_cli.steps.models import choose_embeddings, find_embedded_model, find_mismatch
+from clipcid_cli.steps.models import choose_embeddings, find_embedded_model, find_mismatch, find_model
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
 from clipcid_cli.steps.settings.shared import url_of
 
@@ -137,20 +137,26 @@ class EmbedPlan:
 
 def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
     """Look at the data, the model's name and the output."""
-    name = with_default_tag(parse_model(_choose_model(settings)))
+    name = with_default_tag(find_model(_choose_model(settings)))
     task = None if settings.part is None else choose_task(settings.part)
     dataset = _open_data(settings, name)
     folder = _choose_folder(settings, name, task)
-    if settings.text:
-        if not _has_captions(dataset):
-            raise _no_captions_error(dataset, without_text)
-        _note_lines(dataset)
-        _warn_of_empty_keys(dataset)
     plan = EmbedPlan(settings, without_text, folder, name, dataset, describe_shards(dataset), task=task)
     _validate_own_folder(folder)
     with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
-        return _look_at_output(plan)
+        plan = _look_at_output(plan)
+    # After the output: where that is of other data, the remedies for captions would replace it.
+    if settings.text:
+        _look_at_captions(dataset, without_text)
     return plan
+
+
+def _look_at_captions(dataset: Dataset, without_text: str) -> None:
+    """Refuse data without captions, and say what of them may not be as it was meant."""
+    if not _has_captions(dataset):
+        raise _no_captions_error(dataset, without_text)
+    _note_lines(dataset)
+    _warn_of_empty_keys(dataset)
 
 
 def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
