@@ -15,9 +15,9 @@ from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.devices import DEVICES, THIS, Device, parse_devices
-from clipcid_cli.runtime.models.names import find_config, parse_model
+from clipcid_cli.runtime.models.names import find_config
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.models import find_embedded_model
+from clipcid_cli.steps.models import find_embedded_model, find_model
 from clipcid_cli.steps.open_data import open_named
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -302,7 +302,7 @@ def _choose_gpus(given: str | None, precision: str) -> _Gpus:
 
 
 def _width_of(spec: str) -> int:
-    config = find_config(parse_model(spec))
+    config = find_config(find_model(spec))
     return 768 if config is None else int(config["embed_dim"])
 
 

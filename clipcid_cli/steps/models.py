@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.formats.output import find_works
 from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.records import ModelRecord
@@ -24,6 +27,7 @@ from clipcid_cli.runtime.models.names import (
 )
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.settings.shared import TrainingDataSettings
+from clipcid_cli.typed import this_command
 
 # The entries of a configuration's text tower that determine the tokens.
 _TOKENS = ("context_length", "hf_tokenizer_name", "tokenizer_kwargs")
@@ -42,11 +46,13 @@ def choose_model(spec: str | None, work: Path, *, positional_of: str | None = No
         reporting.note(f"Model: {student}, the newest student of {work}.")
         return parse_model(str(student))
     try:
-        name = with_default_tag(parse_model(spec))
+        name = with_default_tag(find_model(spec))
+    except UnfinishedRunError:
+        raise
     except ClipcidError as error:
         if positional_of is None or _is_of_model(Path(spec)):
             raise
-        fix = f"Put the model first: {command_line(positional_of, 'MODEL', spec)}"
+        fix = f"Put the model first: {_with_model_first(positional_of, spec, work)}"
         if not Path(spec).exists():
             fix = f"{error.fix}\nIf {spec} is the data: {fix[0].lower()}{fix[1:]}"
         raise ClipcidError(
@@ -55,6 +61,45 @@ def choose_model(spec: str | None, work: Path, *, positional_of: str | None = No
     if name.spec != spec:
         reporting.note(f"Weights: {name.spec}.")
     return name
+
+
+def find_model(spec: str) -> ModelName:
+    """Parse the name of a model as `parse_model` does; of what an unfinished run has yet to make, say that."""
+    try:
+        return parse_model(spec)
+    except ClipcidError as error:
+        run = _find_unfinished_run(Path(os.path.expanduser(spec.removeprefix("local-dir:"))))
+        if run is None:
+            raise
+        from clipcid_cli.formats.results.run_folder import describe_progress  # only this error needs it
+
+        raise UnfinishedRunError(
+            f"The run {run} is unfinished{describe_progress(run)}, so it has no student yet.",
+            "Run its command again, which finishes it.",
+        ) from error
+
+
+class UnfinishedRunError(ClipcidError):
+    """A model was named that a run of `distill` has yet to make."""
+
+
+def _find_unfinished_run(path: Path) -> Path | None:
+    """Find the unfinished run whose folder a path names, or of whose students one."""
+    run = path.parent if path.name in ("student", "student-ema") else path
+    is_begun = run.is_dir() and bool(find_works(run, "distill"))
+    return run if is_begun and not sidecar_path(run, "distill").exists() else None
+
+
+def _with_model_first(command: str, data: str, work: Path) -> str:
+    """Return this run's command with a model before its data, the newest student where there is one."""
+    model = "MODEL"
+    with suppress(ClipcidError):
+        model = str(WorkDirectory(work).find_student())
+    words = this_command()
+    if command not in words:
+        return command_line(command, model, data)
+    place = words.index(command) + 1
+    return shlex.join([*words[:place], model, *words[place:]])
 
 
 def _is_of_model(path: Path) -> bool:

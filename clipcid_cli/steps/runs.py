@@ -23,7 +23,7 @@ from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import hash_json
 from clipcid_cli.formats.models.export_sidecar import ExportSidecar
-from clipcid_cli.formats.output import unfinished
+from clipcid_cli.formats.output import find_works, unfinished
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg
 from clipcid_cli.formats.results.clusters import ClusterSidecar
 from clipcid_cli.formats.results.evaluations import LinearSidecar, ZeroshotSidecar
@@ -35,7 +35,13 @@ from clipcid_cli.formats.results.metrics import (
     read_metrics,
     read_metrics_sidecar,
 )
-from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder, read_lines
+from clipcid_cli.formats.results.run_folder import (
+    DistillSidecar,
+    RunFolder,
+    last_step,
+    planned_steps,
+    read_lines,
+)
 from clipcid_cli.formats.sidecar import Sidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.records import Draws
@@ -144,8 +150,7 @@ class _Run:
     def of(cls, folder: RunFolder, sidecar: DistillSidecar | None, results: list[dict[str, Any]]) -> _Run:
         if sidecar is None:
             trained = read_lines(folder.train_log)
-            step = max((line["step"] for log in (results, trained) for line in log[-1:]), default=0)
-            return cls(folder, None, results, step, 0, folder.path.name)
+            return cls(folder, None, results, last_step(results, trained), 0, folder.path.name)
         settings = {name: value for name, value in sidecar.settings.items() if name != "seed"}
         # Fresh weights depend on the seed.
         student = {name: value for name, value in settings.pop("student", {}).items() if name != "weights"}
@@ -247,7 +252,7 @@ class _Reader:
             sidecar = self.attempt(record, functools.partial(read_sidecar, record, DistillSidecar))
             results = self.attempt(folder.results_log, functools.partial(read_lines, folder.results_log)) or []
             one = self.attempt(record, functools.partial(_Run.of, folder, sidecar, results))
-            if one is not None and (sidecar is not None or results or one.step):
+            if one is not None and (sidecar is not None or results or one.step or find_works(path, "distill")):
                 runs.append(one)
         return runs
 
@@ -323,8 +328,6 @@ def _describe_runs(reader: _Reader, runs: Sequence[_Run]) -> RunRow:
     last = [{name: value for name, value in one.results[-1].items() if name != "step"} for one in runs if one.results]
     reports = [reader.work.name_of(one.folder.report) for one in runs if one.folder.report.exists()]
     if first is None:
-        begun = unfinished(runs[0].folder.path, "distill")
-        planned = None if begun is None else begun.settings.get("steps")
         return RunRow(
             name=names[0],
             names=names,
@@ -332,7 +335,7 @@ def _describe_runs(reader: _Reader, runs: Sequence[_Run]) -> RunRow:
             losses={},
             student="",
             steps=runs[0].step,
-            planned=planned if isinstance(planned, int) else None,
+            planned=planned_steps(runs[0].folder.path),
             samples=0,
             held_out=None,
             finished=False,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from clipcid_cli.algorithms.costs import BATCH_OF_DEVICE, Clip, describe_clip
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.devices import Device
-from clipcid_cli.runtime.models.names import find_config, parse_model
+from clipcid_cli.runtime.models.names import find_config
+from clipcid_cli.steps.models import find_model
 
 
 def describe_model(spec: str) -> Clip:
     """Return the sizes of a named model, without loading it."""
-    config = find_config(parse_model(spec))
+    config = find_config(find_model(spec))
     if config is None:
         raise ClipcidError(
             f"The operations of {spec} are not known before it is downloaded.",

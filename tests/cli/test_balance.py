@@ -283,6 +283,12 @@ def test_shards_that_were_added_are_told_and_taken_in(clipcid: Clipcid, tiny_mod
         assert "changed or gone: 0.tar. Run embed again with --overwrite." in refused
         assert "from which the embeddings were made" not in refused
     assert not (tmp_path / "changed").exists()
+    told = clipcid("balance", "--keep", 0.4).said
+    assert "changed or gone: 0.tar. The keep list is of the images as they were embedded. Run embed again" in told
+    pictures = re.search(r"The report shows (\d+) of (\d+) pictures: shard 0 has changed since it was embedded\.", told)
+    assert pictures, told
+    assert 0 < int(pictures[1]) < int(pictures[2])
+    assert "already holds this result" in clipcid("balance", "--keep", 0.4).said
 
 
 def test_references_of_another_model(clipcid: Clipcid, tiny_model: Path, tiny_shards: Path, tmp_path: Path) -> None:

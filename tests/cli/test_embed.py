@@ -28,6 +28,10 @@ from conftest import (
 )
 from PIL import Image
 
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.steps.embed.request import embed_images_first
+from clipcid_cli.steps.settings.embed import EmbedSettings
+
 
 def hash_rows(folder: Path) -> dict[str, str]:
     """Hash every file of embeddings; sidecar and manifest have times in them."""
@@ -164,6 +168,26 @@ def test_shards_with_other_names_are_refused(clipcid: Clipcid, tiny_model: Path,
     assert "shards renamed: 1, first 00000, now laion/00000" in told
     (tmp_path / "redcaps" / "00000.tar").rename(tmp_path / "redcaps" / "1.tar")
     assert "1 of 2 shards are already embedded." in clipcid("embed", "laion::redcaps", "--model", tiny_model).stderr
+
+
+def test_embeddings_of_other_data_are_not_replaced_for_want_of_captions(
+    clipcid: Clipcid, tiny_model: Path, tmp_path: Path
+) -> None:
+    write_tar(tmp_path / "laion" / "0.tar", shard_members(0, 5))
+    write_tar(tmp_path / "mute" / "1.tar", [member for member in shard_members(5, 3) if member[0].endswith("png")])
+    clipcid("embed", "laion", "--model", tiny_model)
+    told = clipcid("balance", "mute", "--model", tiny_model, "--keep", 0.5, code=1).said
+    assert f"data: {tmp_path}/laion before, {tmp_path}/mute now" in told
+    assert "--no-text" not in told
+    for work, flags in (("clipcid-work", "--work OTHER --no-text"), ("new", "--work new --no-text --overwrite")):
+        request = EmbedSettings(data="mute", work=tmp_path / work)
+        advice = embed_images_first(request, parse_model(str(tiny_model))).replace(str(tmp_path / "new"), "new")
+        assert f"clipcid embed mute --model {tiny_model} {flags}" in advice
+    call = ("embed", "mute", "--model", tiny_model, "--no-text", "--overwrite")
+    replaced = f"The embeddings in clipcid-work/embeddings/tiny (5 images of {tmp_path}/laion) will be replaced."
+    assert replaced in clipcid(*call, "--dry-run").said
+    assert replaced in clipcid(*call).said
+    assert "will be replaced" not in clipcid(*call).said
 
 
 def test_unusable_input_leaves_nothing_behind(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:

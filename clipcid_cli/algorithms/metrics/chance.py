@@ -5,6 +5,8 @@ Shape letters: N images, M captions, C classes.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K
@@ -34,12 +36,15 @@ def guess_order(positive_NC: Array) -> dict[str, float]:
 def guess_captions(captions_N: Array) -> dict[str, float]:
     """Return what a random order scores by the names of `retrieval_metrics`; `captions_N` counts each image's captions."""
     num_images, num_captions = len(captions_N), int(captions_N.sum())
+    own_counts, images = np.unique(captions_N, return_counts=True)
     texts = dict[str, float]()
     for k in RECALL_AT:
-        # All k captions that come first are of other images, one after the other.
-        drawn_K = np.arange(min(k, num_captions))
-        missed_NK = (num_captions - captions_N[:, None] - drawn_K) / (num_captions - drawn_K)
-        texts[retrieval_name("text", f"recall@{k}")] = float(1 - missed_NK.clip(min=0).prod(axis=1).mean())
+        drawn = min(k, num_captions)
+        draws = math.comb(num_captions, drawn)
+        hits = 0  # draws with a caption of the image, summed over the images; whole numbers, so that nothing is rounded
+        for own, count in zip(own_counts.tolist(), images.tolist(), strict=True):
+            hits += count * (draws - math.comb(num_captions - own, drawn))
+        texts[retrieval_name("text", f"recall@{k}")] = hits / (num_images * draws)
     return guess_own("image", num_images) | texts
 
 

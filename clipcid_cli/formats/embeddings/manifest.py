@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,11 +66,26 @@ def read_manifest(folder: Path, fix: str) -> list[ShardRecord]:
         return msgspec.convert(rows, list[ShardRecord])
 
 
+@dataclasses.dataclass(frozen=True)
+class ChangedShards:
+    """Shards of the data of embeddings that have other content now."""
+
+    names: frozenset[str]
+    error: ClipcidError  # for what needs them as they were
+
+
 def validate_embedded(folder: Path, dataset: Dataset) -> None:
     """Refuse the data that embeddings record where a shard has other content now; shards may be added or lacking."""
+    changed = find_changed_shards(folder, dataset)
+    if changed is not None:
+        raise changed.error
+
+
+def find_changed_shards(folder: Path, dataset: Dataset) -> ChangedShards | None:
+    """Find the shards with other content now in the data that embeddings record; None where there are none."""
     sidecar = read_embed_sidecar(folder)
     if sidecar is None or sidecar.data.spec != dataset.spec:  # other data may have shards of the same names
-        return
+        return None
     fix = run_again("embed", sidecar, "Or put the shards back as they were.")
     rows = read_rows(folder / MANIFEST, fix, ["input"])
     with reading(folder / MANIFEST, "a manifest of embeddings", fix):
@@ -78,14 +94,18 @@ def validate_embedded(folder: Path, dataset: Dataset) -> None:
     # Samples of a list or of a folder of images are described as they were read, which other flags change.
     embedded = [file for file in inputs if file.shard in names and not file.is_of_samples]
     if not embedded:
-        return
+        return None
     now = {
         shard.name: msgspec.structs.replace(file, shard=shard.name)
         for shard, file in zip(dataset.shards, dataset.fingerprints(), strict=True)
     }
     lost = find_lost(embedded, [now[str(file.shard)] for file in embedded])
-    if lost:
-        raise ClipcidError(f"{dataset.spec} has changed since {folder} was made from it: {lost}.", fix)
+    if not lost:
+        return None
+    changed = frozenset(str(file.shard) for file in embedded if file.content != now[str(file.shard)].content)
+    return ChangedShards(
+        changed, ClipcidError(f"{dataset.spec} has changed since {folder} was made from it: {lost}.", fix)
+    )
 
 
 def merge_skips(records: Iterable[ShardRecord]) -> Skips:

@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ from clipcid_cli.formats.files import (
     write_error,
     write_text,
 )
+from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.parquet import read_columns, write_row_groups
 from clipcid_cli.formats.sidecar import DataSpec, Sidecar
 from clipcid_cli.formats.skipped import SKIPPED
@@ -225,6 +227,28 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             raise ClipcidError(f"Line {count:,} of {path} is not a line of a log: {describe(error)}.", fix) from error
         entries.append(content)
     return entries
+
+
+def last_step(*logs: list[dict[str, Any]]) -> int:
+    """Return the last step that any of a run's logs has; 0 where nothing was logged."""
+    return max((line["step"] for log in logs for line in log[-1:]), default=0)
+
+
+def planned_steps(run: Path) -> int | None:
+    """Return how many steps an unfinished run has in the end; None where it does not record that."""
+    begun = unfinished(run, "distill")
+    steps = None if begun is None else begun.settings.get("steps")
+    return steps if isinstance(steps, int) else None  # whoever wrote the record chose its type
+
+
+def describe_progress(run: Path) -> str:
+    """Say in brackets how far an unfinished run has come; empty where that cannot be read."""
+    folder = RunFolder(run)
+    with suppress(ClipcidError):
+        step = last_step(read_lines(folder.train_log), read_lines(folder.results_log))
+        planned = planned_steps(run)
+        return f" ({step:,} steps)" if planned is None else f" ({step:,} of {planned:,} steps)"
+    return ""
 
 
 class Board(Protocol):

@@ -15,6 +15,7 @@ import json
 import os
 import re
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -88,6 +89,12 @@ _LOCAL_HINT = (
     f"Give a local folder with {CONFIG_NAME} and the weights: /path/to/folder (open_clip's "
     "local-dir:/path/to/folder means the same)."
 )
+
+_FORMS_HINT = (
+    "Give an architecture of open_clip, alone or with a tag (ViT-B-32:laion2b_s34b_b79k), or a folder with "
+    f"{CONFIG_NAME} and the weights; a student may also be a .json file with its configuration."
+)
+_LISTED = 10_000  # names in a folder, which may be of any size, that are compared with a mistyped one
 
 # What open_clip and a tokenizer of transformers are given of ``tokenizer_kwargs``. Others name files or run code.
 _TOKENIZER_OPTIONS = (
@@ -198,19 +205,34 @@ def parse_model(spec: str) -> ModelName:
     if spec.startswith(("local-dir:", ".", "/", "~")) or spec.endswith(".json"):
         if path.is_file() and path.suffix == ".json":
             return ModelName(spec, "config", path=path)
-        fix = "Check the path." if spec.endswith(".json") else _LOCAL_HINT
+        fix = _name_close(_close_files(path)) + ("Check the path." if spec.endswith(".json") else _LOCAL_HINT)
         raise ClipcidError(f"Model {spec}: there is no such folder or .json file.", fix)
     named, _, tag = spec.partition(":")
     architecture = named.replace("/", "-")
     known = known_architectures()
     if architecture not in known:
         near = difflib.get_close_matches(architecture, known, n=3)
-        hint = f"Close names: {', '.join(near)}. " if near else ""
+        hint = _FORMS_HINT if "/" in spec or path.suffix else _LOCAL_HINT
         raise ClipcidError(
             f"Model {spec}: open_clip has no architecture {named}, and there is no folder of that name.",
-            hint + _LOCAL_HINT,
+            _name_close(_close_files(path) or near) + hint,
         )
     return ModelName(spec, "tag" if tag else "architecture", architecture=architecture, tag=tag or None)
+
+
+def _close_files(path: Path) -> list[str]:
+    """List what lies beside a path under a similar name and can be a model: configurations, and folders with one."""
+    try:
+        with os.scandir(path.parent) as entries:
+            beside = [entry.name for entry in islice(entries, _LISTED)]
+    except (OSError, ValueError):
+        return []
+    near = [path.with_name(name) for name in difflib.get_close_matches(path.name, beside, n=3)]
+    return [str(one) for one in near if one.suffix == ".json" or (one / CONFIG_NAME).is_file()]
+
+
+def _name_close(names: list[str]) -> str:
+    return f"Close names: {', '.join(names)}. " if names else ""
 
 
 def with_default_tag(name: ModelName) -> ModelName:

@@ -12,13 +12,14 @@ from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.manifest import ChangedShards, find_changed_shards
 from clipcid_cli.formats.files import describe
 from clipcid_cli.formats.report import thumbnail
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.runtime.models.decode import SkippedImage, decode_image
 from clipcid_cli.steps.balance.plan import BalancePlan
-from clipcid_cli.steps.balance.samples import SampleFinder, open_data, open_recorded, take_texts
+from clipcid_cli.steps.balance.samples import SampleFinder, open_as_it_is, open_data, take_texts
 
 # Pixels of the longer side of a picture.
 _SIDE = 96
@@ -62,13 +63,22 @@ class ReportPictures:
         self.data: Dataset | None = None  # the data; None where it is not known, or cannot be opened
         self.shown = 0
         self.unread = dict[tuple[str, str], str]()  # why other pictures are not shown, by shard and key
+        self.changed: ChangedShards | None = None  # shards that are not as they were embedded
         try:
-            self.data = (
-                open_data(settings, plan.embeddings) if reference is None else open_recorded(settings, reference)
-            )
+            if reference is None and settings.data is not None:
+                self.data = open_data(settings, plan.embeddings)
+            else:
+                self.data = open_as_it_is(settings, self._embeddings)
+            if self.data is not None:
+                self.changed = find_changed_shards(self._embeddings.folder, self.data)
             self.closed = _UNKNOWN if self.data is None else ""  # why there is none
         except ClipcidError as error:
             self.closed = error.message
+
+    @property
+    def unchanged_data(self) -> Dataset | None:
+        """The data where all its shards are as they were embedded; else None."""
+        return self.data if self.changed is None else None
 
     def load(self, numbers: IntArray) -> list[Picture]:
         """Load the thumbnails of n rows of the embeddings; without the data there are keys only."""
@@ -93,7 +103,11 @@ class ReportPictures:
                 self.unread |= dict.fromkeys(zip(shards, keys, strict=True), _say_why(error, self.data.spec))
                 return [""] * len(keys)
         sources = [""] * len(keys)
+        changed = frozenset() if self.changed is None else self.changed.names
         for index, (shard, key) in enumerate(zip(shards, keys, strict=True)):
+            if shard in changed:
+                self.unread[shard, key] = f"shard {shard} has changed since it was embedded."
+                continue
             where = f"shard {shard}"
             try:
                 sample = finder.find([shard], [key])[0] if samples is None else samples[index]

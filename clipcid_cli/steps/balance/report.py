@@ -59,6 +59,11 @@ def write_report(outcome: Outcome, result: BalanceResult, warnings: list[str]) -
         others = [pictures[row] for row in edges.b.tolist()]
         return pair_up(ones, others, edges.weight)
 
+    if gallery.changed is not None:
+        error = gallery.changed.error
+        warning = f"{error.message} The keep list is of the images as they were embedded.\n{error.fix}"
+        reporting.warn(warning)
+        warnings = [*warnings, warning]
     unread = gallery.unread
     why = next(iter(unread.values()), "")
     if unread:
@@ -88,7 +93,7 @@ def write_report(outcome: Outcome, result: BalanceResult, warnings: list[str]) -
         inside=show(inside),
         outside=show(outside),
         why_no_images=gallery.closed,
-        classes=compare_classes(gallery.data, run.embeddings, run.rows, outcome.is_kept),
+        classes=compare_classes(gallery.unchanged_data, run.embeddings, run.rows, outcome.is_kept),
         dropped=_list_dropped(outcome, result) if result.is_filtered else [],
         sections=_show_filters(outcome.dropped_first, run, gallery),
         last_sections=_show_filters(outcome.dropped_last, run, gallery),

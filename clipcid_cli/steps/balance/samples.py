@@ -36,12 +36,18 @@ def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | No
 
 
 def open_recorded(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
+    """Open the data that embeddings record as :func:`open_as_it_is` does, and refuse shards that have changed."""
+    data = open_as_it_is(settings, embeddings)
+    if data is not None:
+        validate_embedded(embeddings.folder, data)
+    return data
+
+
+def open_as_it_is(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
     """Open the data that embeddings record; None when they do not, or it is the output of a command, which is not run."""
     if embeddings.sidecar is None or names_command(embeddings.sidecar.data.spec):
         return None
-    data = open_described(embeddings.sidecar.data, WorkDirectory(settings.work).indexes, **settings.trust)
-    validate_embedded(embeddings.folder, data)
-    return data
+    return open_described(embeddings.sidecar.data, WorkDirectory(settings.work).indexes, **settings.trust)
 
 
 def validate_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:

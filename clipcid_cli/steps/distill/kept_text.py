@@ -17,7 +17,7 @@ from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.models.text_tower import put_beside
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.models import embed_with, validate_teacher
+from clipcid_cli.steps.models import embed_with, find_model, validate_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
@@ -50,7 +50,7 @@ def load_beside_teacher(
 def find_teacher(settings: DistillSettings) -> ModelName:
     """Return the teacher, as it was named, else as its embeddings record it."""
     if settings.named_teacher is not None:
-        return with_default_tag(parse_model(settings.named_teacher))
+        return with_default_tag(find_model(settings.named_teacher))
     work = WorkDirectory(settings.work)
     if settings.named_embeddings is not None:
         folder = settings.named_embeddings

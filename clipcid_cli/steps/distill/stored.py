@@ -23,7 +23,7 @@ from clipcid_cli.steps.distill.samples import MatchCounts, index_of
 from clipcid_cli.steps.embed.request import ensure_embeddings
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embeddings import advise_keys, compare_keys, open_teacher
-from clipcid_cli.steps.models import choose_embeddings, embed_with, find_mismatch, validate_teacher
+from clipcid_cli.steps.models import choose_embeddings, embed_with, find_mismatch, find_model, validate_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
 
@@ -67,7 +67,7 @@ TeacherFolders = tuple[Path, ...]
 
 
 def _parse(teacher: str) -> ModelName:
-    return with_default_tag(parse_model(teacher))
+    return with_default_tag(find_model(teacher))
 
 
 def validate_teacher_names(settings: DistillSettings) -> None:
@@ -216,8 +216,16 @@ def validate_matches(settings: DistillSettings, dataset: Dataset, embeddings: Em
     if counts.without_embedding == counts.candidates:
         message += f" {compare_keys(first_key(dataset), at_fault)}"
         advice = advise_keys(at_fault)
-    again = f"Give the data that was embedded, or embed this data. {at_fault.embed_again()}"
-    raise ClipcidError(message, advice + again)
+    raise ClipcidError(message, f"{advice}Give the data that was embedded, or {_embed_this_data(settings, at_fault)}")
+
+
+def _embed_this_data(settings: DistillSettings, embeddings: Embeddings) -> str:
+    """Say how the data to train on is embedded; embeddings of other data are not replaced for it."""
+    sidecar = embeddings.sidecar
+    if sidecar is None or settings.data in (None, sidecar.data.spec):
+        return f"embed this data. {embeddings.embed_again()}"
+    elsewhere = dataclasses.replace(settings, work=Path("OTHER"))
+    return f"embed this data into another work directory: {embed_with(parse_model(sidecar.model.spec), elsewhere)}"
 
 
 def _name_skipped(embeddings: Embeddings) -> str:

@@ -20,13 +20,14 @@ from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.runtime.models.augment import Masking
 from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
 from clipcid_cli.runtime.models.load import load_model
-from clipcid_cli.runtime.models.names import parse_model, with_default_tag
+from clipcid_cli.runtime.models.names import with_default_tag
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.models.tower_modules import freeze, image_tower_kind
 from clipcid_cli.runtime.models.views import apply_colors
 from clipcid_cli.runtime.precision import Precision, choose_precision, fast_attention
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
+from clipcid_cli.steps.models import find_model
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.training.gradients import Features, GradCache
 from clipcid_cli.training.train_state import TrainState
@@ -90,7 +91,7 @@ class Student:
 
 def load_student(settings: DistillSettings, device: torch.device) -> Student:
     """Load the student as ``--student``, ``--init-from`` and ``--freeze-…`` say."""
-    name = parse_model(str(settings.student))
+    name = find_model(str(settings.student))
     text_folder = name.folder
     if settings.keeps_text_tower:
         from clipcid_cli.steps.distill.kept_text import load_beside_teacher
@@ -198,7 +199,7 @@ def _compile_towers(pruned: PrunedForward) -> EncodeBoth:
 def _inherit(model: ClipModel, init_from: str, towers: str) -> ClipModel:
     from clipcid_cli.runtime.models.inherit import inherit
 
-    source = load_model(with_default_tag(parse_model(init_from)))
+    source = load_model(with_default_tag(find_model(init_from)))
     not_inherited = inherit(model.module, source.module, towers)
     subject = "Both towers start" if towers == "both" else f"The {towers} tower starts"
     fresh = f", except {', '.join(not_inherited)}" if not_inherited else ""

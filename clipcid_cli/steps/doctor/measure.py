@@ -77,7 +77,8 @@ class Process:
     image_bytes: float  # of an image file, the mean
     decoded: float  # images a second
     decoded_by_core: float
-    unreadable: int  # of the images that were decoded
+    tried: int  # images that were decoded, each counted once
+    unreadable: int  # of these
     versions: dict[str, str]
     first_bytes: float | None  # seconds; None without data in local files
     read: float | None  # bytes a second
@@ -113,7 +114,7 @@ def measure_process(context: DistContext, dataset: Dataset | None, samples: Sequ
     files = files[begin:] + files[:begin]
     first_bytes = measure_first_bytes(files) if files else None
     read = measure_reads(files, _SECONDS) if files else None
-    decoded, unreadable = measure_decoding(samples, workers, _SECONDS)
+    decoded, tried, unreadable = measure_decoding(samples, workers, _SECONDS)
     on_gpu = context.device.type == "cuda"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     shared = None
@@ -129,6 +130,7 @@ def measure_process(context: DistContext, dataset: Dataset | None, samples: Sequ
         image_bytes=_mean_size(samples[:_BATCH]),
         decoded=decoded,
         decoded_by_core=decoded / max(1, workers),
+        tried=tried,
         unreadable=unreadable,
         versions=list_versions(),
         first_bytes=first_bytes,
@@ -189,20 +191,21 @@ def _local_files(dataset: Dataset, samples: Sequence[Sample]) -> list[str]:
     return [sample.image.path for sample in samples if sample.image.path and not is_remote(sample.image.path)]
 
 
-def measure_decoding(samples: Sequence[Sample], workers: int, seconds: float) -> tuple[float, int]:
-    """Return the images a second that workers decode again and again, and how many of them cannot be decoded.
+def measure_decoding(samples: Sequence[Sample], workers: int, seconds: float) -> tuple[float, int, int]:
+    """Return the images a second that workers decode again and again, how many were tried, and how many of them failed.
 
     What is measured is what `embed` does: bytes to pixels of the model's size.
     """
     decoder = Decoder(Renderer({"size": SIDE}), None)
     batches = [samples[first : first + _BATCH] for first in range(0, len(samples), _BATCH)]
     images = 0
-    unreadable = 0
+    tried = unreadable = 0
     began = 0.0
     with closing(ordered_map(decoder, itertools.cycle(batches), workers, count_received)) as decoded:
         for number, batch in enumerate(decoded):
             now = time.perf_counter()
             if number < len(batches):
+                tried += len(batches[number])
                 unreadable += len(batch.failures)
             if not number:  # the workers have started
                 began = now
@@ -210,7 +213,7 @@ def measure_decoding(samples: Sequence[Sample], workers: int, seconds: float) ->
             images += _BATCH if batch.pixels is None else len(batch.pixels)
             if now - began > seconds:
                 break
-    return images / (now - began), unreadable
+    return images / (now - began), tried, unreadable
 
 
 def measure_work_disk(folder: Path) -> WorkDisk:

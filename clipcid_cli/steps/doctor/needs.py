@@ -224,8 +224,8 @@ def check_unreadable(measured: Sequence[Process]) -> list[Check]:
     unreadable = sum(process.unreadable for process in measured)
     if not unreadable:
         return []
-    problem = f"{unreadable:,} of the first images cannot be decoded"
-    return [Check("data", "", None, {}, SLOW, problem=problem, advice="clipcid embed names and skips them.")]
+    problem = f"{unreadable:,} of {sum(process.tried for process in measured):,} images cannot be decoded"
+    return [Check("data decodes", "", None, {}, "", problem=problem, advice="clipcid embed names and skips them.")]
 
 
 def _compare_rate(name: str, unit: str, figure: float, needs: dict[str, float], formula: str, advice: str) -> Check:

@@ -29,7 +29,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.embed.plan import EMBED
 from clipcid_cli.steps.embed.result import EmbedResult
-from clipcid_cli.steps.embed.run import describe
+from clipcid_cli.steps.embed.run import describe, note_replaced
 from clipcid_cli.steps.embed.write import Timings, commit
 from clipcid_cli.steps.settings.embed import EmbedSettings
 from clipcid_cli.steps.settings.shared import flag_of, given_fields, setting_of, url_of
@@ -93,6 +93,7 @@ def _join_sent(settings: EmbedSettings, place: ObjectStore) -> EmbedResult:
         if output.finished is not None:
             reporting.note(f"{folder} already holds the embeddings of {place}.")
             return describe(folder, output.finished)
+        note_replaced(output)
         output.begin_work()
         reporting.note(f"Fetching {len(records):,} shards of {place}.")
         ordered = [record for _, record in sorted(records.items())]

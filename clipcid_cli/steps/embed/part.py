@@ -26,7 +26,7 @@ from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps.embed.encoder import EmbedEncoder
 from clipcid_cli.steps.embed.plan import EMBED, EmbedPlan
 from clipcid_cli.steps.embed.result import EmbedPart, EmbedResult
-from clipcid_cli.steps.embed.run import describe, embed_missing
+from clipcid_cli.steps.embed.run import describe, embed_missing, note_replaced
 from clipcid_cli.steps.embed.write import Timings, measure, state_facts
 from clipcid_cli.steps.settings.shared import url_of
 
@@ -73,6 +73,7 @@ def _begin(
         if output.finished is None:
             # Starting removes unfinished work of other settings that has no shard yet.
             refuse_running(work for work in find_works(output.folder, EMBED) if work != output.work_top)
+            note_replaced(output)
             output.begin_work()
             stack.enter_context(hold_part(output.work_top, part))
     if place is not None:

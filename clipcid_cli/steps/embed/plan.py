@@ -31,9 +31,9 @@ from clipcid_cli.formats.sidecar import DataSpec, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.array_task import choose_task
-from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
+from clipcid_cli.runtime.models.names import ModelName, with_default_tag
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.models import choose_embeddings, find_embedded_model, find_mismatch
+from clipcid_cli.steps.models import choose_embeddings, find_embedded_model, find_mismatch, find_model
 from clipcid_cli.steps.open_data import note_left_out, open_named
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
 from clipcid_cli.steps.settings.shared import url_of
@@ -136,21 +136,23 @@ class EmbedPlan:
 
 def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
     """Look at the data, the model's name and the output."""
-    name = with_default_tag(parse_model(_choose_model(settings)))
+    name = with_default_tag(find_model(_choose_model(settings)))
     task = None if settings.part is None else choose_task(settings.part)
     dataset = _open_data(settings, name)
     note_left_out(dataset)
     folder = _choose_folder(settings, name, task)
+    plan = EmbedPlan(settings, without_text, folder, name, dataset, describe_shards(dataset), task=task)
+    if folder.exists():
+        _validate_own_folder(folder)
+        with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
+            plan = _look_at_output(plan)
+    else:
+        plan = dataclasses.replace(plan, may_grow=True)
+    # After the output: where that is of other data, the remedies for captions would replace it.
     if settings.text:
         if not _has_captions(dataset):
             raise _no_captions_error(dataset, without_text)
         _look_at_captions(dataset)
-    plan = EmbedPlan(settings, without_text, folder, name, dataset, describe_shards(dataset), task=task)
-    if not folder.exists():
-        return dataclasses.replace(plan, may_grow=True)
-    _validate_own_folder(folder)
-    with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
-        return _look_at_output(plan)
     return plan
 
 

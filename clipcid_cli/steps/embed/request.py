@@ -6,15 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from clipcid_cli.errors import command_line
+from clipcid_cli.errors import command_line, flag_words
 from clipcid_cli.formats.embeddings.sidecar import read_embed_sidecar
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
+from clipcid_cli.runtime.models.names import ModelName, with_default_tag
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.embed.plan import choose_text
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import make_embeddings
-from clipcid_cli.steps.models import choose_embeddings
+from clipcid_cli.steps.models import choose_embeddings, find_model
 from clipcid_cli.steps.settings.embed import EmbedSettings, configured
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
@@ -40,7 +40,7 @@ def ensure_embeddings(
     Returns:
         Folder of finished embeddings of this model over this data; in a dry run without them what they would cost.
     """
-    name = with_default_tag(parse_model(model))
+    name = with_default_tag(find_model(model))
     folder = choose_embeddings(settings.work, name)
     sidecar = context.on_rank0(read_embed_sidecar, folder)
     given = configured() if sidecar is None else {}
@@ -68,9 +68,17 @@ def ensure_embeddings(
 
 
 def embed_images_first(request: EmbedSettings, name: ModelName) -> str:
-    """Give the command for embeddings that a step without captions accepts; this run has begun ones with text."""
+    """Give the command for embeddings that a step without captions accepts; this run has begun ones with text.
+
+    Finished ones are not replaced by it: it names another work directory.
+    """
     data = () if request.data is None else (request.data,)
-    flags: dict[str, Any] = {**request.data_flags, "work": request.work, "text": False, "overwrite": True}
+    flags: dict[str, Any] = {**request.data_flags, "work": request.work, "text": False}
     for flag in ("caption_column", "caption_key"):
         flags.pop(flag, None)
-    return f"Embed the images alone first: {command_line('embed', *data, model=name.spec, **flags)}"
+    if read_embed_sidecar(choose_embeddings(request.work, name)) is None:
+        return f"Embed the images alone first: {command_line('embed', *data, model=name.spec, **flags, overwrite=True)}"
+    embed = command_line("embed", *data, model=name.spec, **flags | {"work": "OTHER"})
+    return (
+        f"Embed the images alone into another work directory: {embed}\nThen give {flag_words(work='OTHER')} here too."
+    )

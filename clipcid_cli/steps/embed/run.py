@@ -14,7 +14,7 @@ from clipcid_cli.formats.embeddings.manifest import MANIFEST, read_manifest
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, find_works, remove_leftovers
-from clipcid_cli.formats.sidecar import sidecar_path
+from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.skipped import skipped_file
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
@@ -65,6 +65,7 @@ def make_embeddings(settings: EmbedSettings, context: DistContext, without_text:
         from clipcid_cli.steps.embed.cost import estimate_cost
 
         output = context.on_rank0(find_output, spec)
+        context.on_rank0(note_replaced, output)
         return estimate_cost(encoder, plan, output, context)
     if plan.task is not None:
         from clipcid_cli.steps.embed.part import embed_part
@@ -94,6 +95,7 @@ def _start(output: Output[EmbedSidecar], writer: EmbeddingWriter) -> None:
         from clipcid_cli.formats.embeddings.parts import refuse_running
 
         refuse_running(begun)
+    note_replaced(output)
     output.begin_work()
     embedded = (output.folder / MANIFEST).exists()
     if embedded:
@@ -101,6 +103,16 @@ def _start(output: Output[EmbedSidecar], writer: EmbeddingWriter) -> None:
             writer.take(output.folder, read_manifest(output.folder, ""))
     if begun or embedded:
         writer.rename_keys()
+
+
+def note_replaced(output: Output[EmbedSidecar]) -> None:
+    """Say which finished embeddings will be replaced, where not the same ones are made again."""
+    if not output.differences or output.earlier is not None:
+        return
+    there = read_sidecar(sidecar_path(output.folder, EMBED), EmbedSidecar)
+    if there is not None:
+        images = f"{there.counts['images']:,} images of {there.data.spec}"
+        reporting.note(f"The embeddings in {output.folder} ({images}) will be replaced.")
 
 
 def embed_missing(

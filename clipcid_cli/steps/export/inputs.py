@@ -206,9 +206,9 @@ def read_inputs(
     for place, reason in decoded.failures.items():
         skips.add(reason, listed[place].key)
     readable = {place: sample for place, sample in enumerate(listed) if place not in decoded.failures}
+    if dataset is not None and (settings.data is not None or readable):  # else patterns are drawn
+        skips.check(len(listed), settings.max_bad_compared, settings.data or dataset.spec)
     if settings.data is not None:
-        # Without --data it is what was embedded, which was held to this limit then.
-        skips.check(len(listed), settings.max_bad_fraction, settings.data)
         _validate_any(readable, settings.data)
     source, task, measure = _PATTERNS, None, ACCURACY
     if dataset is not None and readable:

@@ -70,7 +70,7 @@ def encode_gallery(checker: Checker, gallery: Gallery) -> SearchImages:
             searched += part
             skips.merge(skipped)
             progress.advance(len(part) + skipped.total)
-    skips.check(total, checker.settings.max_bad_fraction, f"--search-images {spec}")
+    skips.check(total, checker.settings.max_bad_searched, f"--search-images {spec}")
     if not searched:
         raise ClipcidError(f"--search-images {spec} holds no readable image.", "Give other data.")
     if skips.total:

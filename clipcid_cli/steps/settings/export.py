@@ -116,9 +116,10 @@ class ExportSettings(TrustSettings):
         within=Range(16),
         operational=True,
     )
-    max_bad_fraction: float = _check(
-        0.01,
-        "Fail when more than this share of the images of --data, or of --search-images, cannot be read.",
+    max_bad_fraction: float | None = _check(
+        None,
+        "Fail when more than this share of the images cannot be read: by default half of those that are compared, and "
+        "0.01 of --search-images.",
         within=FRACTION,
         operational=True,
     )
@@ -179,6 +180,16 @@ class ExportSettings(TrustSettings):
     def forms(self) -> tuple[str, ...]:
         """The formats that are written, in order."""
         return tuple(form for form in FORMATS if form in self.format or (form == "onnx" and "web" in self.format))
+
+    @property
+    def max_bad_compared(self) -> float:
+        """Largest share of unreadable images among those compared, which are only a measure of the export."""
+        return 0.5 if self.max_bad_fraction is None else self.max_bad_fraction
+
+    @property
+    def max_bad_searched(self) -> float:
+        """Largest share of unreadable images among those that the page searches."""
+        return 0.01 if self.max_bad_fraction is None else self.max_bad_fraction
 
     @property
     def stored_precision(self) -> str:

@@ -97,6 +97,15 @@ def list_contents(work: Path, **settings: Any) -> tuple[Contents, str]:
     return contents, "\n".join(told)
 
 
+def test_a_run_that_has_logged_nothing_is_listed(work: Path) -> None:
+    killed = work / "distill" / "killed" / f".distill-{'0' * 32}"
+    killed.mkdir(parents=True)
+    write_json(killed / ".run.json", {"settings": {"steps": 300}, "inputs": []})
+    (work / "distill" / "no run").mkdir()
+    unfinished = [row for row in list_contents(work)[0].runs if not row.finished]
+    assert [(row.name, row.steps, row.planned) for row in unfinished] == [("killed", 0, 300), ("stopped", 14, 40)]
+
+
 def test_seeds_are_one_row_and_evaluations_follow_their_runs(work: Path) -> None:
     contents, told = list_contents(work)
     assert told == ""

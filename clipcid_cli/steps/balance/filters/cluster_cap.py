@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from clipcid_cli.algorithms.near.exact import BoolArray, DoubleArray, FloatArray, IntArray
 from clipcid_cli.algorithms.sets.representatives import best_of_groups
-from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.errors import ClipcidError, command_line, flag_words
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN
 from clipcid_cli.formats.fingerprint import record, validate_unchanged
@@ -92,7 +92,7 @@ class MaxPerCluster(Filter):
         return (
             f"The clusters in {self.folder} are of {self.images:,} images, and {searched:,} are balanced: if a kept "
             f"image is in no cluster, the run ends with an error. To cluster all images: "
-            f"{_cluster_all(self.settings, overwrite=True)}"
+            f"{_cluster_all_again(self.settings)}"
         )
 
     def apply(self, run: BalanceRun, is_left: BoolArray) -> ClusterCap:
@@ -107,8 +107,7 @@ class MaxPerCluster(Filter):
                 raise ClipcidError(
                     f"{num_missing:,} of the {len(kept):,} images that are kept are in none of the clusters in "
                     f"{self.folder}, which were made from other images.",
-                    "Name other clusters with --clusters, or cluster all images: "
-                    f"{_cluster_all(self.settings, overwrite=True)}",
+                    f"Name other clusters with --clusters, or cluster all images: {_cluster_all_again(self.settings)}",
                 )
             before = np.bincount(labels, minlength=int(cluster.max(initial=-1)) + 1)
             crowded = kept[before[labels] > most]
@@ -146,7 +145,7 @@ def find_clusters(settings: BalanceSettings) -> MaxPerCluster:
     if of_repaired:
         reporting.note(
             "They were made of repaired rows; which images stay is decided by the stored rows. To cluster these: "
-            f"{_cluster_all(settings, overwrite=True)}"
+            f"{_cluster_all_again(settings)}"
         )
     skipped = sum(sidecar.counts["skipped"].values())
     return MaxPerCluster(settings, folder, record(folder / CLUSTERS).hash, images, skipped, of_repaired)
@@ -169,6 +168,14 @@ def _flags_for_all(settings: BalanceSettings) -> dict[str, Any]:
 
 def _cluster_all(settings: BalanceSettings, **more: Any) -> str:
     return command_line("cluster", **_flags_for_all(settings), work=settings.work, **more)
+
+
+def _cluster_all_again(settings: BalanceSettings) -> str:
+    """Give the command for clusters of all images; of embeddings that were named it replaces none of other ones."""
+    if settings.embeddings is None:
+        return _cluster_all(settings, overwrite=True)
+    cluster = command_line("cluster", **_flags_for_all(settings), work="OTHER")
+    return f"{cluster}\nThen name them: {flag_words(clusters='OTHER/clusters')}"
 
 
 def _look_up(run: BalanceRun, table: Path) -> tuple[npt.NDArray[np.int32], FloatArray]:

@@ -33,7 +33,7 @@ from clipcid_cli.steps.balance.result import ReferenceCost, ReferenceResult
 from clipcid_cli.steps.balance.run_search import Search, run_chunks
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embeddings import open_given
-from clipcid_cli.steps.models import find_mismatch
+from clipcid_cli.steps.models import find_mismatch, find_model
 from clipcid_cli.steps.open_data import holds_embeddings, open_named, refuse_empty
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -67,7 +67,7 @@ def _validate_models(settings: BalanceSettings, model: str) -> None:
 
     Weights behind other names are compared once the images are embedded: two names may be of the same ones.
     """
-    named = with_default_tag(parse_model(model))
+    named = with_default_tag(find_model(model))
     if named.path is None:
         return
     for flag, name in settings.named_references:

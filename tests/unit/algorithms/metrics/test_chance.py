@@ -36,6 +36,12 @@ def test_recall_of_fewer_images_than_it_asks_for_is_certain() -> None:
     assert guess_captions(np.array([1, 1, 2]))["text_retrieval_recall@10"] == 1
 
 
+def test_recalls_by_chance_of_one_caption_an_image_are_alike_both_ways() -> None:
+    chance = guess_captions(np.ones(500, np.int64))
+    for k in (1, 5, 10):
+        assert chance[f"text_retrieval_recall@{k}"] == chance[f"image_retrieval_recall@{k}"] == k / 500
+
+
 def test_accuracy_by_chance_and_by_the_largest_class() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.repeat_interleave(torch.arange(8), torch.tensor([2, 2, 2, 2, 2, 2, 2, 26]))

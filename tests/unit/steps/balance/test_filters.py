@@ -288,8 +288,10 @@ def test_of_clusters_of_repaired_rows_the_images_near_the_mean_of_the_stored_row
 def test_clusters_of_other_images_are_refused(place: Path, tmp_path: Path) -> None:
     rows = make_rows(60, seed=9)
     folder = write_embeddings(tmp_path / "e", rows, keys=[f"other{row}" for row in range(60)])
-    with pytest.raises(ClipcidError, match="60 images that are kept are in none of the clusters in"):
+    with pytest.raises(ClipcidError, match="60 images that are kept are in none of the clusters in") as refused:
         balance(tmp_path / "w", folder, keep=1.0, max_per_cluster=2, clusters=place / "work" / "clusters")
+    elsewhere = f"clipcid cluster --embeddings {folder} --keep-list none --repair none --work OTHER\n"
+    assert refused.value.fix.endswith(f"{elsewhere}Then name them: --clusters OTHER/clusters")
     # Clusters of fewer images than are balanced: a warning before the search, in a dry run as well.
     call = {"keep": 0.5, "max_per_cluster": 2, "clusters": make_clusters(tmp_path / "few", folder, 4)}
     assert "are balanced" not in balance(tmp_path / "y", folder, **call)[1]

@@ -114,6 +114,16 @@ def test_what_is_asked_for_and_lacking_is_refused_with_the_flags_that_make_it(
     assert f"Run embed again with {flags} --overwrite." in raised.value.fix
 
 
+def test_embeddings_of_other_data_are_not_advised_to_be_replaced(
+    folders: dict[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    other = write_tar(tmp_path / "other.tar", shard_members(50, 4))
+    with pytest.raises(ClipcidError, match=r"4 of 4 samples have no embedding in \S+tiny\.") as refused:
+        join(other, folders["tiny"])
+    advice = f"embed this data into another work directory: clipcid embed {other} --model {tiny_model} --work OTHER"
+    assert advice in refused.value.fix
+
+
 def test_keys_of_another_form_are_refused(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny", keys="shard")
     said = "were made with --keys shard, the data is read with --keys sample"

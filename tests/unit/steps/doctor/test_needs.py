@@ -23,6 +23,7 @@ from clipcid_cli.steps.doctor.needs import (
     Situation,
     check_exchange,
     check_products,
+    check_unreadable,
     check_versions,
     list_checks,
 )
@@ -38,6 +39,7 @@ PROCESS = Process(
     image_bytes=25_000,
     decoded=11_500,
     decoded_by_core=500,
+    tried=640,
     unreadable=0,
     versions={"torch": "2.9"},
     first_bytes=1e-4,
@@ -139,3 +141,10 @@ def test_a_lock_that_does_not_hold_is_found_and_nothing_stays(tmp_path: Path, mo
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     assert "a second process could take a lock" in find_lock_problem(context, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_cannot_be_decoded_are_counted_and_called_neither_slow_nor_a_failure() -> None:
+    assert check_unreadable([PROCESS]) == []
+    (check,) = check_unreadable([PROCESS, dataclasses.replace(PROCESS, unreadable=3)])
+    assert (check.name, check.verdict) == ("data decodes", "")
+    assert check.problem == "3 of 1,280 images cannot be decoded"

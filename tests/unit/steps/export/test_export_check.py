@@ -23,6 +23,7 @@ from markdown_it import MarkdownIt
 from sidecars import make_sidecar
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.models.export_sidecar import Parity, PredictionParity
 from clipcid_cli.formats.results.metrics import SIDECARS, EvaluationSidecar, Metrics, write_metrics
@@ -78,7 +79,7 @@ def collect(
     data: Path,
     names: Sequence[str] | None = None,
     count: int | None = None,
-    bad: float = 0.01,
+    bad: float | None = None,
 ) -> CheckInputs:
     classes = None if names is None else Classes(tuple(names), ("a {c}",))
     settings = ExportSettings(data=str(data), check_images=count, max_bad_fraction=bad)
@@ -178,12 +179,17 @@ def test_images_that_cannot_be_read_are_counted_named_and_limited(model: ClipMod
     for number in range(20):
         (tmp_path / f"{number:02d}.png").write_bytes(make_image(number) if number != 7 else b"no image")
     with heard() as told:
-        inputs = collect(model, tmp_path, bad=0.05)
+        inputs = collect(model, tmp_path)
     assert len(inputs.pixels) == 19
     assert inputs.skips.counts == {"unreadable_image": 1}
     assert "1 × unreadable image: 07" in "\n".join(told)
     with pytest.raises(ClipcidError, match=r"1 of 20 samples in .* cannot be used: 5.0%, more than the allowed 4.0%"):
         collect(model, tmp_path, bad=0.04)
+    for number in range(12):
+        (tmp_path / f"{number:02d}.png").write_bytes(b"no image")
+    for named in (str(tmp_path), None):  # None: the data of the work directory
+        with pytest.raises(ClipcidError, match=r"12 of 20 samples in .* 60.0%, more than the allowed 50.0%"):
+            read_inputs(model, open_dataset(tmp_path), None, ExportSettings(data=named))
 
 
 def test_8_bits_need_classes_and_images(model: ClipModel, drawings: Path, tiny_shards: Path, tmp_path: Path) -> None:
