@@ -57,7 +57,7 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
     unread = ""
     if data is not None and not any(is_remote(shard.file) for shard in data.shards):
         try:
-            if any(sample.label is not None for sample in data.shards[0].samples()):
+            if _has_classes(data):
                 labels = _read_labels(data) if len(rows) <= _MAX_LABELS else None
                 if labels is not None:
                     return _compare_labels(data, labels, embeddings, rows, kept)
@@ -78,6 +78,13 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
         f"caption{sample}. Words of fewer than three letters and common English words are omitted.{unread}"
     )
     return LargestChanges("word", note, *_find_changes(count_words(captions, kept), before, after))
+
+
+def _has_classes(data: Dataset) -> bool:
+    """Tell whether an image of the first shard has a class: its index says so, else the shard is listed."""
+    if data.index is not None:
+        return data.index.records[0].with_labels > 0
+    return any(sample.label is not None for sample in data.shards[0].samples())
 
 
 def _read_labels(data: Dataset) -> dict[str, int | None] | None:

@@ -26,7 +26,7 @@ from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import Audit
 from clipcid_cli.steps.balance.rows import BalanceRows, read_rows
-from clipcid_cli.steps.balance.sets import Sets, make_sets
+from clipcid_cli.steps.balance.sets import Sets, divide, measure_sets
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 from clipcid_cli.steps.embeddings import skip_rows
 
@@ -96,7 +96,8 @@ def compute(plan: BalancePlan, output: Output[BalanceSidecar], context: DistCont
     for rule in run.filters:
         if risk := rule.find_risk(run.rows.num_searched):
             reporting.warn(risk)
-    sets, forest, reused = make_sets(run)
+    division, forest, reused = divide(run)
+    sets = measure_sets(run, division)
     if reused:
         reporting.note("The forest of these embeddings exists: keep list, curve and report are made from it.")
     compared = compare_linkages(run, sets, forest)

@@ -18,7 +18,7 @@ from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.groups import find_places, readable
-from clipcid_cli.steps.balance.run_search import Search, run_chunks
+from clipcid_cli.steps.balance.run_search import Search, run_search
 from clipcid_cli.steps.balance.stored_forest import Forest
 
 # Pairs that sets are made of, and the memory that each takes while they are sorted and covered by stars (measured).
@@ -58,16 +58,16 @@ def find_pairs(
     def further_identity() -> str:
         return f"{hash_arrays(labels[members])}-{max_found}"
 
-    with readable(run.shared, run.rows.images, run.rows.numbers, members) as read:
+    with readable(run.shared, run.rows.images, run.rows.numbers, members) as (source, places):
         search = Search(
             "pairs",
             jobs,
-            lambda rows: read(place_of(rows)),
+            lambda rows: source.take(places[place_of(rows)]),
             searched_to,
             lambda: PairsWithin(labels, max_found),
             further_identity,
         )
-        pairs = run_chunks(run, search)
+        pairs = run_search(run, search)
     if len(pairs) > max_found:
         return NotComputed(f"more than {max_found:,} pairs are within the cut-off")
     return pairs

@@ -31,7 +31,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.groups import copy_rows, temporary_copies
 from clipcid_cli.steps.balance.result import Audit
-from clipcid_cli.steps.balance.run_search import Search, find_nearest, run_chunks
+from clipcid_cli.steps.balance.run_search import Search, find_nearest, run_search
 
 # Where this share of all pairs would be compared, all of them may as well be.
 _MAX_FRACTION = 0.5
@@ -199,7 +199,7 @@ def audit_kept(run: BalanceRun, kept: IntArray, threshold: float) -> Audit:
     """Estimate what a search in partitions missed: compare a random sample of the kept rows, ascending, with all of them."""
     sample = np.sort(np.random.default_rng(0).permutation(kept)[:AUDIT_SAMPLE])
     jobs = rectangle(sample, kept, run.rows_in_memory)
-    pairs = run_chunks(run, Search("audit", jobs, run.rows.read, threshold, lambda: NearestOf(sample)))
+    pairs = run_search(run, Search("audit", jobs, run.rows.read, threshold, lambda: NearestOf(sample)))
     near = int(np.count_nonzero(np.isin(sample, np.concatenate([pairs.a, pairs.b]))))
     rate = near / len(sample)
     low, high = (rate, rate) if len(sample) == len(kept) else clopper_pearson(near, len(sample))

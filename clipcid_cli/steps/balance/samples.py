@@ -83,7 +83,7 @@ def take_texts(
 
 
 class SampleFinder:
-    """Finds samples by shard and key in the index of the data, on one process.
+    """Finds samples by shard and key in the index of the data, on one process; their captions are not read.
 
     Shards that are not in it are listed into it: those asked for, or all of them for embeddings of other tools, which do not
     record shards.
@@ -142,4 +142,4 @@ class SampleFinder:
         return join(keys, count, Listing(index.folder, read, 2), index.folder)
 
     def _samples_at(self, places: Values) -> list[Sample | None]:
-        return [None if row < 0 else self._part(shard).sample(row) for shard, row in places.tolist()]
+        return [None if row < 0 else self._part(shard).sample(row, captions=False) for shard, row in places.tolist()]
