@@ -120,8 +120,10 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
 
 def _read_embedding(ctx: click.Context) -> dict[str, Any]:
     """Return what the configuration file and the environment say of `embed`, for a command that embeds."""
-    command = _sibling_command(ctx, EMBED)
     config = ctx.params["config"]
+    if config is None and not _given_variables():
+        return {}
+    command = _sibling_command(ctx, EMBED)
     with command.make_context(EMBED, [] if config is None else ["--config", str(config)], parent=ctx.parent) as own:
         given = (ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
         return {name: value for name, value in own.params.items() if own.get_parameter_source(name) in given}
@@ -307,7 +309,7 @@ def _sibling_command(ctx: click.Context, name: str) -> click.Command:
 
 def _validate_variables(ctx: click.Context) -> None:
     """Refuse a variable of the environment that begins with ``CLIPCID_`` and belongs to no flag of any subcommand."""
-    given = {name for name in os.environ if name.startswith(_PREFIX)} - _NOT_FLAGS - _variables(ctx.command)
+    given = _given_variables() - _variables(ctx.command)
     if not given:
         return
     commands = _sibling_commands(ctx)
@@ -318,6 +320,11 @@ def _validate_variables(ctx: click.Context) -> None:
         close = [variable for variable in complete if variable in known] or difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"Unset it, or see clipcid {ctx.command.name} --help."
         raise UsageError(f"{name} is set in the environment, but no flag reads it.", hint)
+
+
+def _given_variables() -> set[str]:
+    """Return the variables of the environment that are meant for flags."""
+    return {name for name in os.environ if name.startswith(_PREFIX)} - _NOT_FLAGS
 
 
 def _variable(command: str, flag: str) -> str:

@@ -32,7 +32,6 @@ from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.distill.training_batch import HOST, TrainingBatch
 from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.steps.shard_copies import fetch_part_ahead
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.distill.clusters import ClusterLookup
@@ -323,7 +322,11 @@ class Batches:
     def deal(self, steps: range) -> Iterator[DealtBatch]:
         """Say what workers shall make of each step's batch; a start anywhere deals the same."""
         index = index_of(self._inputs.dataset)
-        fetch = partial(fetch_part_ahead, index, context=self._context)
+        fetch: Callable[[Sequence[int]], None] | None = None
+        if index.cache is not None:
+            from clipcid_cli.steps.shard_copies import fetch_part_ahead
+
+            fetch = partial(fetch_part_ahead, index, context=self._context)
         order = SampleOrder(self._seed, self._samples.sizes.tolist(), fetch)
         own = slice(*self._context.rank_range(self._batch_size))
         for step in steps:

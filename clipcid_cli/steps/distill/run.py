@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.results.run_folder import DistillSidecar, write_held_out
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import skipped_file, write_skipped
@@ -27,10 +26,11 @@ from clipcid_cli.steps.distill.samples import count_unreadable, list_skipped
 from clipcid_cli.steps.distill.stored import find_embeddings
 from clipcid_cli.steps.distill.student import Student, load_student, write_students
 from clipcid_cli.steps.distill.trainer import Trainer
-from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.steps.shard_copies import warn_of_copies
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.embed.result import EmbedCost
 
 
 def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
@@ -42,11 +42,14 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
         named = context.on_rank0(lambda: validate_named(settings))
         student = context.on_all(lambda: load_student(settings, context.device))
         embeddings = find_embeddings(settings, context)
-        if isinstance(embeddings, EmbedCost):
+        if not isinstance(embeddings, tuple):
             return embeddings
         memories = context.gather(device_memory(context.device))
         plan = context.on_rank0(lambda: make_plan(settings, student, embeddings, named, scratch, context, memories))
-        warn_of_copies(plan.inputs.dataset, context)
+        if context.size > 1:
+            from clipcid_cli.steps.shard_copies import warn_of_copies
+
+            warn_of_copies(plan.inputs.dataset, context)
         plan = plan.loaded(context)
         if settings.dry_run:
             return _preview(plan, student, context)
@@ -99,7 +102,10 @@ def _train(
 ) -> DistillSidecar:
     """Start a run or go on with it, train, and write what it ends with."""
     settings, folder = plan.settings, plan.folder
-    context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
+    if settings.report_to != "none":
+        from clipcid_cli.formats.results.boards import validate_board
+
+        context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
     validate_memory(plan, student, context)
     first = context.on_rank0(lambda: begin_run(output, folder, settings.resume))
     if not first:  # an unfinished run without a checkpoint may have ended because of what this finds
