@@ -18,7 +18,7 @@ from clipcid_cli.steps import reporting
 def claim_output(context: DistContext, spec: OutputSpec[AnySidecar]) -> Iterator[Output[AnySidecar]]:
     """Lock an output on the first process and give its state to all; the first alone may call `begin_work` and `commit`."""
     with ExitStack() as stack:
-        yield context.on_rank0(lambda: stack.enter_context(open_output(spec)))
+        yield context.on_rank0(stack.enter_context, open_output(spec))
         context.barrier()
 
 
@@ -55,6 +55,6 @@ def scratch_folder(context: DistContext, *, dry_run: bool) -> Iterator[Path | No
 
     with tempfile.TemporaryDirectory(prefix="clipcid-") if context.is_main else nullcontext("") as own:
         folder = Path(context.broadcast(own))
-        context.on_all(lambda: require(folder))
+        context.on_all(require, folder)
         yield folder
         context.barrier()

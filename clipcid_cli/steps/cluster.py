@@ -102,7 +102,7 @@ def run(settings: ClusterSettings) -> ClusterResult | ClusterCost:
     """Cluster embeddings."""
     seconds = dict[str, float]()
     with open_dist_context(settings.device) as context:
-        plan = context.on_rank0(lambda: make_plan(settings, seconds))
+        plan = context.on_rank0(make_plan, settings, seconds)
         if settings.dry_run:
             return _estimate_cost(plan, context)
         with timed(seconds, "read"):
@@ -117,7 +117,7 @@ def run(settings: ClusterSettings) -> ClusterResult | ClusterCost:
                     state = _train(plan, context, output.work / PROGRESS)
                 with timed(seconds, "assign"):
                     _assign(plan, context, state.centroids_KD, output.work)
-                result = context.on_rank0(lambda: _write(plan, state, output, seconds))
+                result = context.on_rank0(_write, plan, state, output, seconds)
         files = {
             "centroids": plan.folder / CENTROIDS,
             "clusters": plan.folder / CLUSTERS,

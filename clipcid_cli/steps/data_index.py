@@ -179,8 +179,9 @@ def ensure_index(dataset: Dataset, context: DistContext, workers: int) -> Datase
 
     with lock_index(folder) if context.is_main else nullcontext():
         missing = context.on_rank0(find_missing)
-        context.on_all(lambda: list_all(missing[context.rank :: context.size]))
-        return dataset.with_index(context.on_rank0(lambda: _finish(dataset, folder)))
+        if missing:
+            context.on_all(list_all, missing[context.rank :: context.size])
+        return dataset.with_index(context.on_rank0(_finish, dataset, folder))
 
 
 def index_alone(dataset: Dataset, workers: int | None) -> Dataset:

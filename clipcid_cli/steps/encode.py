@@ -244,8 +244,9 @@ def encode(
     """
     threads = threads_for_batches(device)
 
-    def compute(batch: Batch, decoded: Decoded) -> tuple[Batch, Encoded]:
+    def compute(pair: tuple[Batch, Decoded]) -> tuple[Batch, Encoded]:
         """Encode a batch, and note samples any of whose rows is not finite: nothing can be compared with it."""
+        batch, decoded = pair
         samples = batch.samples
         encoded = Encoded(samples, {}, dict(decoded.failures), decoded.adapted)
         if not samples:
@@ -265,8 +266,8 @@ def encode(
         return batch, encoded
 
     if workers is None:
-        return thread_map(lambda batch: compute(_drop_bytes(batch), decoder(batch.samples)), batches, threads)
-    return thread_map(lambda pair: compute(*pair), decode(batches, decoder, workers), threads)
+        return thread_map(lambda batch: compute((_drop_bytes(batch), decoder(batch.samples))), batches, threads)
+    return thread_map(compute, decode(batches, decoder, workers), threads)
 
 
 def _drop_bytes(batch: Batch) -> Batch:

@@ -12,14 +12,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_pipe, is_url
-from clipcid_cli.formats.data.cells import Origin
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.skips import REASONS, Skips
 from clipcid_cli.runtime.distributed import DistContext
@@ -29,6 +28,9 @@ from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.settings.shared import ReadingSettings
+
+if TYPE_CHECKING:
+    from clipcid_cli.formats.data.cells import Origin
 
 _SECONDS = 2.0
 _SAMPLES_OF_A_SHARD = 3

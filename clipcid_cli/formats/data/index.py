@@ -30,7 +30,6 @@ from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.files import atomic_file, lock, read_regular, write_error, write_parquet
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
-from clipcid_cli.formats.join import find_repeat
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.shown import redact
 
@@ -265,6 +264,8 @@ def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[Indexe
     """Write the table of the shards, once all are listed; files of later steps are joined by key, so none may repeat."""
     index = DataIndex(folder, tuple(shards), tuple(records))
     if len(shards) > 1:  # within a shard all keys differ
+        from clipcid_cli.formats.join import find_repeat
+
         repeat = find_repeat(lambda: (index.part(shard_index).keys for shard_index in range(len(shards))), folder)
         if repeat is not None:
             rows = (repeat.first, repeat.second)

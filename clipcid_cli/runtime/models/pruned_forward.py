@@ -124,11 +124,6 @@ class _Padding:
         spread = rows_TW.new_zeros(self.texts * self.longest, rows_TW.shape[1]).index_copy_(0, self.places_T, rows_TW)
         return spread.view(self.texts, self.longest, -1)
 
-    def attend(self, projected_TW: Tensor, heads: int) -> Tensor:
-        """Attend from each row to those before it in its text."""
-        attended_BLW = _attend(self.spread(projected_TW), heads, is_causal=True)
-        return attended_BLW.flatten(0, 1).index_select(0, self.places_T)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Packing:
@@ -143,10 +138,14 @@ class _Packing:
 
     def attend(self, projected_TW: Tensor, heads: int) -> Tensor:
         """Attend from each row to those before it in its text."""
-        if len(self.groups) == 1:  # without a copy
-            return self.padding.attend(projected_TW, heads)
-        parts = torch.split(projected_TW, [len(group.places_T) for group in self.groups])
-        return torch.cat([group.attend(part, heads) for group, part in zip(self.groups, parts, strict=True)])
+        # All rows of a single group are taken as they are, without a copy.
+        sizes = [len(group.places_T) for group in self.groups]
+        parts = torch.split(projected_TW, sizes) if len(sizes) > 1 else (projected_TW,)
+        attended: list[Tensor] = []
+        for group, part in zip(self.groups, parts, strict=True):
+            rows_BLW = _attend(group.spread(part), heads, is_causal=True)
+            attended.append(rows_BLW.flatten(0, 1).index_select(0, group.places_T))
+        return torch.cat(attended) if len(attended) > 1 else attended[0]
 
     def take_ends(self, rows_TW: Tensor) -> Tensor:
         """Return the rows of the texts' last tokens, [B, W]."""
@@ -159,6 +158,11 @@ class _Part(NamedTuple):
     lengths_b: Tensor  # of each text, with what padding is taken along
     longest: int  # places of each text
     texts: int  # that there is room for
+
+    def pad(self, device: torch.device) -> _Padding:
+        """Find the places of its rows."""
+        places_T = _are_valid(self.lengths_b, self.longest).flatten().nonzero().squeeze(1)
+        return _Padding(to_device(places_T, device), self.texts, self.longest)
 
 
 def _pack(tokens: Tensor, text: Any, device: torch.device, *, in_few_sizes: bool = False) -> _Packing:
@@ -192,13 +196,8 @@ def _pack(tokens: Tensor, text: Any, device: torch.device, *, in_few_sizes: bool
         ends_B=to_device(ends_B, device),
         valid_BL=to_device(_are_valid(lengths_B, longest), device),
         padding=padding,
-        groups=[_pad(*part, device) for part in parts] if len(parts) > 1 else [padding],
+        groups=[part.pad(device) for part in parts] if len(parts) > 1 else [padding],
     )
-
-
-def _pad(lengths_B: Tensor, longest: int, texts: int, device: torch.device) -> _Padding:
-    places_T = _are_valid(lengths_B, longest).flatten().nonzero().squeeze(1)
-    return _Padding(to_device(places_T, device), texts, longest)
 
 
 def _are_valid(lengths_B: Tensor, longest: int) -> Tensor:
@@ -208,10 +207,10 @@ def _are_valid(lengths_B: Tensor, longest: int) -> Tensor:
 
 def _run_layers(transformer: Any, x: Tensor, packing: _Packing | None, *, pooled: bool) -> Tensor:
     """Pass all layers: rows of images, [B, L, W], or packed ones of texts, [T, W]; `pooled` gives features' rows, [B, W]."""
-    *layers, last = (partial(_run_block, block, packing=packing) for block in transformer.resblocks)
-    if pooled:
-        last = partial(_run_pooled_block, transformer.resblocks[-1], packing=packing)
-    for layer in (*layers, last):
+    *blocks, last = transformer.resblocks
+    layers = [partial(_run_block, block, packing=packing) for block in blocks]
+    layers.append(partial(_run_pooled_block if pooled else _run_block, last, packing=packing))
+    for layer in layers:
         # With checkpoints only the input of a layer is kept. Nothing in one is random: no generator's state to restore.
         again = transformer.grad_checkpointing
         x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False) if again else layer(x)
@@ -230,33 +229,40 @@ def _run_block(block: Any, x: Tensor, packing: _Packing | None) -> Tensor:
 
 
 def _attend(projected_BLW: Tensor, heads: int, *, is_causal: bool) -> Tensor:
-    queries, keys, values = (_split_heads(rows, heads).transpose(1, 2) for rows in projected_BLW.chunk(3, dim=-1))
-    return F.scaled_dot_product_attention(queries, keys, values, is_causal=is_causal).transpose(1, 2).flatten(2)
+    queries, keys, values = projected_BLW.chunk(3, dim=-1)
+    shape = (*queries.shape[:2], heads, -1)
+    attended = F.scaled_dot_product_attention(
+        queries.view(shape).transpose(1, 2),
+        keys.view(shape).transpose(1, 2),
+        values.view(shape).transpose(1, 2),
+        is_causal=is_causal,
+    )
+    return attended.transpose(1, 2).flatten(2)
 
 
 def _run_pooled_block(block: Any, x: Tensor, packing: _Packing | None) -> Tensor:
     """Attend from the one row of each image or text that becomes its feature."""
     attention = block.attn
     normed = block.ln_1(x)
-    x_BW, normed_BW = (rows[:, 0] if packing is None else packing.take_ends(rows) for rows in (x, normed))
-    width = x_BW.shape[1]
+    width = x.shape[-1]
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    query_BW = F.linear(normed_BW, weight[:width], bias[:width])
     others = F.linear(normed, weight[width:], bias[width:])
-    if packing is not None:
+    if packing is None:
+        x_BW, normed_BW = x[:, 0], normed[:, 0]
+    else:
+        x_BW, normed_BW = packing.take_ends(x), packing.take_ends(normed)
         others = packing.padding.spread(others)
-    projected = (query_BW[:, None], *others.chunk(2, dim=-1))
-    queries, keys, values = (_split_heads(rows, attention.num_heads) for rows in projected)
+    query_BW = F.linear(normed_BW, weight[:width], bias[:width])
+    keys_BLW, values_BLW = others.chunk(2, dim=-1)
+    shape = (*keys_BLW.shape[:2], attention.num_heads, -1)
+    keys, values = keys_BLW.view(shape), values_BLW.view(shape)
+    queries = query_BW.view(len(query_BW), 1, *keys.shape[2:])
     # Computed here: PyTorch's attention of a single row gives other bits for another number of threads.
     scores_BLH = (queries * queries.shape[3] ** -0.5 * keys).sum(dim=3)
     if packing is not None:
         scores_BLH = scores_BLH.masked_fill(~packing.valid_BL[:, :, None], -torch.inf)
     attended_BHw = (scores_BLH.softmax(dim=1)[..., None] * values).sum(dim=1)
     return _finish_block(block, x_BW, attended_BHw.flatten(1).to(values.dtype))
-
-
-def _split_heads(rows_BLW: Tensor, heads: int) -> Tensor:
-    return rows_BLW.view(*rows_BLW.shape[:2], heads, -1)
 
 
 def _finish_block(block: Any, x: Tensor, attended: Tensor) -> Tensor:
@@ -294,10 +300,10 @@ def _pooling(text: Any) -> tuple[str, int | None]:
 
 
 def _has_known_blocks(transformer: Any) -> bool:
-    return all(
-        type(block).__name__ == "ResidualAttentionBlock" and is_plain_attention(block.attn)
-        for block in transformer.resblocks
-    )
+    for block in transformer.resblocks:
+        if type(block).__name__ != "ResidualAttentionBlock" or not is_plain_attention(block.attn):
+            return False
+    return True
 
 
 def is_plain_attention(module: Any) -> bool:

@@ -44,7 +44,10 @@ class Towers:
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
         """Encode any number of texts but 0."""
-        return torch.cat([self.texts(block).cpu() for block in torch.split(tokens, self.batch_size)])
+        rows = list[Tensor]()
+        for block in torch.split(tokens, self.batch_size):
+            rows.append(self.texts(block).cpu())
+        return torch.cat(rows)
 
     def encode_prompts(self, prompts: Sequence[Sequence[str]], context: DistContext | None = None) -> Tensor:
         """Encode T texts of each of C classes to float32 [C, T, D], dealing the classes to the processes of a machine."""

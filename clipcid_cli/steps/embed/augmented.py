@@ -236,9 +236,10 @@ class AugmentingEncoder(EmbedEncoder):
         """Encode a batch: images [B, D], texts [M, D], views [B, V, D] with their numbers [B, V, P], variants [B, W, D]."""
         assert isinstance(decoded, Augmented), "made by an AugmentingDecoder"
         assert decoded.pixels is not None
-        rows = self.encode_texts(decoded)
         pictures = self._by_sample(self.towers.images(self._color(decoded.pixels, decoded.colors)))
-        rows[Kind.IMAGES] = pictures[:, 0]
+        rows = {Kind.IMAGES: pictures[:, 0]}
+        if decoded.tokens is not None:
+            rows[Kind.TEXTS] = self.towers.encode_texts(decoded.tokens).half()
         if decoded.params is not None:
             rows[Kind.VIEWS] = pictures[:, 1:]
         if decoded.variants is not None:

@@ -40,10 +40,10 @@ def estimate_cost(
     Args:
         output: What is there already, of which a run embeds nothing again.
     """
-    left = context.on_rank0(lambda: _count_left(plan, output))
+    left = context.on_rank0(_count_left, plan, output)
     samples = left.samples
-    memory = context.on_all(lambda: validate_memory(plan, encoder, samples))
-    paces = context.gather(context.on_all(lambda: _time_batches(encoder, plan)))
+    memory = context.on_all(validate_memory, plan, encoder, samples)
+    paces = context.gather(context.on_all(_time_batches, encoder, plan))
     workers = encoder.workers
     speed = sum(1 / pace.of_run(workers) for pace in paces)
     supply = sum(max(1, workers) / pace.decoding for pace in paces)

@@ -82,15 +82,10 @@ class EmbedEncoder:
     def __call__(self, decoded: Decoded) -> dict[Kind, torch.Tensor]:
         """Encode a batch: images [B, D], texts [M, D]."""
         assert decoded.pixels is not None
-        rows = self.encode_texts(decoded)
-        rows[Kind.IMAGES] = self.towers.images(decoded.pixels).half().cpu()
+        rows = {Kind.IMAGES: self.towers.images(decoded.pixels).half().cpu()}
+        if decoded.tokens is not None:
+            rows[Kind.TEXTS] = self.towers.encode_texts(decoded.tokens).half()
         return without_zeros(rows)
-
-    def encode_texts(self, decoded: Decoded) -> dict[Kind, torch.Tensor]:
-        """Encode the captions of a batch, where they are embedded."""
-        if decoded.tokens is None:
-            return {}
-        return {Kind.TEXTS: self.towers.encode_texts(decoded.tokens).half()}
 
     def finish(self, encoded: Encoded) -> None:
         """Change what depends on which samples of a batch can be used."""
@@ -107,7 +102,7 @@ def load_encoder(plan: EmbedPlan, context: DistContext) -> EmbedEncoder:
     workers = choose_workers(settings.workers, context.device)
     if workers:
         start_worker_server()
-    model = context.on_all(lambda: load_model(plan.name, context.device))
+    model = context.on_all(load_model, plan.name, context.device)
     precision = choose_precision(settings.precision, context.device, "embed", model.info.parameters)
     model.cast_products(precision)
     batch_size = settings.batch_size or BATCH_SIZES[context.device.type]

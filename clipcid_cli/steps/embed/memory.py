@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from clipcid_cli.algorithms.costs import describe_clip
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.distributed import available_memory
 from clipcid_cli.runtime.pipeline import HostMemory, host_memory_of, validate_host_memory
@@ -39,6 +38,8 @@ def validate_memory(plan: EmbedPlan, encoder: EmbedEncoder, samples: float | Non
 
 def _bytes_of_batch(encoder: EmbedEncoder) -> int:
     """Return the least bytes that a batch takes on a GPU: pixels, and what a layer of a known tower holds."""
+    from clipcid_cli.algorithms.costs import describe_clip
+
     height, width = encoder.model.info.image_size
     pixels = encoder.batch_size * 3 * height * width
     try:

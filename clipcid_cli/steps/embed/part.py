@@ -44,7 +44,7 @@ def embed_part(
     # Other parts are running: what they write is never taken for work of an earlier run, of less data or other keys.
     spec = dataclasses.replace(spec, may_differ=(), begun_may_differ=())
     with ExitStack() as stack:
-        output = context.on_rank0(lambda: _begin(spec, part, place, stack))
+        output = context.on_rank0(_begin, spec, part, place, stack)
         if output.finished is not None:
             return describe(plan.folder, output.finished)
         deciding = plan.decide_rows(spec.settings)
@@ -56,11 +56,11 @@ def embed_part(
             facts=state_facts(plan, encoder),
             deciding=deciding,
         )
-        context.on_rank0(lambda: _write_record(record, output.work, place))
+        context.on_rank0(_write_record, record, output.work, place)
         timings = embed_missing(plan, encoder, writer, context, shards)
         record.timings = [dataclasses.asdict(process) for process in timings]
-        context.on_rank0(lambda: _write_record(record, output.work, place))
-        return context.on_rank0(lambda: _describe(plan, part, writer, timings, place))
+        context.on_rank0(_write_record, record, output.work, place)
+        return context.on_rank0(_describe, plan, part, writer, timings, place)
 
 
 def _begin(

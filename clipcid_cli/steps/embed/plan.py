@@ -144,9 +144,10 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
     if settings.text:
         if not _has_captions(dataset):
             raise _no_captions_error(dataset, without_text)
-        _note_lines(dataset)
-        _warn_of_empty_keys(dataset)
+        _look_at_captions(dataset)
     plan = EmbedPlan(settings, without_text, folder, name, dataset, describe_shards(dataset), task=task)
+    if not folder.exists():
+        return dataclasses.replace(plan, may_grow=True)
     _validate_own_folder(folder)
     with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
         return _look_at_output(plan)
@@ -281,26 +282,23 @@ def _has_captions(dataset: Dataset) -> bool:
     return False
 
 
-def _note_lines(dataset: Dataset) -> None:
-    """Say how many of the first samples have a ``.txt`` of several lines that is taken as one caption."""
-    if dataset.kind not in ("webdataset", "images") or dataset.caption_lines or is_remote(dataset.shards[0].file):
+def _look_at_captions(dataset: Dataset) -> None:
+    """Say what the first samples show: texts of several lines, each taken as one caption, and keys that may be misspelt."""
+    has_texts = dataset.kind in ("webdataset", "images") and not dataset.caption_lines
+    notes_lines = has_texts and not is_remote(dataset.shards[0].file)
+    if not notes_lines and not dataset.caption_keys:
         return
     skips = Skips()
-    looked_at = sum(1 for _ in islice(dataset.shards[0].stream(skips), _LOOKED_AT))
-    if count := skips.changed.get("several_lines"):
+    looked_at = len(list(islice(dataset.shards[0].stream(skips), _LOOKED_AT)))
+    count = skips.changed.get("several_lines")
+    if notes_lines and count:
         reporting.note(
             f"{count:,} of the first {looked_at:,} samples have a caption of several lines, of which a model reads the "
             "beginning; with --caption-lines each line of a .txt is a caption."
         )
-
-
-def _warn_of_empty_keys(dataset: Dataset) -> None:
-    """Name the keys of captions that none of the first samples has: they may be misspelt."""
-    skips = Skips()
-    count = sum(1 for _ in islice(dataset.shards[0].stream(skips), _LOOKED_AT)) if dataset.caption_keys else 0
     for key in dataset.caption_keys:
-        if count and skips.without.get(key) == count:
-            reporting.warn(f"None of the first {count} samples has a caption {key}.")
+        if looked_at and skips.without.get(key) == looked_at:
+            reporting.warn(f"None of the first {looked_at} samples has a caption {key}.")
 
 
 def describe_shards(dataset: Dataset) -> list[FileRecord]:

@@ -42,7 +42,7 @@ def ensure_embeddings(
     """
     name = with_default_tag(parse_model(model))
     folder = choose_embeddings(settings.work, name)
-    sidecar = context.on_rank0(lambda: read_embed_sidecar(folder))
+    sidecar = context.on_rank0(read_embed_sidecar, folder)
     given = configured() if sidecar is None else {}
     wanted = given.get("text", sidecar is None) if text is None else text
     request = EmbedSettings.asked_by(settings, **given | {"data": data, "model": model, "text": wanted})
@@ -54,7 +54,7 @@ def ensure_embeddings(
             captions = {name: getattr(sidecar.made, name) for name in ("caption_key", "caption_lines")}
             request = dataclasses.replace(request, **captions)
     elif text is None and wanted:
-        request = dataclasses.replace(request, text=context.on_rank0(lambda: choose_text(request, name)))
+        request = dataclasses.replace(request, text=context.on_rank0(choose_text, request, name))
     result = make_embeddings(request, context, without_captions if text else embed_images_first(request, name))
     if isinstance(result, EmbedCost):
         flags = request.data_flags | {"work": settings.work, "text": None if request.text else False}

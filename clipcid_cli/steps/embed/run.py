@@ -11,7 +11,6 @@ from pathlib import Path
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_pipe
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, read_manifest
-from clipcid_cli.formats.embeddings.parts import refuse_running
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, find_works, remove_leftovers
@@ -43,16 +42,16 @@ def run(settings: EmbedSettings) -> Embedded:
         if settings.join is not None:
             from clipcid_cli.steps.embed.join import join_parts
 
-            return context.on_rank0(lambda: join_parts(settings))
+            return context.on_rank0(join_parts, settings)
         return make_embeddings(settings, context)
 
 
 def make_embeddings(settings: EmbedSettings, context: DistContext, without_text: str = _ADD_NO_TEXT) -> Embedded:
     """Embed with the processes of `context`; `without_text` is as of `EmbedPlan`."""
-    plan = context.on_rank0(lambda: make_plan(settings, without_text))
+    plan = context.on_rank0(make_plan, settings, without_text)
     if plan.finished is not None:
         if not settings.dry_run:
-            context.on_rank0(lambda: _remove_leftovers(plan))
+            context.on_rank0(_remove_leftovers, plan)
         reporting.note(f"{plan.folder} already holds the embeddings of {plan.dataset.spec} with {plan.name.spec}.")
         return describe(plan.folder, plan.finished)
     shards = "1 shard" if len(plan.shards) == 1 else f"{len(plan.shards):,} shards"
@@ -65,7 +64,7 @@ def make_embeddings(settings: EmbedSettings, context: DistContext, without_text:
     if settings.dry_run:
         from clipcid_cli.steps.embed.cost import estimate_cost
 
-        output = context.on_rank0(lambda: find_output(spec))
+        output = context.on_rank0(find_output, spec)
         return estimate_cost(encoder, plan, output, context)
     if plan.task is not None:
         from clipcid_cli.steps.embed.part import embed_part
@@ -75,10 +74,10 @@ def make_embeddings(settings: EmbedSettings, context: DistContext, without_text:
         if output.finished is not None:
             return describe(plan.folder, output.finished)
         writer = EmbeddingWriter(output.work, plan.decide_rows(spec.settings), plan.shards, plan.dataset.keys)
-        context.on_rank0(lambda: _start(output, writer))
+        context.on_rank0(_start, output, writer)
         timings = embed_missing(plan, encoder, writer, context, range(len(plan.shards)))
         plan = dataclasses.replace(plan, dataset=ensure_index(plan.dataset, context, encoder.workers))
-        sidecar = context.on_rank0(lambda: _commit(plan, encoder, output, writer, timings))
+        sidecar = context.on_rank0(_commit, plan, encoder, output, writer, timings)
     return describe(plan.folder, sidecar)
 
 
@@ -89,13 +88,19 @@ def _remove_leftovers(plan: EmbedPlan) -> None:
 
 
 def _start(output: Output[EmbedSidecar], writer: EmbeddingWriter) -> None:
-    """Make the work folder, and take over what an earlier output has of the same shards."""
-    refuse_running(find_works(output.folder, EMBED))
+    """Make the work folder, and take over what an earlier run or output has of the same shards."""
+    begun = find_works(output.folder, EMBED)
+    if begun:
+        from clipcid_cli.formats.embeddings.parts import refuse_running
+
+        refuse_running(begun)
     output.begin_work()
-    if (output.folder / MANIFEST).exists():
+    embedded = (output.folder / MANIFEST).exists()
+    if embedded:
         with suppress(ClipcidError):  # it is damaged: all shards are embedded again
             writer.take(output.folder, read_manifest(output.folder, ""))
-    writer.rename_keys()
+    if begun or embedded:
+        writer.rename_keys()
 
 
 def embed_missing(
@@ -108,9 +113,9 @@ def embed_missing(
     Returns:
         Of each process, how its time went.
     """
-    missing, expected = context.on_rank0(lambda: _find_missing(plan, writer, shards))
+    missing, expected = context.on_rank0(_find_missing, plan, writer, shards)
     if missing:
-        context.on_all(lambda: validate_memory(plan, encoder, expected))
+        context.on_all(validate_memory, plan, encoder, expected)
     total = len(shards)
     if len(missing) < total:
         reporting.note(f"{total - len(missing)} of {total} shards are already embedded.")

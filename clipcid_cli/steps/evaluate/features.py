@@ -31,7 +31,7 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
         "listed": ["skipped", "keys"],  # which earlier files lack
     }
     path = features_path(WorkDirectory(model.settings.work).features, info.slug, identity)
-    kept = context.on_rank0(lambda: read_features(path))
+    kept = context.on_rank0(read_features, path)
     if kept is None and path.exists():
         reporting.warn(f"{path} is damaged: the features of {task.name} are computed again.")
     if kept is not None:
@@ -40,6 +40,6 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
         return kept
     rows = model.encode(task)
     images = rows.encoded.rows[Kind.IMAGES]
-    features = context.on_all(lambda: ImageFeatures(images, rows.labels, rows.skips, rows.keys))
-    context.on_rank0(lambda: write_features(path, features))
+    features = context.on_all(ImageFeatures, images, rows.labels, rows.skips, rows.keys)
+    context.on_rank0(write_features, path, features)
     return features

@@ -54,7 +54,7 @@ def run(settings: EvalLinearSettings) -> LinearResult | Preview | Comparison:
 
         return compare_results(settings)
     with open_dist_context(settings.device) as context:
-        plan = context.on_rank0(lambda: make_plan(settings))
+        plan = context.on_rank0(make_plan, settings)
         for task in plan.splits.values():
             validate_samples(task.dataset, context, settings, dry_run=settings.dry_run)
         if settings.dry_run:
@@ -88,7 +88,7 @@ def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
         seconds: dict[str, float] = {}
         with timed(seconds, "encode"):
             features = {split: extract_features(model, task, data[split]) for split, task in plan.splits.items()}
-        return context.on_rank0(lambda: _write(plan, model, features, seconds, output))
+        return context.on_rank0(_write, plan, model, features, seconds, output)
 
 
 def _identify(plan: ProbePlan, model: EvaluatedModel) -> tuple[dict[str, list[FileRecord]], OutputSpec[LinearSidecar]]:

@@ -82,7 +82,7 @@ class EvaluatedModel:
 
     @cached_property
     def model(self) -> ClipModel:
-        return self.loaded or self.context.on_all(lambda: load_model(self.name, self.context.device))
+        return self.loaded or self.context.on_all(load_model, self.name, self.context.device)
 
     @cached_property
     def fingerprints(self) -> list[FileRecord]:

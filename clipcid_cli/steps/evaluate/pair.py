@@ -54,7 +54,7 @@ def evaluate_pair(
         if result is not None:
             return result
         rows = model.encode(task)
-        return model.context.on_rank0(lambda: _write(rows, model, output, path, settings))
+        return model.context.on_rank0(_write, rows, model, output, path, settings)
 
 
 def is_measured(model: EvaluatedModel, task: ZeroshotTask, path: Path, settings: EvalZeroshotSettings) -> bool:

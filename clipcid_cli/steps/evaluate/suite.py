@@ -50,7 +50,7 @@ class SuitePlan:
 def run_suite(settings: EvalZeroshotSettings) -> SuiteResult | Previews:
     """Measure every model on every data set of the suite that there is a copy of."""
     with open_dist_context(settings.device) as context:
-        plan = context.on_rank0(lambda: _plan_suite(settings))
+        plan = context.on_rank0(_plan_suite, settings)
         if settings.dry_run:
             missing = ", ".join(dataset.title for dataset in plan.folder.missing)
             reporting.note(f"Missing: {missing or 'none'}.")

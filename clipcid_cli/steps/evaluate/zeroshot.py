@@ -46,7 +46,7 @@ def run(settings: EvalZeroshotSettings) -> Answer:
 
         return run_suite(settings)
     with open_dist_context(settings.device) as context:
-        plan = context.on_rank0(lambda: make_plan(settings))
+        plan = context.on_rank0(make_plan, settings)
         if settings.dry_run:
             for task in plan.tasks:
                 validate_samples(task.dataset, context, settings, dry_run=True)

@@ -27,8 +27,9 @@ from clipcid_cli.cli import cli
 from clipcid_cli.commands.console import ConsoleReporter, make_console
 from clipcid_cli.commands.failures import explain
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime import distributed, heartbeat
-from clipcid_cli.runtime.distributed import open_dist_context, rendezvous_all
+from clipcid_cli.runtime import heartbeat, joining
+from clipcid_cli.runtime.distributed import open_dist_context
+from clipcid_cli.runtime.joining import rendezvous_all
 from clipcid_cli.runtime.pipeline import ordered_map
 
 _INTERRUPTED = "Interrupted. Run the same command again to continue where it stopped."
@@ -86,9 +87,9 @@ def meet(fate: str) -> None:
     if fate == "dies between meeting and connecting" and rank == 1:
         rendezvous_all(1, 2)
         os._exit(9)
-    distributed.RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=6)
-    distributed.SILENCE = datetime.timedelta(seconds=1)
-    distributed._LAST_MEETING = 0.5
+    joining.RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=6)
+    joining.SILENCE = datetime.timedelta(seconds=1)
+    joining._LAST_MEETING = 0.5
     heartbeat._BEATS_A_LIMIT = 5  # rare enough for a process that waits to do nothing
     try:
         with open_dist_context("cpu") as context:
