@@ -26,6 +26,7 @@ from clipcid_cli.formats.output import (
     find_output,
     is_claimed,
     other_run_error,
+    remove_leftovers,
     unfinished,
 )
 from clipcid_cli.formats.sidecar import DataSpec, read_sidecar, sidecar_path
@@ -141,17 +142,26 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
     task = None if settings.part is None else choose_task(settings.part)
     dataset = _open_data(settings, name)
     folder = _choose_folder(settings, name, task)
-    if settings.text:
+    plan = EmbedPlan(settings, without_text, folder, name, dataset, describe_shards(dataset), task=task)
+    if folder.exists():
+        _validate_own_folder(folder)
+        with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
+            plan = _look_at_output(plan)
+    else:
+        plan = dataclasses.replace(plan, may_grow=True)
+    if settings.text and plan.finished is None:
         if not _has_captions(dataset):
             raise _no_captions_error(dataset, without_text)
         _look_at_captions(dataset)
-    plan = EmbedPlan(settings, without_text, folder, name, dataset, describe_shards(dataset), task=task)
-    if not folder.exists():
-        return dataclasses.replace(plan, may_grow=True)
-    _validate_own_folder(folder)
-    with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
-        return _look_at_output(plan)
     return plan
+
+
+def take_finished(plan: EmbedPlan, finished: EmbedSidecar) -> None:
+    """Say, on the first process, that the embeddings are there, and remove what a killed run has left beside them."""
+    if not plan.settings.dry_run:
+        spec = OutputSpec(plan.folder, EMBED, EmbedSidecar, settings=finished.settings, inputs=finished.inputs)
+        remove_leftovers(spec)
+    reporting.note(f"{plan.folder} already holds the embeddings of {plan.dataset.spec} with {plan.name.spec}.")
 
 
 def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
