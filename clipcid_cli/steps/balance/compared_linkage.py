@@ -64,7 +64,7 @@ def compare_single(run: BalanceRun, forest: Forest, threshold: float) -> Compare
     def measure(share: Share) -> Arrays:
         return (distances_to(share.read, central_rows(share.read, share.labels)),)
 
-    groups = Groups.publish(run.shared, find_sets)
+    groups = Groups(*run.shared.publish(find_sets))
     parts = work_on_groups(run.shared, rows.images, rows.numbers, groups, measure)
 
     def compare() -> ComparedLinkage:

@@ -79,7 +79,7 @@ def find_forest(run: BalanceRun, *, searched_to: float | None = None, num_edges:
         # An earlier one that was searched farther stays: it may be extended later.
         if earlier is None or forest.searched_to >= earlier[0].searched_to:
             seconds = time.perf_counter() - started
-            run.context.on_rank0(lambda: write_stored(run, forest, seconds))
+            run.context.on_rank0(write_stored, run, forest, seconds)
         return forest, False
 
 
@@ -131,5 +131,5 @@ def _search_forest(run: BalanceRun, jobs: Jobs, read: ReadRows, known: Edges, se
     def further_identity() -> str:
         return hash_arrays(known.a, known.b, known.weight)
 
-    search = Search("search", jobs, read, searched_to, lambda: ForestSink(len(run.rows), known), further_identity)
+    search = Search("search", jobs, read, searched_to, partial(ForestSink, len(run.rows), known), further_identity)
     return Forest(run_search(run, search), searched_to)

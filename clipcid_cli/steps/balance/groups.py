@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +28,7 @@ from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 _ROWS_AT_ONCE = 16_384
 
 
-@dataclasses.dataclass(frozen=True)
-class Groups:
+class Groups(NamedTuple):
     """Groups of two rows or more, one group after another."""
 
     rows: IntArray  # row numbers, ascending within a group, integers [M]
@@ -59,16 +58,6 @@ class Groups:
         is_grouped[1:] = ordered[1:] == ordered[:-1]
         is_grouped[:-1] |= is_grouped[1:]
         return cls(order[is_grouped], _find_bounds(ordered[is_grouped]))
-
-    @classmethod
-    def publish(cls, shared: SharedArrays, make: Callable[[], Groups]) -> Groups:
-        """Make groups on the first process, and return them on every process."""
-
-        def arrays() -> Arrays:
-            groups = make()
-            return groups.rows, groups.bounds
-
-        return cls(*shared.publish(arrays))
 
     def share(self, context: DistContext) -> slice:
         """Return which groups this process works on: about as many rows as the others."""
@@ -152,7 +141,7 @@ def work_on_groups(
     labels = np.repeat(starts, np.diff(bounds))
     with readable(shared, images, numbers, groups.rows, slice(first, end)) as (source, places):
         share = Share(groups.rows[first:end], starts, labels, source, places)
-        return shared.collect(partial(_work_in_threads, share, work))
+        return shared.collect(_work_in_threads, share, work)
 
 
 def _work_in_threads(share: Share, work: Callable[[Share], Arrays]) -> Arrays:
@@ -231,6 +220,6 @@ def _copy(shared: SharedArrays, images: Rows, numbers: IntArray, rows: IntArray)
     start, stop = context.rank_range(len(numbers))
     own = rows[(rows >= start) & (rows < stop)]
     order = np.argsort(own)
-    context.on_all(lambda: copy_rows(shared, images.shape[1], order, numbers[own[order]], images.take))
-    copies = context.on_all(lambda: open_copies(shared.work, sizes.tolist(), images.shape[1]))
+    context.on_all(copy_rows, shared, images.shape[1], order, numbers[own[order]], images.take)
+    copies = context.on_all(open_copies, shared.work, sizes.tolist(), images.shape[1])
     return copies, place

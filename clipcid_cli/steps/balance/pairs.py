@@ -6,6 +6,7 @@ A pair within a distance is within a component of single linkage at it, so only 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def find_pairs(
             jobs,
             lambda rows: source.take(places[place_of(rows)]),
             searched_to,
-            lambda: PairsWithin(labels, max_found),
+            partial(PairsWithin, labels, max_found),
             further_identity,
         )
         pairs = run_search(run, search)

@@ -62,15 +62,15 @@ def _partition(run: BalanceRun, searched_to: float) -> tuple[Jobs, ReadRows] | N
     count = len(unique)
     sample = draw_sample(count, SAMPLE_ROWS, seed=1)
     neighbours = find_nearest(run, sample, NEIGHBOURS)
-    margin, visits = context.on_rank0(lambda: measure_margin(partitions, read, unique, sample, neighbours, searched_to))
+    margin, visits = context.on_rank0(measure_margin, partitions, read, unique, sample, neighbours, searched_to)
     if count * count / len(partitions) * (0.5 + visits) > _MAX_FRACTION * count * (count - 1) / 2:
         return None
     reporting.note(
         f"{len(partitions):,} partitions; rows within {margin:.4f} of a border are also compared beyond their own, in "
         f"{visits:.1f} partitions per row."
     )
-    parts = run.shared.exchange(lambda: _assign_and_copy(run, partitions, margin))
-    listed, lengths = run.shared.assemble(lambda: _group(run, parts, 2 * len(partitions)))
+    parts = run.shared.exchange(_assign_and_copy, run, partitions, margin)
+    listed, lengths = run.shared.assemble(_group, run, parts, 2 * len(partitions))
 
     def locate() -> Arrays:
         place_of = _allocate(run, len(rows))
@@ -80,7 +80,7 @@ def _partition(run: BalanceRun, searched_to: float) -> tuple[Jobs, ReadRows] | N
     (place_of,) = run.shared.publish(locate)
     start, stop = _share(run)
     sizes = context.gather(stop - start)
-    copies = context.on_all(lambda: open_copies(run.work, sizes, partitions.width))
+    copies = context.on_all(open_copies, run.work, sizes, partitions.width)
 
     def read_copies(numbers: IntArray) -> HalfArray:
         return copies.take(place_of[numbers].astype(np.int64))

@@ -41,7 +41,7 @@ def prepare(settings: BalanceSettings, context: DistContext) -> BalanceInputs | 
     """
     seconds = dict[str, float]()
     with timed(seconds, "embed"):
-        choice = context.on_rank0(lambda: _choose(settings))
+        choice = context.on_rank0(_choose, settings)
         folder = _embed(settings, choice.model, context) if choice.folder is None else choice.folder
         if not isinstance(folder, Path):
             return folder

@@ -47,8 +47,8 @@ def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
         if not isinstance(inputs, BalanceInputs):
             return inputs
         if settings.dry_run:
-            return context.on_rank0(lambda: _preview(settings, inputs, context))
-        plan = context.on_rank0(lambda: make_plan(settings, inputs))
+            return context.on_rank0(_preview, settings, inputs, context)
+        plan = context.on_rank0(make_plan, settings, inputs)
         with claim_output(context, plan.spec) as output:
             return _balance(plan, output, context)
 
@@ -66,13 +66,13 @@ def _preview(settings: BalanceSettings, inputs: BalanceInputs, context: DistCont
 
 def _balance(plan: BalancePlan, output: Output[BalanceSidecar], context: DistContext) -> BalanceResult:
     """Balance, unless the output is there already; then write what the settings name beside it."""
-    finished = context.on_rank0(lambda: _take_or_start(plan, output))
+    finished = context.on_rank0(_take_or_start, plan, output)
     result = finished
     if result is None:
         outcome = compute(plan, output, context)
         names = read_names(outcome.run)
-        result = context.on_rank0(lambda: write(outcome, names))
-    context.on_rank0(lambda: write_lists(plan))
+        result = context.on_rank0(write, outcome, names)
+    context.on_rank0(write_lists, plan)
     if plan.data is not None:
         from clipcid_cli.steps.balance.write_data import write_samples
 

@@ -47,27 +47,26 @@ def run_search(run: BalanceRun, search: Search) -> Edges:
         from clipcid_cli.steps.balance.saved_search import run_chunks
 
         return run_chunks(run, search)
-
-    def compare() -> Arrays:
-        edges = _compare_at_once(run, search)
-        return edges.a, edges.b, edges.weight
-
-    return Edges(*run.shared.publish(compare))
+    return Edges(*run.shared.publish(_compare_at_once, run, search))
 
 
-def _compare_at_once(run: BalanceRun, search: Search) -> Edges:
-    """Compare the two panels of the only job, or one with itself; of rows that are all alone there is none."""
+def _compare_at_once(run: BalanceRun, search: Search) -> Arrays:
+    """Compare the two panels of the only job, or one with itself; of rows that are all alone there is none.
+
+    Returns:
+        The rows a and b of the pairs, integers [P], and their distances, float32 [P].
+    """
     jobs, sink = search.jobs, search.new_sink()
     with reporting.progress(search.label, jobs.num_pairs, "pairs") as progress:
         for one, other in jobs.of_chunk(0) if len(jobs) else []:
-            blocks = {
-                panel: load_block(search.read, jobs.panel(panel), run.context.device, run.scan.dtype)
-                for panel in {one, other}
-            }
-            for edges in near_pairs(blocks[one], blocks[other], search.searched_to, sink.wants):
+            a = b = load_block(search.read, jobs.panel(one), run.context.device, run.scan.dtype)
+            if other != one:
+                b = load_block(search.read, jobs.panel(other), run.context.device, run.scan.dtype)
+            for edges in near_pairs(a, b, search.searched_to, sink.wants):
                 sink.add(edges)
             progress.advance(jobs.num_pairs)
-    return sink.result()
+    edges = sink.result()
+    return edges.a, edges.b, edges.weight
 
 
 def forget_searches(folder: Path, but: Collection[str] = ()) -> None:
@@ -81,5 +80,5 @@ def find_nearest(run: BalanceRun, sample: IntArray, count: int) -> Neighbours:
     """Find so many nearest neighbours of some unique rows, by their places, ascending: each process in its share of all."""
     context, unique = run.context, run.rows.unique
     places = context.rank_range(len(unique))
-    own = context.on_all(lambda: find_neighbours(run.rows.read, unique, sample, count, context.device, places))
+    own = context.on_all(find_neighbours, run.rows.read, unique, sample, count, context.device, places)
     return Neighbours.nearest(context.gather(own), count)

@@ -78,7 +78,7 @@ def take_texts(
     """Read a column of strings at rows in any order; n strings."""
     order = np.argsort(numbers, kind="stable")
     texts = np.empty(len(numbers), object)
-    texts[order] = [text for piece in embeddings.take_column(read, numbers[order]) for text in piece.to_pylist()]
+    texts[order] = pa.chunked_array(embeddings.take_column(read, numbers[order]), pa.large_string()).to_pylist()
     return list(texts)
 
 

@@ -52,7 +52,7 @@ def run_chunks(run: BalanceRun, search: Search) -> Edges:
     context = run.context
     num_chunks = search.jobs.num_chunks
     place = find_place(run, search)
-    saved = context.on_rank0(lambda: _survey(place))
+    saved = context.on_rank0(_survey, place)
     done = set(chain.from_iterable(saved.values()))
     if 0 < len(done) < num_chunks:
         reporting.note(f"Resuming the search: {len(done):,} of {num_chunks:,} parts are done.")

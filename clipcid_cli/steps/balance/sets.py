@@ -141,7 +141,7 @@ def measure_sets(run: BalanceRun, division: Division) -> Sets:
         representatives=representatives_N,
         distances=distances_N,
         threshold=threshold,
-        curve=run.context.on_rank0(lambda: curves[0]),
+        curve=run.context.on_rank0(curves.pop),
         num_kept=num_kept,
         largest=int(table.size.max(initial=1)),
         table=table,
@@ -155,7 +155,7 @@ def _load_measured(run: BalanceRun, division: Division) -> Arrays:
         return ()
     from clipcid_cli.steps.balance.saved_sets import load_measured
 
-    return run.shared.publish(lambda: load_measured(run, division))
+    return run.shared.publish(load_measured, run, division)
 
 
 def _measure_all(run: BalanceRun, division: Division) -> Arrays:
@@ -166,7 +166,7 @@ def _measure_all(run: BalanceRun, division: Division) -> Arrays:
     """
     rows, labels = run.rows, division.labels
     began = time.monotonic()
-    groups = Groups.publish(run.shared, lambda: Groups.from_sets(labels))
+    groups = Groups(*run.shared.publish(Groups.from_sets, labels))
     is_unique = np.zeros(len(rows), np.bool_)
     is_unique[rows.unique] = True
     measure = partial(_measure, run, division.representatives, is_unique)

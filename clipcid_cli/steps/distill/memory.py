@@ -56,7 +56,7 @@ def validate_memory(plan: DistillPlan, student: Student, context: DistContext) -
 
     Counted is the least that it takes: what losses and fragments need is not known before.
     """
-    context.on_all(lambda: _validate(plan, student, context))
+    context.on_all(_validate, plan, student, context)
 
 
 def checkpoint_copy_bytes(plan: DistillPlan, student: Student) -> int:

@@ -79,7 +79,7 @@ class OnlineTeacher(Teacher):
         return torch.from_numpy(self.embeddings.image_map.map_DD).to(self._running.model.device)
 
     def loaded(self, settings: DistillSettings, context: DistContext) -> OnlineTeacher:
-        model = context.on_all(lambda: load_model(self.online, context.device))
+        model = context.on_all(load_model, self.online, context.device)
         model.module.requires_grad_(False)
         precision = choose_precision(settings.precision, context.device, "embed", model.info.parameters)
         model.cast_products(precision)

@@ -39,13 +39,13 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
     if settings.workers != 0:
         start_worker_server()
     with open_dist_context(settings.device) as context, scratch_folder(context, dry_run=settings.dry_run) as scratch:
-        named = context.on_rank0(lambda: validate_named(settings))
-        student = context.on_all(lambda: load_student(settings, context.device))
+        named = context.on_rank0(validate_named, settings)
+        student = context.on_all(load_student, settings, context.device)
         embeddings = find_embeddings(settings, context)
         if not isinstance(embeddings, tuple):
             return embeddings
         memories = context.gather(device_memory(context.device))
-        plan = context.on_rank0(lambda: make_plan(settings, student, embeddings, named, scratch, context, memories))
+        plan = context.on_rank0(make_plan, settings, student, embeddings, named, scratch, context, memories)
         if context.size > 1:
             from clipcid_cli.steps.shard_copies import warn_of_copies
 
@@ -88,7 +88,7 @@ def _preview(plan: DistillPlan, student: Student, context: DistContext) -> Disti
     from clipcid_cli.steps.distill.cost import measure_cost
 
     spec = plan.identify(student)
-    context.on_rank0(lambda: preview_output(spec, "this run", "What follows is of all its steps."))
+    context.on_rank0(preview_output, spec, "this run", "What follows is of all its steps.")
     validate_memory(plan, student, context)
     validate_samples(plan.inputs.dataset, context, plan.settings, dry_run=True)
     cost = measure_cost(Trainer(plan, student, context))
@@ -105,9 +105,9 @@ def _train(
     if settings.report_to != "none":
         from clipcid_cli.formats.results.boards import validate_board
 
-        context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
+        context.on_rank0(validate_board, settings.report_to, quiet=settings.quiet)
     validate_memory(plan, student, context)
-    first = context.on_rank0(lambda: begin_run(output, folder, settings.resume))
+    first = context.on_rank0(begin_run, output, folder, settings.resume)
     if not first:  # an unfinished run without a checkpoint may have ended because of what this finds
         validate_samples(plan.inputs.dataset, context, settings, dry_run=False)
     trainer = Trainer(plan, student, context, output, first)
@@ -117,7 +117,7 @@ def _train(
             trainer.train()
         speed = (plan.steps - first) * plan.batch_size / seconds["train"]
         unreadable = trainer.unreadable_images()
-        return context.on_rank0(lambda: write(trainer, output, unreadable, speed, seconds))
+        return context.on_rank0(write, trainer, output, unreadable, speed, seconds)
 
 
 def write(

@@ -71,7 +71,7 @@ def find_embeddings(settings: DistillSettings, context: DistContext) -> TeacherF
     if settings.embeddings:
         return settings.embeddings
     if settings.online_teacher:
-        return context.on_rank0(lambda: _find_of_online(settings))
+        return context.on_rank0(_find_of_online, settings)
     work = WorkDirectory(settings.work)
     teachers = settings.teacher
     if not teachers:
@@ -102,7 +102,7 @@ def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistCon
         if settings.report_to != "none" and not settings.dry_run:  # and before hours of embedding
             from clipcid_cli.formats.results.boards import validate_board
 
-            context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
+            context.on_rank0(validate_board, settings.report_to, quiet=settings.quiet)
     # Existing embeddings of images only may suffice; new ones are of captions too, if a text tower is trained on them.
     text = True if losses_of_captions(settings) or not (exists or settings.keeps_text_tower) else None
     alone = settings.without_captions

@@ -127,7 +127,7 @@ def _find_share(run: BalanceRun, share: float) -> Nearest:
         )
         searched_to = wider_cutoff(nearest_S, searched_to, count, needed)
         comparison = _compare(run, searched_to, sampled_RS)
-    return comparison.up_to(run.context.on_rank0(lambda: _distance_of(comparison, needed)))
+    return comparison.up_to(run.context.on_rank0(_distance_of, comparison, needed))
 
 
 def _sample_distances(run: BalanceRun) -> FloatArray:
