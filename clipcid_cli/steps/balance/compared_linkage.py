@@ -8,8 +8,9 @@ import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.jobs import least_of_components
+from clipcid_cli.algorithms.sets.components import connected_components
 from clipcid_cli.algorithms.sets.covers import CoverRows, cover_curve
-from clipcid_cli.algorithms.sets.forest import Curve, connected_components
+from clipcid_cli.algorithms.sets.forest import Curve
 from clipcid_cli.algorithms.sets.representatives import central_rows, distances_to, ratio_beyond
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.steps import reporting

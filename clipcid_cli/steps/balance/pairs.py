@@ -12,7 +12,7 @@ import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.jobs import components, hash_arrays
-from clipcid_cli.algorithms.sets.forest import connected_components
+from clipcid_cli.algorithms.sets.components import connected_components
 from clipcid_cli.algorithms.sets.sinks import PairsWithin
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays

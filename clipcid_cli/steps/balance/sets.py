@@ -26,8 +26,9 @@ import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
+from clipcid_cli.algorithms.sets.components import connected_components
 from clipcid_cli.algorithms.sets.covers import count_kept, is_own_representative
-from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
+from clipcid_cli.algorithms.sets.forest import Curve, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
     best_rows,
     central_rows,
