@@ -27,7 +27,6 @@ from clipcid_cli.runtime.models.tokenizers import Tokenizer
 from clipcid_cli.runtime.models.views import MixedView, Processor, identity_colors, mix_pixels
 from clipcid_cli.runtime.pipeline import ordered_map, prefetch
 from clipcid_cli.runtime.randomness import SampleOrder, derive_seed
-from clipcid_cli.steps.distill.extra_texts import ExtraText
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.distill.training_batch import HOST, TrainingBatch
@@ -35,6 +34,7 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.distill.clusters import ClusterLookup
+    from clipcid_cli.steps.distill.extra_texts import ExtraText
 
 Piece = TypeVar("Piece")
 
@@ -365,6 +365,8 @@ class Batches:
         extra = self._inputs.teacher.extra_texts
         if extra is None:
             return []
+        from clipcid_cli.steps.distill.extra_texts import ExtraText
+
         random = np.random.default_rng(derive_seed("extra texts", self._seed, step))
         count = self._inputs.teacher.num_extra_texts(self._batch_size)
         own = slice(*self._context.rank_range(count))

@@ -274,7 +274,7 @@ def choose_teacher(
     validate_matches(settings, dataset, embeddings, counts)
     num_views = _choose_views(settings, embeddings)
     extra_texts: ExtraTexts | None = None
-    if settings.shows_extra_texts(settings.losses):
+    if settings.extra_texts or Kind.VARIANTS in embeddings.kinds:
         from clipcid_cli.steps.distill.extra_texts import find_extra_texts
 
         extra_texts = find_extra_texts(settings, losses, embeddings)
