@@ -60,7 +60,7 @@ def find_forest(run: BalanceRun, *, searched_to: float | None = None, num_edges:
     """
     need = _Need(run, searched_to, num_edges)
     with timed(run.seconds, "search"):
-        is_there = run.context.on_rank0(partial(has_forest, run.folder, run.settings.forest_kind))
+        is_there = run.context.on_rank0(has_forest, run.folder, run.settings.forest_kind)
         stored = read_stored(run) if is_there else None
         if stored is not None and need.is_met(stored):
             return stored, True
