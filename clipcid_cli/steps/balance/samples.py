@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from itertools import groupby
 from operator import itemgetter
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -20,11 +21,13 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.manifest import validate_embedded
 from clipcid_cli.formats.embeddings.rows import EmbeddingFile
-from clipcid_cli.formats.join import Keys, Listing, Values, join
 from clipcid_cli.formats.results.keep_list import is_uid
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps.data_index import index_alone, open_named, open_part
 from clipcid_cli.steps.settings.balance import BalanceSettings
+
+if TYPE_CHECKING:
+    from clipcid_cli.formats.join import Keys, Values
 
 
 def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
@@ -129,6 +132,8 @@ class SampleFinder:
 
     def _find_places(self, keys: Keys, count: int) -> Values:
         """Find n different keys in the data: shard and place there of each, int64 [n, 2]; −1 for those it does not have."""
+        from clipcid_cli.formats.join import Listing, join
+
         self._data = index_alone(self._data, self._workers)
         index = self._data.index
         assert index is not None  # it has just been made
