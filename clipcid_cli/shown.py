@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def redact(text: str) -> str:
     These are names and passwords before a server's name, the values by which an address is signed, and in commands headers,
     flags and variables that are called like a secret. Equal texts stay equal, and so do addresses signed anew.
     """
-    if "://" not in text and "pipe:" not in text:
+    if not _may_hold_secret(text):
         return text
     text = _ADDRESS.sub(lambda address: _redact_address(address[0]), text)
     return _COMMAND.sub(lambda command: _redact_command(command[0]), text)
@@ -88,11 +89,20 @@ def redact(text: str) -> str:
 
 def redact_all(value: Any) -> Any:
     """Redact every text within JSON values."""
+    # JSON escapes neither an address nor a command, and most values hold none.
+    return _redact_within(value) if _may_hold_secret(json.dumps(value)) else value
+
+
+def _may_hold_secret(text: str) -> bool:
+    return "://" in text or "pipe:" in text
+
+
+def _redact_within(value: Any) -> Any:
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
-        return {name: redact_all(inner) for name, inner in value.items()}
-    return [redact_all(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {name: _redact_within(inner) for name, inner in value.items()}
+    return [_redact_within(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def is_redacted(spec: str) -> bool:

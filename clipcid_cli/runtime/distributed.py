@@ -34,6 +34,7 @@ _LONGEST_WAIT = datetime.timedelta(days=7)
 TRAINING_TIMEOUT = datetime.timedelta(minutes=20)
 """How long processes wait for one another in training, where all of them do the same: a hung one idles every GPU."""
 
+
 @dataclasses.dataclass(frozen=True)
 class DistContext:
     """This process among those of the run."""

@@ -20,7 +20,7 @@ from clipcid_cli.formats.data.activity import count_received
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image, was_16_bit
@@ -185,6 +185,8 @@ class Encoded:
         return Encoded([self.samples[row] for row in kept.tolist()], rows, adapted=self.adapted)
 
     def count_skips(self, shard: Shard) -> Skips:
+        if not self.failures:
+            return Skips()
         named = {shard.describe(self.samples[row].key): self.failures[row] for row in sorted(self.failures)}
         return shard.locate(Skips.of(named))
 
@@ -216,13 +218,13 @@ def decode(
     """Decode batches by workers (0: here), in order; bytes of images that came with a stream are dropped."""
     sent = deque[Batch]()
 
-    def send() -> Iterator[Sequence[Sample]]:
-        for batch in batches:
-            sent.append(_drop_bytes(batch))
-            yield batch.samples
+    def keep(batch: Batch) -> Sequence[Sample]:
+        """Return what is decoded of a batch, and keep the rest of it until that is done."""
+        sent.append(_drop_bytes(batch))
+        return batch.samples
 
     start = time.perf_counter()
-    for decoded in ordered_map(decoder, send(), workers, count_received):
+    for decoded in ordered_map(decoder, map(keep, batches), workers, count_received):
         batch = sent.popleft()
         batch.waited = time.perf_counter() - start
         yield batch, decoded

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_pipe, is_remote, is_url, scheme_of, without_query
@@ -18,7 +18,6 @@ from clipcid_cli.formats.data.first_look import (
     find_indexed_cut,
     validate_shards,
 )
-from clipcid_cli.formats.data.index import DataIndex, index_folder, open_index
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, Columns, ListFormat
 from clipcid_cli.formats.data.shard import Opened, ReadOptions, Shard
 from clipcid_cli.formats.data.shard_files import (
@@ -33,6 +32,9 @@ from clipcid_cli.formats.data.tar_shards import open_tars
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.shown import is_redacted, redact
+
+if TYPE_CHECKING:
+    from clipcid_cli.formats.data.index import DataIndex
 
 _TEXT_LISTS = (".csv", ".tsv")
 # Schemes of URLs that are opened where a file names the data; others only where the user does.
@@ -93,7 +95,9 @@ class Dataset:
             return int(self.index.sizes.sum())
         step = max(1, len(self.shards) // _ESTIMATED_FROM)
         probed = self.shards[::step][:_ESTIMATED_FROM]
-        samples = sum(shard.estimate_samples() for shard in probed)
+        samples = 0
+        for shard in probed:
+            samples += shard.estimate_samples()
         return round(samples * len(self.shards) / len(probed))
 
     def describe(self) -> DataSpec:
@@ -263,6 +267,8 @@ def _open_parquet(spec: str, files: Sequence[str], options: ReadOptions) -> Open
 
 def _find_index(dataset: Dataset, root: Path, max_sample_bytes: int) -> Dataset:
     """Return data with the folder of its index, which depends on how it is read, and its index where that is finished."""
+    from clipcid_cli.formats.data.index import index_folder, open_index  # data of evaluations has none
+
     read_so: dict[str, Any] = {"keys": dataset.keys, "caption_lines": dataset.caption_lines}
     read_so["caption_keys"] = dataset.caption_keys
     read_so |= dataclasses.asdict(dataset.columns)

@@ -10,18 +10,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_remote
-from clipcid_cli.formats.data.index import DataIndex, RepeatedKeyError
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_files import FORMS
 from clipcid_cli.formats.data.tar_shards import TarShard
 from clipcid_cli.formats.data.tars import COPY_AGAIN, CutTarError
 from clipcid_cli.formats.skips import Skips
+
+if TYPE_CHECKING:
+    from clipcid_cli.formats.data.index import DataIndex
 
 # Up to this size, keys are compared across all shards when data is opened; of larger data, or data that will have an index,
 # those of as many shards as can be listed in this time, two at least, and all once they have been read.
@@ -142,4 +145,6 @@ def _validate_keys(tars: Sequence[Shard], seconds: float) -> None:
         keys = {sample.key for sample in listed[one].stream()}
         key = next((sample.key for sample in listed[other].stream() if sample.key in keys), None)
         if key is not None:
+            from clipcid_cli.formats.data.index import RepeatedKeyError
+
             raise RepeatedKeyError(key, listed[one].name, listed[other].name)

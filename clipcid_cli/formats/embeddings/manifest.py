@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.rows import METADATA, ArrayFile, Kind, find_npy
+from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
+from clipcid_cli.formats.embeddings.rows import ArrayFile, find_npy
 from clipcid_cli.formats.embeddings.sidecar import read_embed_sidecar
 from clipcid_cli.formats.files import (
     reading,
 )
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_lost, validate_unchanged
+from clipcid_cli.formats.fingerprint import FileRecord, find_lost, validate_unchanged
+from clipcid_cli.formats.memo import Memo
 from clipcid_cli.formats.parquet import read_rows
 from clipcid_cli.formats.sidecar import run_again
 from clipcid_cli.formats.skips import Skips

@@ -98,7 +98,8 @@ class ClipModel:
         """Embed pixels, uint8 [B, H, W, 3] or normalised float32 [B, 3, H, W], to unit rows, float32 [B, D]."""
         prepared = self.normalize(pixels) if pixels.dtype == torch.uint8 else pixels.to(self.device)
         with torch.inference_mode(), precision.autocast(self.device):
-            features = torch.cat([self._towers.encode_images(part) for part in torch.split(prepared, self._at_once)])
+            parts = torch.split(prepared, self._at_once)
+            features = torch.cat(list(map(self._towers.encode_images, parts)))
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
     def encode_texts(self, tokens: torch.Tensor, precision: Precision) -> torch.Tensor:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from clipcid_cli.errors import ClipcidError, flag_words
 from clipcid_cli.formats.data.dataset import Dataset, list_shards
 from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row
-from clipcid_cli.formats.embeddings.rows import METADATA, Kind
+from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
 from clipcid_cli.formats.fingerprint import find_lost, identity_of
 from clipcid_cli.formats.output import WORK, OutputSpec, find_works, other_run_error
 from clipcid_cli.formats.results.forest import ROW_NUMBERING, NumberedFile, read_row_numbering

@@ -19,7 +19,8 @@ from clipcid_cli.algorithms.losses.registry import list_sample_inputs
 from clipcid_cli.formats.data.activity import count_received
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.embeddings.rows import Kind, take_captions, take_images
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import take_captions, take_images
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation, Masking, choose_view
 from clipcid_cli.runtime.models.decode import ImageCache, SkippedImage, full_size

@@ -19,7 +19,8 @@ from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, TEACHER_SCAL
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import Kind, Rows
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.results.repair import RepairFigures
 from clipcid_cli.records import Pairing

@@ -12,8 +12,8 @@ import PIL
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.shard import Shard
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, merge_skips
-from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.embeddings.sidecar import EmbedFacts, EmbedSidecar
 from clipcid_cli.formats.embeddings.writer import ShardRows
 from clipcid_cli.formats.fingerprint import record

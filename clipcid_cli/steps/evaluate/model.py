@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -160,21 +160,21 @@ class EvaluatedModel:
         read = 0
         decoder = Decoder.from_model(self.model, captions=task.kind == RETRIEVAL)
 
-        def deal() -> Iterator[Batch]:
-            # Every process lists all samples, but decodes only its own.
+        batches = list_batches(dataset, range(len(dataset.shards)), task.stream, self.batch_size, task.reject)
+
+        def is_mine(batch: Batch) -> bool:
+            """Count a batch, and tell whether this process decodes it: every one lists all samples."""
             nonlocal read
-            batches = list_batches(dataset, range(len(dataset.shards)), task.stream, self.batch_size, task.reject)
-            for turn, batch in enumerate(batches):
-                skips.merge(batch.skipped)
-                read += batch.read or 0
-                sizes.append(len(batch.samples))
-                if turn % context.size == context.rank:
-                    yield batch
+            skips.merge(batch.skipped)
+            read += batch.read or 0
+            sizes.append(len(batch.samples))
+            return (len(sizes) - 1) % context.size == context.rank
 
         def encode_mine() -> list[tuple[Encoded, Skips]]:
             mine = list[tuple[Encoded, Skips]]()
             shown = 0
-            for batch, encoded in encode(deal(), decoder, partial(encode_batch, towers), context.device, self.workers):
+            encoder = partial(encode_batch, towers)
+            for batch, encoded in encode(filter(is_mine, batches), decoder, encoder, context.device, self.workers):
                 mine.append((encoded.usable(), encoded.count_skips(dataset.shards[batch.shard])))
                 # The other processes are about as far: count every batch up to this one.
                 done = (len(mine) - 1) * context.size + context.rank + 1

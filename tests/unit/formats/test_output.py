@@ -17,7 +17,8 @@ from sidecars import edit_sidecar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import fingerprint
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, memo_table, record
+from clipcid_cli.formats.fingerprint import FileRecord, find_changed, record
+from clipcid_cli.formats.memo import Memo, memo_table
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claimed, open_output, remove_leftovers
 from clipcid_cli.formats.sidecar import Sidecar
 
