@@ -10,7 +10,6 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Columns, ListFormat
 from clipcid_cli.formats.data.shard_files import FORMS
-from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
@@ -63,6 +62,8 @@ def holds_embeddings(folder: Path) -> bool:
     """
     if is_claimed(folder, "embed"):
         return True
+    from clipcid_cli.formats.embeddings.layouts import find_rows
+
     first = find_rows(folder)
     return first is not None and not _holds_data(first.parent)
 

@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind
-from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, validate_replaceable
+from clipcid_cli.formats.embeddings.manifest import ShardRecord
+from clipcid_cli.formats.embeddings.recorded_rows import open_recorded, validate_replaceable
 from clipcid_cli.formats.embeddings.rows import AGAIN, ArrayFile, EmbeddingFile, FileRows, Rows
 from clipcid_cli.formats.embeddings.sidecar import COPY, EmbedSidecar, read_embed_sidecar
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json, record_together, validate_unchanged

@@ -15,7 +15,6 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, Sample
-from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.embeddings.manifest import read_manifest
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar, recorded_data
 from clipcid_cli.formats.embeddings.writer import FINISHED, read_unfinished
@@ -312,6 +311,8 @@ def _validate_own_folder(folder: Path) -> None:
     output = next((step for step in _OTHER_OUTPUTS if is_claimed(folder, step)), None)
     if output is not None:
         raise ClipcidError(f"{folder} holds the output of clipcid {output}.", "Choose another folder with --out.")
+    from clipcid_cli.formats.embeddings.layouts import find_rows
+
     first = None if is_claimed(folder, EMBED) else find_rows(folder)
     if first is not None:
         raise ClipcidError(
