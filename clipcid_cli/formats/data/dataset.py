@@ -230,7 +230,14 @@ def open_dataset(
     )
     if index_root is not None:
         dataset = _find_index(dataset, index_root, max_sample_bytes)
-    return _look_at_shards(dataset, max_bad_fraction)
+    index = dataset.index
+    cut_off = find_cut(dataset.shards) if index is None else find_indexed_cut(index)
+    if cut_off:
+        shards, truncation = allow_cut(dataset.shards, cut_off, max_bad_fraction)
+        dataset = dataclasses.replace(dataset, shards=shards, truncation=truncation)
+    if index is None:
+        validate_shards(dataset.spec, dataset.shards, has_index=dataset.index_folder is not None)
+    return dataset
 
 
 def _open_shards(spec: str, options: ReadOptions) -> Opened:
@@ -278,15 +285,3 @@ def _find_index(dataset: Dataset, root: Path, max_sample_bytes: int) -> Dataset:
         read_so["list_format"] = dataclasses.asdict(dataset.list_format)
     folder = index_folder(root, dataset.kind, read_so)
     return dataclasses.replace(dataset, index_folder=folder).with_index(open_index(folder, dataset.shards))
-
-
-def _look_at_shards(dataset: Dataset, max_bad_fraction: float) -> Dataset:
-    """Check shards that are not indexed yet; of truncated ones the readable part is used, as far as that is allowed."""
-    index = dataset.index
-    cut_off = find_cut(dataset.shards) if index is None else find_indexed_cut(index)
-    if cut_off:
-        shards, truncation = allow_cut(dataset.shards, cut_off, max_bad_fraction)
-        dataset = dataclasses.replace(dataset, shards=shards, truncation=truncation)
-    if index is None:
-        validate_shards(dataset.spec, dataset.shards, has_index=dataset.index_folder is not None)
-    return dataset

@@ -170,21 +170,19 @@ class EvaluatedModel:
             sizes.append(len(batch.samples))
             return (len(sizes) - 1) % context.size == context.rank
 
-        def encode_mine() -> list[tuple[Encoded, Skips]]:
-            mine = list[tuple[Encoded, Skips]]()
-            shown = 0
-            encoder = partial(encode_batch, towers)
-            for batch, encoded in encode(filter(is_mine, batches), decoder, encoder, context.device, self.workers):
-                mine.append((encoded.usable(), encoded.count_skips(dataset.shards[batch.shard])))
-                # The other processes are about as far: count every batch up to this one.
-                done = (len(mine) - 1) * context.size + context.rank + 1
-                progress.advance(sum(sizes[shown:done]))
-                shown = done
-            progress.advance(sum(sizes[shown:]))
-            return mine
-
+        encoder = partial(encode_batch, towers)
+        mine = list[tuple[Encoded, Skips]]()
+        shown = 0
         with reporting.progress(f"{self.model.info.slug} on {task.name}", None, "images") as progress:
-            dealt = context.gather(context.on_all(encode_mine))
+            with context.agreeing():
+                for batch, encoded in encode(filter(is_mine, batches), decoder, encoder, context.device, self.workers):
+                    mine.append((encoded.usable(), encoded.count_skips(dataset.shards[batch.shard])))
+                    # The other processes are about as far: count every batch up to this one.
+                    done = (len(mine) - 1) * context.size + context.rank + 1
+                    progress.advance(sum(sizes[shown:done]))
+                    shown = done
+                progress.advance(sum(sizes[shown:]))
+            dealt = context.gather(mine)
             parts = [dealt[turn % context.size][turn // context.size] for turn in range(len(sizes))]
             for _, unread in parts:
                 skips.merge(unread)
