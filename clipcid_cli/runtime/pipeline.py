@@ -44,6 +44,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _WORKER_IMPORTS = [
     "clipcid_cli.runtime.worker_server",
     "clipcid_cli.runtime.models.guarded_open_clip",
+    "clipcid_cli.runtime.models.renderer",
     "clipcid_cli.runtime.models.views",
     "clipcid_cli.runtime.models.decode",
     "clipcid_cli.runtime.pipeline",

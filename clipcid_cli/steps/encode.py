@@ -24,9 +24,9 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image, was_16_bit
+from clipcid_cli.runtime.models.renderer import Renderer
 from clipcid_cli.runtime.models.tokenizers import Tokenizer
 from clipcid_cli.runtime.models.towers import Towers
-from clipcid_cli.runtime.models.views import Renderer
 from clipcid_cli.runtime.pipeline import ordered_map, read_ahead, thread_map, threads_for_batches
 
 BATCH_SIZES = {"cpu": 64, "cuda": 256}
@@ -253,16 +253,17 @@ def encode(
         encoded = Encoded(samples, {}, dict(decoded.failures), decoded.adapted)
         if not samples:
             return batch, encoded
-        owners = encoded.owners
         usable = torch.ones(len(samples), dtype=torch.bool)
         for kind, rows in encoder(decoded).items():
-            rows = rows[: len(owners) if kind is Kind.TEXTS else len(samples)]
-            encoded.rows[kind] = rows
-            is_finite = rows.isfinite().all(dim=-1)
             if kind is Kind.TEXTS:
-                usable[owners[~is_finite]] = False
-            elif kind is not Kind.VIEW_PARAMS:
-                usable &= is_finite.reshape(len(samples), -1).all(dim=1)
+                owners = encoded.owners
+                rows = rows[: len(owners)]
+                usable[owners[~rows.isfinite().all(dim=-1)]] = False
+            else:
+                rows = rows[: len(samples)]
+                if kind is not Kind.VIEW_PARAMS:
+                    usable &= rows.isfinite().all(dim=-1).reshape(len(samples), -1).all(dim=1)
+            encoded.rows[kind] = rows
         for row in (~usable).nonzero()[:, 0].tolist():
             encoded.failures.setdefault(row, "nan_row")
         return batch, encoded

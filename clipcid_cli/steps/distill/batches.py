@@ -24,8 +24,9 @@ from clipcid_cli.formats.embeddings.rows import take_captions, take_images
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation, Masking, choose_view
 from clipcid_cli.runtime.models.decode import ImageCache, SkippedImage, full_size
+from clipcid_cli.runtime.models.renderer import Processor
 from clipcid_cli.runtime.models.tokenizers import Tokenizer
-from clipcid_cli.runtime.models.views import MixedView, Processor, identity_colors, mix_pixels
+from clipcid_cli.runtime.models.views import MixedView, identity_colors, mix_pixels
 from clipcid_cli.runtime.pipeline import ordered_map, prefetch
 from clipcid_cli.runtime.randomness import SampleOrder, derive_seed
 from clipcid_cli.steps.distill.extra_texts import ExtraText

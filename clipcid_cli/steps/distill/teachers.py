@@ -29,7 +29,8 @@ from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.runtime.models.views import Processor, apply_colors
+from clipcid_cli.runtime.models.renderer import Processor
+from clipcid_cli.runtime.models.views import apply_colors
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.shown import short_name
 from clipcid_cli.steps import reporting

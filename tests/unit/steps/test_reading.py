@@ -30,7 +30,7 @@ from clipcid_cli.formats.sidecar import Provenance
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
-from clipcid_cli.runtime.models.views import Renderer
+from clipcid_cli.runtime.models.renderer import Renderer
 from clipcid_cli.steps.balance.filters.references import validate_references
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.samples import list_skipped
