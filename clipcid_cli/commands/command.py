@@ -65,7 +65,7 @@ def step_command(name: str, settings: type[SharedSettings], *, step: str, show: 
 
     def invoke(**values: Any) -> None:
         try:
-            with embedding_as(_read_embedding(click.get_current_context()) if embeds else {}):
+            with embedding_as(_read_embedding(click.get_current_context())) if embeds else nullcontext():
                 chosen = settings(**values)
                 plans = isinstance(chosen, GpuPlanSettings) and chosen.gpus is not None
                 with reporting_run(chosen) as console:

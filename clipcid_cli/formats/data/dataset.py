@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ class Dataset:
         if self.index is not None:
             return [record.fingerprint for record in self.index.records]
         with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(lambda shard: shard.fingerprint(), self.shards))
+            return list(pool.map(methodcaller("fingerprint"), self.shards))
 
     @property
     def has_tars(self) -> bool:
