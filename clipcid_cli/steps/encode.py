@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -193,13 +193,16 @@ class Encoded:
 
 def join(parts: Iterable[Encoded]) -> Encoded:
     """Join the usable samples of several batches."""
-    usable = [part.usable() for part in parts]
-    kinds = dict.fromkeys(kind for part in usable for kind in part.rows)
-    return Encoded(
-        [sample for part in usable for sample in part.samples],
-        {kind: torch.cat([part.rows[kind] for part in usable if kind in part.rows]) for kind in kinds},
-        adapted=sum((part.adapted for part in usable), Counter()),
-    )
+    samples = list[Sample]()
+    rows = defaultdict[Kind, list[torch.Tensor]](list)
+    adapted = Counter[str]()
+    for part in parts:
+        usable = part.usable()
+        samples += usable.samples
+        adapted += usable.adapted
+        for kind, values in usable.rows.items():
+            rows[kind].append(values)
+    return Encoded(samples, {kind: torch.cat(values) for kind, values in rows.items()}, adapted=adapted)
 
 
 def encode_batch(towers: Towers, decoded: Decoded) -> dict[Kind, torch.Tensor]:
