@@ -81,19 +81,20 @@ def redact(text: str) -> str:
     These are names and passwords before a server's name, the values by which an address is signed, and in commands headers,
     flags and variables that are called like a secret. Equal texts stay equal, and so do addresses signed anew.
     """
-    if not _may_be_secret(text):
+    if not _may_hold_secret(text):
         return text
     text = _ADDRESS.sub(lambda address: _redact_address(address[0]), text)
     return _COMMAND.sub(lambda command: _redact_command(command[0]), text)
 
 
-def _may_be_secret(text: str) -> bool:
-    return "://" in text or "pipe:" in text
-
-
 def redact_all(value: Any) -> Any:
-    """Redact every text within JSON values; those without an address or a command are returned as they are."""
-    return _redact_within(value) if _may_be_secret(json.dumps(value)) else value
+    """Redact every text within JSON values."""
+    # JSON escapes neither an address nor a command, and most values hold none.
+    return _redact_within(value) if _may_hold_secret(json.dumps(value)) else value
+
+
+def _may_hold_secret(text: str) -> bool:
+    return "://" in text or "pipe:" in text
 
 
 def _redact_within(value: Any) -> Any:

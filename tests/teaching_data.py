@@ -19,10 +19,11 @@ from torch import Tensor
 from clipcid_cli.algorithms.losses.shared_space import project
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
-from clipcid_cli.runtime.models.views import Processor, apply_colors
+from clipcid_cli.runtime.models.renderer import Processor
+from clipcid_cli.runtime.models.views import apply_colors
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker, DealtBatch

@@ -15,8 +15,8 @@ import tomllib
 import types
 import typing
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ if typing.TYPE_CHECKING:
 Show = Callable[[Any, "Console"], None]
 
 _PREFIX = "CLIPCID_"
+_GPU_PLAN = "clipcid_cli.steps.gpu_plan"
 EMBED = "embed"
 """The command whose table and variables other commands take for embedding."""
 # Variables that give no flag: the cache of shards, and what recipes and tests read.
@@ -64,12 +65,14 @@ def step_command(name: str, settings: type[SharedSettings], *, step: str, show: 
 
     def invoke(**values: Any) -> None:
         try:
-            with embedding_as(_read_embedding(click.get_current_context()) if embeds else {}):
+            with embedding_as(_read_embedding(click.get_current_context())) if embeds else nullcontext():
                 chosen = settings(**values)
-                if isinstance(chosen, GpuPlanSettings) and chosen.gpus is not None:
-                    run_step(chosen, "clipcid_cli.steps.gpu_plan", show_plan)
-                else:
-                    run_step(chosen, step, show)
+                plans = isinstance(chosen, GpuPlanSettings) and chosen.gpus is not None
+                with reporting_run(chosen) as console:
+                    with importing():
+                        module = importlib.import_module(_GPU_PLAN if plans else step)  # a command's own constant
+                    result = module.run(chosen)
+                print_result(result, chosen, show_plan if plans else show, console)
         except ClipcidError as error:
             error.message += _name_sources(error.message)
             raise
@@ -84,28 +87,30 @@ def show_plan(result: Any, console: Console) -> None:
     show(result, console)
 
 
-def run_step(settings: SharedSettings, step: str, show: Show) -> None:
-    """Run a step and print its result: one JSON object on stdout with ``--json``, a summary on stderr without."""
+@contextmanager
+def reporting_run(settings: SharedSettings) -> Iterator[Console]:
+    """Prepare this process for a step, and print what the step says within the block, to the console that is given."""
     # They spin long by default; two processes that compute and decode on few cores then slow each other many times over.
     set_openmp_spins(settings.openmp_spins)
     let_gpu_memory_grow()
     from clipcid_cli.commands.console import ConsoleReporter, make_console
 
     console = make_console()
-    is_main = os.environ.get("RANK", "0") == "0"
-    reporter = ConsoleReporter(console, quiet=settings.quiet) if is_main else Reporter()
+    reporter = ConsoleReporter(console, quiet=settings.quiet) if _is_main() else Reporter()
     if settings.writes_work:
         from clipcid_cli.formats.work_directory import validate_outermost  # what help pages do without
 
         validate_outermost(settings.work)
         if not settings.trust_work:
             validate_work(settings.work)
-    with importing():
-        module = importlib.import_module(step)  # a command's own constant
     # A dry run leaves nothing to continue.
     with reporting_to(reporter), starts_over() if settings.dry_run else nullcontext():
-        result = module.run(settings)
-    if not is_main:
+        yield console
+
+
+def print_result(result: Any, settings: SharedSettings, show: Show, console: Console) -> None:
+    """Print what a step returned: one JSON object on stdout with ``--json``, a summary on stderr without."""
+    if not _is_main():
         return
     if settings.json:
         plain = msgspec.to_builtins(result, enc_hook=lambda number: number.item())  # NumPy's numbers
@@ -116,6 +121,11 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
     code = getattr(result, "exit_code", 0)  # of a result that may be bad news
     if code:
         raise click.exceptions.Exit(code)
+
+
+def _is_main() -> bool:
+    """Tell whether this is the process of the run that prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _read_embedding(ctx: click.Context) -> dict[str, Any]:
@@ -175,12 +185,12 @@ def build_parameters(command: str, settings: type[SharedSettings]) -> list[click
     """Make the click parameters of a command from its settings' types, those under one heading of the help page together."""
     hints = typing.get_type_hints(settings)
 
-    def distance(field: dataclasses.Field[Any]) -> int:
-        """How far from the command itself the class is that declares a field: its own headings come first."""
-        return max(far for far, base in enumerate(settings.__mro__) if field.name in inspect.get_annotations(base))
-
     flags = [field for field in dataclasses.fields(settings) if field.name not in settings.omitted]
-    fields = sorted(flags, key=distance)
+    # How far from the command itself the class is that declares a field: its own headings come first.
+    distances: dict[str, int] = {}
+    for distance, base in enumerate(settings.__mro__):
+        distances |= dict.fromkeys(inspect.get_annotations(base), distance)
+    fields = sorted(flags, key=lambda field: distances[field.name])
     headings = list(dict.fromkeys(setting_of(field).group for field in fields))
     return [
         _make_parameter(command, field, *_parse_type(hints[field.name]))
@@ -220,7 +230,7 @@ def _make_parameter(command: str, field: dataclasses.Field[Any], kind: Any, mult
 def _parse_type(hint: Any) -> tuple[Any, bool]:
     """Strip ``| None`` and ``tuple[…, ...]`` off a field's type."""
     if isinstance(hint, types.UnionType):
-        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+        hint = typing.get_args(hint)[0]  # before None
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
     return hint, False

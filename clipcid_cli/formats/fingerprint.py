@@ -1,8 +1,6 @@
-"""Fingerprints: one rule by which a file is still the one it was, and a memo of the hashes that were taken.
+"""Fingerprints: one rule by which a file is still the one it was.
 
-The same size and time of modification are enough; of another time, as in a copy, the hash decides. A hash is taken once and
-remembered as git does: with size, both times and inode, and not while the file may still change without a trace. The table
-is in the user's own cache, so that a work directory from elsewhere brings no hashes of its own.
+The same size and time of modification are enough; of another time, as in a copy, the hash decides.
 """
 
 from __future__ import annotations
@@ -11,24 +9,23 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.files import open_regular, read_regular, write_text
-from clipcid_cli.formats.user_cache import cache_folder, make_private
+from clipcid_cli.formats.files import open_regular
+
+if TYPE_CHECKING:
+    from clipcid_cli.formats.memo import Memo
 
 # Files up to this size are hashed whole, larger ones at the head, the middle and the tail: a petabyte would take too long.
 _WHOLE_FILE = 64 * 2**20
 _WINDOW = 2**20
-_SECOND = 10**9
-_TICK = _SECOND // 10  # above the few ms of kernels, for clocks that differ a little
 _THREADS = 16  # hashing waits for the disk
 # How hashes of samples begin, whose keys, captions and classes depend on how the data is read.
 _OF_SAMPLES = ("blake2b-rows:", "blake2b-windows:", "blake2b-shards:")
@@ -98,77 +95,9 @@ def hash_json(content: Any, num_bytes: int = 8) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=num_bytes).hexdigest()
 
 
-class _Remembered(FileRecord, frozen=True, omit_defaults=True):
-    """A record, and what else changes when somebody writes to the file or puts another one in its place."""
-
-    changed: int = 0  # time of the last change of content, name or owner, in ns
-    inode: int = 0
-
-    @property
-    def stamp(self) -> tuple[int, int, int, int]:
-        return self.size, self.time, self.changed, self.inode
-
-
 def stamp_of(status: os.stat_result) -> tuple[int, int, int, int]:
     """Return size, both times and inode, which together change when somebody writes to a file or replaces it."""
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-
-
-def _is_settled(status: os.stat_result, now: int) -> bool:
-    """Tell whether a later change would have another time: clocks of file systems tick, some only every other second."""
-    latest = max(status.st_mtime_ns, status.st_ctime_ns)
-    return latest + (_TICK if latest % _SECOND else 2 * _SECOND) < now
-
-
-def memo_table(folder: Path) -> Path | None:
-    """Return the table of what is remembered of a folder's files; None where the user has no folder for caches."""
-    try:
-        return cache_folder() / "fingerprints" / f"{hash_json(str(folder.resolve()))}.json"
-    except RuntimeError:  # no home
-        return None
-
-
-class Memo:
-    """The records of files by path; may be used from any thread."""
-
-    def __init__(self, table: Path | None = None) -> None:
-        """Read the table, which need not exist; None remembers nothing beyond this object."""
-        self.table = table
-        self._known: dict[str, _Remembered] = {}
-        self._is_new = False
-        if table is not None:
-            with suppress(Exception):  # missing, or damaged in whatever way
-                known = msgspec.convert(json.loads(read_regular(table)), list[_Remembered])
-                self._known = {remembered.path: remembered for remembered in known}
-
-    def record(self, path: Path) -> FileRecord:
-        """Return what `record` returns; a file that is still the one it was is not read again."""
-        place = os.path.abspath(path)
-        before, now = path.stat(), time.time_ns()
-        known = self._known.get(place)
-        if known is not None and known.stamp == stamp_of(before):
-            return FileRecord(str(path), known.size, known.hash, known.time)
-        taken = record(path)
-        if stamp_of(path.stat()) == stamp_of(before) and _is_settled(before, now):
-            self._known[place] = _Remembered(
-                place, taken.size, taken.hash, taken.time, changed=before.st_ctime_ns, inode=before.st_ino
-            )
-            self._is_new = True
-        return taken
-
-    def record_all(self, paths: Iterable[Path]) -> list[FileRecord]:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            return list(pool.map(self.record, paths))
-
-    def save(self) -> None:
-        """Write the table where something was added to it, and it can be written."""
-        if self.table is None or not self._is_new:
-            return
-        known = msgspec.to_builtins(sorted(self._known.values(), key=lambda remembered: remembered.path))
-        with suppress(ClipcidError, OSError):
-            make_private(self.table.parent)
-            write_text(self.table, json.dumps(known), shared=True)  # two runs may save at once
-        self._is_new = False
 
 
 def find_changed(folder: Path, records: Collection[FileRecord], since: Path, memo: Memo | None = None) -> str | None:
@@ -176,13 +105,17 @@ def find_changed(folder: Path, records: Collection[FileRecord], since: Path, mem
 
     Their paths are relative to `folder`; `since` is the file that records them.
     """
-    memo = memo or Memo()
     stats: dict[str, tuple[int, int]] = {}
     for file in records:
         with suppress(OSError, ValueError):  # missing, or its name is none
             stat = os.stat(os.path.join(folder, file.path))  # half the time of pathlib's, for 150,000 files
             stats[file.path] = (stat.st_size, stat.st_mtime_ns)
     suspects = [file for file in records if stats.get(file.path) != (file.size, file.time)]
+    if not suspects:
+        return None
+    from clipcid_cli.formats.memo import Memo  # most files are as they were
+
+    memo = memo or Memo()
 
     def is_same(suspect: FileRecord) -> bool:
         try:

@@ -238,7 +238,8 @@ def open_output(spec: OutputSpec[AnySidecar], *, waits: bool = False) -> Iterato
         works = find_works(folder, step)
         for work in works:
             _validate_no_links(work)
-        for killed in (Output(spec, work) for work in works):
+        for work in works:
+            killed = Output(spec, work)
             if sidecar_path(killed.work, step).exists():
                 killed.place()
         output = find_output(spec)
@@ -306,7 +307,9 @@ def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
         output.differences = differences
 
     output.begun = output.work_top if begun else None
-    for work in [path for path in works if path != output.work_top]:
+    for work in works:
+        if work == output.work_top:
+            continue
         other = None
         with lenient:
             other = _read_run(work)

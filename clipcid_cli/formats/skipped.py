@@ -26,6 +26,14 @@ def make_table(samples: Sequence[Sequence[str]]) -> pa.Table:
     return pa.table([pa.array([row[place] for row in rows], pa.string()) for place in range(3)], schema=_SCHEMA)
 
 
+def write_listed(path: Path, samples: Sequence[Sequence[str]]) -> bool:
+    """Write samples as `make_table` takes them, and tell whether there was one; without one there is no file."""
+    if samples:
+        return write_skipped(path, [make_table(samples)])
+    path.unlink(missing_ok=True)
+    return False
+
+
 def list_rows(keys: pa.Array, shards: pa.Array | str, reason: str) -> pa.Table:
     """Return the table of n samples of one reason; of one shard, where that is a name."""
     names = pa.repeat(shards, len(keys)) if isinstance(shards, str) else shards

@@ -137,13 +137,18 @@ class DistContext:
 
     def on_all(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `action` on every process and return its result on each, unless it failed on any."""
+        with self.agreeing():
+            return action(*args, **kwargs)
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Raise an error of the block on every process, whichever of them has it."""
         failure = None
         try:
-            result = action(*args, **kwargs)
+            yield
         except ClipcidError as error:
             failure = error
         self.agree(failure)
-        return result
 
     def agree(self, error: ClipcidError | None) -> None:
         """Raise on every process when any of them has an error, so that none waits for one that has ended."""

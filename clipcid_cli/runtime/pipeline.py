@@ -44,6 +44,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _WORKER_IMPORTS = [
     "clipcid_cli.runtime.worker_server",
     "clipcid_cli.runtime.models.guarded_open_clip",
+    "clipcid_cli.runtime.models.renderer",
     "clipcid_cli.runtime.models.views",
     "clipcid_cli.runtime.models.decode",
     "clipcid_cli.runtime.pipeline",
@@ -279,14 +280,15 @@ def _wait(future: Future[Any], signs: Any) -> None:
             )
 
 
-def thread_map(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result]:
+def thread_map(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
     """Apply a function by threads, which share this process's cores; 1 computes in the caller's, which takes the items.
 
     Pillow and PyTorch release Python's lock while they work, so threads decode as well, and no process has to start first.
     """
-    if threads == 1:
-        yield from map(function, items)
-        return
+    return map(function, items) if threads == 1 else _map_by_threads(function, items, threads)
+
+
+def _map_by_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
     cores = torch.get_num_threads()
     torch.set_num_threads(max(1, cores // threads))
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -20,13 +20,13 @@ from clipcid_cli.formats.data.activity import count_received
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image, was_16_bit
+from clipcid_cli.runtime.models.renderer import Renderer
 from clipcid_cli.runtime.models.tokenizers import Tokenizer
 from clipcid_cli.runtime.models.towers import Towers
-from clipcid_cli.runtime.models.views import Renderer
 from clipcid_cli.runtime.pipeline import ordered_map, read_ahead, thread_map, threads_for_batches
 
 BATCH_SIZES = {"cpu": 64, "cuda": 256}
@@ -185,19 +185,24 @@ class Encoded:
         return Encoded([self.samples[row] for row in kept.tolist()], rows, adapted=self.adapted)
 
     def count_skips(self, shard: Shard) -> Skips:
+        if not self.failures:
+            return Skips()
         named = {shard.describe(self.samples[row].key): self.failures[row] for row in sorted(self.failures)}
         return shard.locate(Skips.of(named))
 
 
 def join(parts: Iterable[Encoded]) -> Encoded:
     """Join the usable samples of several batches."""
-    usable = [part.usable() for part in parts]
-    kinds = dict.fromkeys(kind for part in usable for kind in part.rows)
-    return Encoded(
-        [sample for part in usable for sample in part.samples],
-        {kind: torch.cat([part.rows[kind] for part in usable if kind in part.rows]) for kind in kinds},
-        adapted=sum((part.adapted for part in usable), Counter()),
-    )
+    samples = list[Sample]()
+    rows = defaultdict[Kind, list[torch.Tensor]](list)
+    adapted = Counter[str]()
+    for part in parts:
+        usable = part.usable()
+        samples += usable.samples
+        adapted += usable.adapted
+        for kind, values in usable.rows.items():
+            rows[kind].append(values)
+    return Encoded(samples, {kind: torch.cat(values) for kind, values in rows.items()}, adapted=adapted)
 
 
 def encode_batch(towers: Towers, decoded: Decoded) -> dict[Kind, torch.Tensor]:
@@ -216,13 +221,13 @@ def decode(
     """Decode batches by workers (0: here), in order; bytes of images that came with a stream are dropped."""
     sent = deque[Batch]()
 
-    def send() -> Iterator[Sequence[Sample]]:
-        for batch in batches:
-            sent.append(_drop_bytes(batch))
-            yield batch.samples
+    def keep(batch: Batch) -> Sequence[Sample]:
+        """Return what is decoded of a batch, and keep the rest of it until that is done."""
+        sent.append(_drop_bytes(batch))
+        return batch.samples
 
     start = time.perf_counter()
-    for decoded in ordered_map(decoder, send(), workers, count_received):
+    for decoded in ordered_map(decoder, map(keep, batches), workers, count_received):
         batch = sent.popleft()
         batch.waited = time.perf_counter() - start
         yield batch, decoded
@@ -251,16 +256,17 @@ def encode(
         encoded = Encoded(samples, {}, dict(decoded.failures), decoded.adapted)
         if not samples:
             return batch, encoded
-        owners = encoded.owners
         usable = torch.ones(len(samples), dtype=torch.bool)
         for kind, rows in encoder(decoded).items():
-            rows = rows[: len(owners) if kind is Kind.TEXTS else len(samples)]
-            encoded.rows[kind] = rows
-            is_finite = rows.isfinite().all(dim=-1)
             if kind is Kind.TEXTS:
-                usable[owners[~is_finite]] = False
-            elif kind is not Kind.VIEW_PARAMS:
-                usable &= is_finite.reshape(len(samples), -1).all(dim=1)
+                owners = encoded.owners
+                rows = rows[: len(owners)]
+                usable[owners[~rows.isfinite().all(dim=-1)]] = False
+            else:
+                rows = rows[: len(samples)]
+                if kind is not Kind.VIEW_PARAMS:
+                    usable &= rows.isfinite().all(dim=-1).reshape(len(samples), -1).all(dim=1)
+            encoded.rows[kind] = rows
         for row in (~usable).nonzero()[:, 0].tolist():
             encoded.failures.setdefault(row, "nan_row")
         return batch, encoded

@@ -17,8 +17,8 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.devices import DEVICES, THIS, Device, parse_devices
 from clipcid_cli.runtime.models.names import find_config, parse_model
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.models import find_embedded_model
+from clipcid_cli.steps.open_data import open_named
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DEFAULT_EPOCHS, DistillSettings

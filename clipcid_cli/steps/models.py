@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clipcid_cli.errors import ClipcidError, command_line
-from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.records import ModelRecord
@@ -110,6 +109,8 @@ def choose_embeddings(work: Path, name: ModelName) -> Path:
     weights = find_weights(name.path) if name.path is not None else None
     if weights is None or name.path is None:
         return folder
+    from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
+
     recorded: ModelRecord | None = None
     with suppress(ClipcidError):  # damaged, or of an earlier version: told where it is read
         sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
@@ -122,6 +123,8 @@ def choose_embeddings(work: Path, name: ModelName) -> Path:
 
 def find_embedded_model(work: WorkDirectory) -> str | None:
     """Return the model of the work directory's embeddings, when there are those of one model."""
+    from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
+
     with suppress(ClipcidError):
         sidecar = read_sidecar(sidecar_path(work.find_embeddings(), "embed"), EmbedSidecar)
         return None if sidecar is None else sidecar.model.spec

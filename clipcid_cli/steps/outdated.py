@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.fingerprint import FileRecord, record_together
 from clipcid_cli.formats.results.clusters import ClusterSidecar

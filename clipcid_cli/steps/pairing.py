@@ -10,7 +10,7 @@ import torch
 
 from clipcid_cli.algorithms.pairing import MAX_PAIRS, Pairs, are_enough, rank_pairs
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.records import Pairing
 from clipcid_cli.runtime.randomness import derive_seed, key_fractions
 

@@ -173,9 +173,10 @@ def _look(dataset: Dataset, few: int, shard_index: int, *, urls: bool) -> _Look:
         samples = list(map(part.sample, places.tolist()))
     else:
         samples = list(islice(shard.stream(), few))
-    remote = [sample for sample in samples if sample.image.data is None and is_url(sample.image.path)]
-    left = remote[_SAMPLES_OF_A_SHARD if urls and shard_index < _STREAMED_SHARDS else 0 :]
-    samples = [sample for sample in samples if sample not in left]
+    if not shard.file:  # each image is a file of its own
+        remote = [sample for sample in samples if is_url(sample.image.path)]
+        left = remote[_SAMPLES_OF_A_SHARD if urls and shard_index < _STREAMED_SHARDS else 0 :]
+        samples = [sample for sample in samples if sample not in left]
     bad = Skips()
     for sample in samples:
         decoded = read_image(sample.image)

@@ -10,7 +10,7 @@ import msgspec
 from clipcid_cli.algorithms.pairing import Pairs, are_enough
 from clipcid_cli.algorithms.repair import MAX_PAIRS, RULE, can_be_divided, fit_repair
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import OutputSpec, find_output, open_output, remove_leftovers
 from clipcid_cli.formats.results.repair import (

@@ -9,7 +9,7 @@ from clipcid_cli.algorithms.losses.registry import TEACHER_BIAS, LossEntry
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.embeddings import advise_keys, compare_keys
 from clipcid_cli.steps.settings.shared import KeptSettings

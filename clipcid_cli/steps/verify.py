@@ -13,9 +13,10 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_cache import ShardCache
-from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, read_manifest
+from clipcid_cli.formats.embeddings.manifest import ShardRecord, read_manifest
+from clipcid_cli.formats.embeddings.recorded_rows import open_recorded
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
-from clipcid_cli.formats.fingerprint import Memo
+from clipcid_cli.formats.memo import Memo
 from clipcid_cli.formats.sidecar import read_sidecar
 from clipcid_cli.formats.skipped import SKIPPED, read_shards
 from clipcid_cli.formats.skips import Skips

@@ -28,7 +28,8 @@ from balance import describe_machine
 
 from clipcid_cli.runtime.models.augment import Augmentation, choose_view
 from clipcid_cli.runtime.models.decode import decode_image
-from clipcid_cli.runtime.models.views import MixedView, Renderer, View, mix_pixels
+from clipcid_cli.runtime.models.renderer import Renderer
+from clipcid_cli.runtime.models.views import MixedView, View, mix_pixels
 
 SIDE = 224
 SIZES = ((256, 256), (384, 288), (512, 512))

@@ -24,7 +24,7 @@ import numpy as np
 from make_data import make_data
 
 from clipcid_cli.formats.data.dataset import open_dataset
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.fingerprint import record_together

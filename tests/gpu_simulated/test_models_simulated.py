@@ -17,7 +17,7 @@ from simulation import KINDS, run_all, total
 from clipcid_cli.algorithms.costs import describe_clip
 from clipcid_cli.algorithms.losses.registry import PRESETS
 from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.sidecar import sidecar_path
 
 WORK = "clipcid-work"

@@ -21,6 +21,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -181,13 +182,8 @@ class KnownDataset:
     owner: str = "clip-benchmark"  # who publishes the copy on the Hugging Face hub
 
 
-def _imagenet(name: str, folder: str) -> KnownDataset:
-    return KnownDataset(name, folder, class_names="imagenet", templates="openai")
-
-
-def _datacomp(name: str, folder: str, metric: str) -> KnownDataset:
-    return KnownDataset(name, folder, metric=metric, owner="djghosh")
-
+_imagenet = partial(KnownDataset, class_names="imagenet", templates="openai")
+_datacomp = partial(KnownDataset, owner="djghosh")
 
 KNOWN_DATASETS = {
     known.name: known

@@ -80,7 +80,7 @@ def gather_captions(keys: Sequence[str], by_key: Sequence[Sequence[str]], skips:
     for key, captions in zip(keys, by_key, strict=True):
         if not captions:
             skips.miss(key)
-    return tuple(chain.from_iterable(_limit(captions, skips) for captions in by_key))
+    return tuple(chain.from_iterable(by_key))
 
 
 def _limit(captions: Sequence[str], skips: Skips) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_pipe, is_remote, is_url, scheme_of, without_query
@@ -18,7 +19,6 @@ from clipcid_cli.formats.data.first_look import (
     find_indexed_cut,
     validate_shards,
 )
-from clipcid_cli.formats.data.index import DataIndex, index_folder, open_index
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, Columns, ListFormat
 from clipcid_cli.formats.data.shard import Opened, ReadOptions, Shard
 from clipcid_cli.formats.data.shard_files import (
@@ -33,6 +33,9 @@ from clipcid_cli.formats.data.tar_shards import open_tars
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.shown import is_redacted, redact
+
+if TYPE_CHECKING:
+    from clipcid_cli.formats.data.index import DataIndex
 
 _TEXT_LISTS = (".csv", ".tsv")
 # Schemes of URLs that are opened where a file names the data; others only where the user does.
@@ -71,7 +74,7 @@ class Dataset:
         if self.index is not None:
             return [record.fingerprint for record in self.index.records]
         with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(lambda shard: shard.fingerprint(), self.shards))
+            return list(pool.map(methodcaller("fingerprint"), self.shards))
 
     @property
     def has_tars(self) -> bool:
@@ -93,7 +96,9 @@ class Dataset:
             return int(self.index.sizes.sum())
         step = max(1, len(self.shards) // _ESTIMATED_FROM)
         probed = self.shards[::step][:_ESTIMATED_FROM]
-        samples = sum(shard.estimate_samples() for shard in probed)
+        samples = 0
+        for shard in probed:
+            samples += shard.estimate_samples()
         return round(samples * len(self.shards) / len(probed))
 
     def describe(self) -> DataSpec:
@@ -226,7 +231,14 @@ def open_dataset(
     )
     if index_root is not None:
         dataset = _find_index(dataset, index_root, max_sample_bytes)
-    return _look_at_shards(dataset, max_bad_fraction)
+    index = dataset.index
+    cut_off = find_cut(dataset.shards) if index is None else find_indexed_cut(index)
+    if cut_off:
+        shards, truncation = allow_cut(dataset.shards, cut_off, max_bad_fraction)
+        dataset = dataclasses.replace(dataset, shards=shards, truncation=truncation)
+    if index is None:
+        validate_shards(dataset.spec, dataset.shards, has_index=dataset.index_folder is not None)
+    return dataset
 
 
 def _open_shards(spec: str, options: ReadOptions) -> Opened:
@@ -263,6 +275,8 @@ def _open_parquet(spec: str, files: Sequence[str], options: ReadOptions) -> Open
 
 def _find_index(dataset: Dataset, root: Path, max_sample_bytes: int) -> Dataset:
     """Return data with the folder of its index, which depends on how it is read, and its index where that is finished."""
+    from clipcid_cli.formats.data.index import index_folder, open_index  # data of evaluations has none
+
     read_so: dict[str, Any] = {"keys": dataset.keys, "caption_lines": dataset.caption_lines}
     read_so["caption_keys"] = dataset.caption_keys
     read_so |= dataclasses.asdict(dataset.columns)
@@ -272,15 +286,3 @@ def _find_index(dataset: Dataset, root: Path, max_sample_bytes: int) -> Dataset:
         read_so["list_format"] = dataclasses.asdict(dataset.list_format)
     folder = index_folder(root, dataset.kind, read_so)
     return dataclasses.replace(dataset, index_folder=folder).with_index(open_index(folder, dataset.shards))
-
-
-def _look_at_shards(dataset: Dataset, max_bad_fraction: float) -> Dataset:
-    """Check shards that are not indexed yet; of truncated ones the readable part is used, as far as that is allowed."""
-    index = dataset.index
-    cut_off = find_cut(dataset.shards) if index is None else find_indexed_cut(index)
-    if cut_off:
-        shards, truncation = allow_cut(dataset.shards, cut_off, max_bad_fraction)
-        dataset = dataclasses.replace(dataset, shards=shards, truncation=truncation)
-    if index is None:
-        validate_shards(dataset.spec, dataset.shards, has_index=dataset.index_folder is not None)
-    return dataset

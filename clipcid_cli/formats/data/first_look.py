@@ -9,19 +9,23 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import methodcaller
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_remote
-from clipcid_cli.formats.data.index import DataIndex, RepeatedKeyError
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_files import FORMS
 from clipcid_cli.formats.data.tar_shards import TarShard
 from clipcid_cli.formats.data.tars import COPY_AGAIN, CutTarError
 from clipcid_cli.formats.skips import Skips
+
+if TYPE_CHECKING:
+    from clipcid_cli.formats.data.index import DataIndex
 
 # Up to this size, keys are compared across all shards when data is opened; of larger data, or data that will have an index,
 # those of as many shards as can be listed in this time, two at least, and all once they have been read.
@@ -51,7 +55,7 @@ def find_cut(shards: Sequence[Shard]) -> dict[int, str]:
         What is wrong with the truncated ones, by their numbers.
     """
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        problems = pool.map(lambda shard: shard.find_cut(), shards)
+        problems = pool.map(methodcaller("find_cut"), shards)
         return {index: problem for index, problem in enumerate(problems) if problem}
 
 
@@ -99,8 +103,6 @@ def validate_shards(name: str, shards: Sequence[Shard], *, has_index: bool) -> N
         name: The name of the data.
         has_index: Whether all keys are compared once the data is indexed.
     """
-    tars = [shard for shard in shards if isinstance(shard, TarShard)]
-    local = [shard.source for shard in tars if not is_remote(shard.source)]
     skips = Skips()
     for shard in shards[:_LOOKED_AT]:
         if next(shard.stream(skips), None) is not None:
@@ -114,10 +116,17 @@ def validate_shards(name: str, shards: Sequence[Shard], *, has_index: bool) -> N
         without = skips.examples.get("no_image")
         seen = f" ({skips.total} without one, first {without[0]})" if without else ""
         raise ClipcidError(f"{name}: no sample with an image in {looked}{seen}.", FORMS)
-    small = sum(os.path.getsize(path) for path in local) <= _SMALL
-    # Reading remote ones whole would take longer than "quick"; a key that begins with the shard's name is in no other.
+    if len(shards) > 1:
+        _validate_local_keys(shards, has_index=has_index)
+
+
+def _validate_local_keys(shards: Sequence[Shard], *, has_index: bool) -> None:
+    """Refuse a key of two local tars: to read remote ones whole is not quick, and a shard's name makes a key its own."""
+    tars = [shard for shard in shards if isinstance(shard, TarShard)]
+    local = [shard.source for shard in tars if not is_remote(shard.source)]
     if len(local) == len(tars) > 1 and not tars[0].prefix_keys:
-        _validate_keys(tars, math.inf if small and not has_index else _KEY_SECONDS)
+        is_small = sum(map(os.path.getsize, local)) <= _SMALL
+        _validate_keys(tars, math.inf if is_small and not has_index else _KEY_SECONDS)
 
 
 def _validate_keys(tars: Sequence[Shard], seconds: float) -> None:
@@ -142,4 +151,6 @@ def _validate_keys(tars: Sequence[Shard], seconds: float) -> None:
         keys = {sample.key for sample in listed[one].stream()}
         key = next((sample.key for sample in listed[other].stream() if sample.key in keys), None)
         if key is not None:
+            from clipcid_cli.formats.data.index import RepeatedKeyError
+
             raise RepeatedKeyError(key, listed[one].name, listed[other].name)

@@ -104,6 +104,8 @@ class Shard(ABC):
 
     def locate(self, skips: Skips) -> Skips:
         """Return skipped samples of this shard, each listed by its own key and the shard, not by its name for a person."""
+        if not skips.listed:
+            return skips
         listed = [sample if sample[1] else (self._key_of(sample[0]), self.name, sample[2]) for sample in skips.listed]
         return dataclasses.replace(skips, listed=listed)
 

@@ -175,9 +175,11 @@ def _normalize(spec: str) -> str:
 
 def name_shards(files: Sequence[str]) -> list[str]:
     """Name shards by their files, preceded by as many folders as it takes to distinguish them."""
-    paths = [_path_in_command(redact(file)) if is_pipe(file) else redact(without_query(file)) for file in files]
-    names = [os.path.splitext(path)[0] if path.lower().endswith(SHARD_SUFFIXES) else path for path in paths]
-    parts = [name.split("/") for name in names]
+    parts = list[list[str]]()
+    for file in files:
+        path = _path_in_command(redact(file)) if is_pipe(file) else redact(without_query(file))
+        name = os.path.splitext(path)[0] if path.lower().endswith(SHARD_SUFFIXES) else path
+        parts.append(name.split("/"))
     depth = 1
     if len(set(map(tuple, parts))) < len(files):
         raise ClipcidError("The pattern lists a shard twice.", "List each shard once.")

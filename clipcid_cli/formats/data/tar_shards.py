@@ -24,7 +24,15 @@ from clipcid_cli.formats.data.opening import naming_shard
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Sample
 from clipcid_cli.formats.data.shard import Opened, ReadOptions, Shard
 from clipcid_cli.formats.data.shard_files import name_shards
-from clipcid_cli.formats.data.tars import CutTarError, Group, Member, group_members, read_members, validate_tar
+from clipcid_cli.formats.data.tars import (
+    CutTarError,
+    Group,
+    Member,
+    count_samples,
+    group_members,
+    read_members,
+    validate_tar,
+)
 from clipcid_cli.formats.skips import Skips
 
 _CLASS = re.compile(rb"[+-]?[0-9]{1,9}")
@@ -116,8 +124,12 @@ class TarShard(Shard):
 
     def _make_sample(self, group: Group, image: ByteRange, skips: Skips) -> Sample:
         members = group.members
-        texts = [self._place(members.get(member_of(key)), MOST_TEXT + 1) for key in self.caption_keys]
-        captions = [self._split(text, key, skips) for text, key in zip(texts, self.caption_keys, strict=True)]
+        texts = list[ByteRange | None]()
+        captions = list[tuple[str, ...]]()
+        for key in self.caption_keys:
+            text = self._place(members.get(member_of(key)), MOST_TEXT + 1)
+            texts.append(text)
+            captions.append(self._split(text, key, skips))
         label = self._place(members.get("cls"), _MOST_OF_CLASS)
         return Sample(
             key=group.key,
@@ -165,7 +177,7 @@ class TarShard(Shard):
         if is_pipe(self.source):
             return _SAMPLES_OF_COMMAND
         if not is_url(self.source):
-            return len(self.samples())
+            return count_samples(Path(self.source))
         first = list(islice(self.stream(), _PROBED))
         if len(first) < _PROBED:
             return len(first)

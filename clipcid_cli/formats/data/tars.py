@@ -274,7 +274,10 @@ class Copied(NamedTuple):
 
 def count_samples(source: Path) -> int:
     """Count the samples of a tar, including those without an image and one that it ends within."""
-    return sum(1 + group.repeats for group in group_members(read_members(source, allow_cut=True)))
+    count = 0
+    for group in group_members(read_members(source, allow_cut=True)):
+        count += 1 + group.repeats
+    return count
 
 
 def copy_samples(source: Path, target: Path, keys: Set[str]) -> Copied:

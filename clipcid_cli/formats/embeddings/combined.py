@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import METADATA, EmbeddingFile, Float16, Kind, Numbers, Rows
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, hash_json
+from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
+from clipcid_cli.formats.embeddings.rows import EmbeddingFile, Float16, Numbers, Rows
+from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.join import join
+from clipcid_cli.formats.memo import Memo
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.records import ModelRecord
 

@@ -13,27 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, validate_replaceable
-from clipcid_cli.formats.embeddings.rows import (
-    AGAIN,
-    COUNTS_COLUMN,
-    METADATA,
-    ArrayFile,
-    EmbeddingFile,
-    FileRows,
-    Kind,
-    Rows,
-)
+from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind
+from clipcid_cli.formats.embeddings.manifest import ShardRecord
+from clipcid_cli.formats.embeddings.recorded_rows import open_recorded, validate_replaceable
+from clipcid_cli.formats.embeddings.rows import AGAIN, ArrayFile, EmbeddingFile, FileRows, Rows
 from clipcid_cli.formats.embeddings.sidecar import COPY, EmbedSidecar, read_embed_sidecar
-from clipcid_cli.formats.fingerprint import (
-    FileRecord,
-    Memo,
-    hash_json,
-    memo_table,
-    record_together,
-    validate_unchanged,
-)
+from clipcid_cli.formats.fingerprint import FileRecord, hash_json, record_together, validate_unchanged
 from clipcid_cli.formats.join import Listing, Values
+from clipcid_cli.formats.memo import Memo, memo_table
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
 from clipcid_cli.formats.sidecar import run_again, sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED

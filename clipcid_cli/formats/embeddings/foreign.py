@@ -20,11 +20,13 @@ import pyarrow.compute as pc
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.embeddings.copies import Copies
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, TEXT, Embeddings, is_usable
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.layouts import find_files
-from clipcid_cli.formats.embeddings.rows import ArrayFile, EmbeddingFile, Kind, Rows, find_npy
+from clipcid_cli.formats.embeddings.rows import ArrayFile, EmbeddingFile, Rows, find_npy
 from clipcid_cli.formats.files import write_npy
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, identity_of, memo_table
+from clipcid_cli.formats.fingerprint import FileRecord, identity_of
 from clipcid_cli.formats.join import find_repeat
+from clipcid_cli.formats.memo import Memo, memo_table
 from clipcid_cli.formats.output import unfinished
 
 MAX_UNPACKED = 4 * 2**30

@@ -28,16 +28,8 @@ import pyarrow.parquet as pq
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.image_column import is_image_column
 from clipcid_cli.formats.data.samples import natural_key
-from clipcid_cli.formats.embeddings.rows import (
-    AGAIN,
-    METADATA,
-    ArrayFile,
-    EmbeddingFile,
-    Kind,
-    find_member,
-    find_npy,
-    list_arrays,
-)
+from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
+from clipcid_cli.formats.embeddings.rows import AGAIN, ArrayFile, EmbeddingFile, find_member, find_npy, list_arrays
 from clipcid_cli.formats.files import reading
 from clipcid_cli.formats.parquet import count_rows
 

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import Float16, Kind, Numbers, Rows, unit_rows
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Float16, Numbers, Rows, unit_rows
 from clipcid_cli.formats.fingerprint import FileRecord
 
 

@@ -11,7 +11,6 @@ has more files than either. So a process keeps the maps it used last, `MAPS_KEPT
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
 import os
 import shutil
@@ -28,15 +27,14 @@ import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped, read_npy_header
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.files import reading, write_error
 from clipcid_cli.formats.parquet import refuse_expansion
 
 Float16 = npt.NDArray[np.float16]
 Numbers = npt.NDArray[np.int64]
 
-METADATA = "metadata"
 AGAIN = "Copy or make the folder again."
-COUNTS_COLUMN = "captions"
 
 MAPS_KEPT = 96
 """Files that a process holds mapped; mapping one anew takes 50 µs, reading one of at most 64 KiB 5 µs."""
@@ -53,40 +51,6 @@ _ROWS_IN_CACHE = 512
 _UNIT_TOLERANCE = 2e-3
 
 _COPIES = ".grouped"
-
-
-class Kind(enum.StrEnum):
-    """What rows are of; the value is the name of their folder, and the file of a shard is ``<kind>/<kind>_0000.npy``.
-
-    Row i of every kind belongs to row i of ``metadata/metadata_0000.parquet``, whose columns are ``key``, ``shard``,
-    ``caption`` and, where any row has several, ``captions``: how many.
-
-    ``img_emb``, ``text_emb``
-        float16 [n, D], unit rows: of the images, and of their first captions.
-    ``captions_emb``
-        float16 [Σ (captions − 1), D], unit rows: captions after the first, row after row. No file where no row has several.
-    ``view_emb``
-        float16 [n, V, D], unit rows: V augmented views of each image.
-    ``view_params``
-        float32 [n, V, 16], what reproduces each view: left, top, right, bottom of its crop in the image's pixels, then its
-        colour map [3, 4] row by row. Where any view mixes two images, [n, V, 34]: these, the weight of the image, the other
-        image's row counted from its own (NaN where that has none), and 16 of the other.
-    ``variant_emb``
-        float16 [n, W, D], unit rows: W variants of each row's captions, whose text follows from captions, key and the seed
-        in the sidecar.
-    """
-
-    IMAGES = "img_emb"
-    TEXTS = "text_emb"
-    FURTHER = "captions_emb"
-    VIEWS = "view_emb"
-    VIEW_PARAMS = "view_params"
-    VARIANTS = "variant_emb"
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Number format of the files that `embed` writes."""
-        return np.dtype(np.float32 if self is Kind.VIEW_PARAMS else np.float16)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ import pyarrow.parquet as pq
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import fingerprint
 from clipcid_cli.formats.data.samples import natural_key
+from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, Skipped
-from clipcid_cli.formats.embeddings.rows import COUNTS_COLUMN, METADATA, Kind
 from clipcid_cli.formats.files import (
     reading,
     write_error,
@@ -41,7 +42,7 @@ from clipcid_cli.formats.files import (
 from clipcid_cli.formats.fingerprint import FileRecord, find_changed, identity_of
 from clipcid_cli.formats.journal import record_journal
 from clipcid_cli.formats.output import find_works
-from clipcid_cli.formats.skipped import SKIPPED, make_table, read_shards, read_skipped, write_skipped
+from clipcid_cli.formats.skipped import SKIPPED, read_shards, read_skipped, write_listed, write_skipped
 from clipcid_cli.formats.skips import Skips
 
 # Records of finished shards, until all are finished.
@@ -87,7 +88,7 @@ class EmbeddingWriter:
         """Write a shard, with its metadata where it has images; the first has number 0."""
         # The record of another run must never accompany rows of this one, even if it is killed in between.
         self._journal.forget(self._label(index))
-        write_skipped(self._skipped_path(index), [make_table(shard.skipped.listed)])
+        write_listed(self._skipped_path(index), shard.skipped.listed)
         for kind in Kind:
             if kind in shard.rows:
                 write_npy(self._path(kind, index), shard.rows[kind])
@@ -221,12 +222,14 @@ class EmbeddingWriter:
 
     def finish(self) -> list[ShardRecord]:
         """Write the manifest and the list of skipped samples once all shards are finished; return the manifest."""
-        records = [self.finished_record(index) for index in range(len(self._inputs))]
-        finished = [record for record in records if record is not None]
-        assert len(finished) == len(records), "every shard was written by one of the processes"
-        skipped = (self._skipped_path(index) for index, record in enumerate(finished) if record.skipped)
-        write_skipped(self.folder / SKIPPED, (table for path in skipped for table in read_skipped(path)))
-        kinds = [kind for kind in (*Kind, METADATA) if any(kind in record.files for record in finished)]
+        finished = list[ShardRecord]()
+        for index in range(len(self._inputs)):
+            record = self.finished_record(index)
+            assert record is not None, "every shard was written by one of the processes"
+            finished.append(record)
+        self._join_skipped(finished)
+        written = set[str]().union(*(record.files for record in finished))
+        kinds = [kind for kind in (*Kind, METADATA) if kind in written]
         schema = pa.schema(
             {
                 "input": _INPUT,
@@ -239,6 +242,14 @@ class EmbeddingWriter:
         )
         write_parquet(self.folder / MANIFEST, pa.Table.from_pylist(msgspec.to_builtins(finished), schema))
         return finished
+
+    def _join_skipped(self, finished: Sequence[ShardRecord]) -> None:
+        """Write the list of the skipped samples of all shards."""
+        paths = [self._skipped_path(index) for index, record in enumerate(finished) if record.skipped]
+        if paths:
+            write_skipped(self.folder / SKIPPED, chain.from_iterable(map(read_skipped, paths)))
+        else:
+            (self.folder / SKIPPED).unlink(missing_ok=True)
 
     def _skipped_path(self, index: int) -> Path:
         return self._journal.folder / f"{self._label(index)}.{SKIPPED}"

@@ -26,7 +26,8 @@ _CONVOLVED_AT_ONCE = 8
 
 def normalize_pixels(pixels: torch.Tensor, preprocess: dict[str, Any]) -> torch.Tensor:
     """Scale and shift bytes, [B, H, W, 3], as torchvision's ToTensor and Normalize do: float32 [B, 3, H, W], contiguous."""
-    mean, std = (_per_channel(tuple(preprocess[name]), pixels.device) for name in ("mean", "std"))
+    mean = _per_channel(tuple(preprocess["mean"]), pixels.device)
+    std = _per_channel(tuple(preprocess["std"]), pixels.device)
     channels_first = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return channels_first.div_(255).sub_(mean).div_(std)
 
@@ -98,7 +99,8 @@ class ClipModel:
         """Embed pixels, uint8 [B, H, W, 3] or normalised float32 [B, 3, H, W], to unit rows, float32 [B, D]."""
         prepared = self.normalize(pixels) if pixels.dtype == torch.uint8 else pixels.to(self.device)
         with torch.inference_mode(), precision.autocast(self.device):
-            features = torch.cat([self._towers.encode_images(part) for part in torch.split(prepared, self._at_once)])
+            parts = torch.split(prepared, self._at_once)
+            features = torch.cat(list(map(self._towers.encode_images, parts)))
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
     def encode_texts(self, tokens: torch.Tensor, precision: Precision) -> torch.Tensor:

@@ -14,7 +14,7 @@ import importlib.util
 import json
 import os
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -349,4 +349,4 @@ def _config_folder() -> Path:
 def hash_weights(path: Path) -> str:
     """Hash a weights file, as `ModelRecord.weights_hash` records it."""
     with path.open("rb") as file:
-        return "blake2b:" + hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return "blake2b:" + hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()

@@ -14,7 +14,7 @@ from clipcid_cli.algorithms.near.partitions import default_num_partitions
 from clipcid_cli.algorithms.near.search import bytes_of_scores
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.distributed import DistContext, memory_for_rows
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.steps import reporting

@@ -16,7 +16,7 @@ from clipcid_cli.algorithms.sets.forest import Curve
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.fingerprint import hash_json
 from clipcid_cli.formats.journal import record_journal
-from clipcid_cli.runtime.timing import SavePace
+from clipcid_cli.runtime.save_pace import SavePace
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.find_forest import find_forest
 from clipcid_cli.steps.balance.linkages import LINKAGES

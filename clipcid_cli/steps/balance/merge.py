@@ -15,7 +15,7 @@ from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import ArrayJournal, Arrays
-from clipcid_cli.runtime.timing import SavePace
+from clipcid_cli.runtime.save_pace import SavePace
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 
 Sink = ForestSink | NearestOf | PairsWithin

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from clipcid_cli.errors import ClipcidError, flag_words
 from clipcid_cli.formats.data.dataset import Dataset, list_shards
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import METADATA, Kind
+from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
 from clipcid_cli.formats.fingerprint import find_lost
 from clipcid_cli.formats.output import WORK, OutputSpec, find_works, other_run_error
 from clipcid_cli.formats.results.forest import ROW_NUMBERING, NumberedFile, read_row_numbering

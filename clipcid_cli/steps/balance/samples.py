@@ -23,7 +23,8 @@ from clipcid_cli.formats.embeddings.manifest import validate_embedded
 from clipcid_cli.formats.embeddings.rows import EmbeddingFile
 from clipcid_cli.formats.results.keep_list import is_uid
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.steps.data_index import index_alone, open_named, open_part
+from clipcid_cli.steps.data_index import index_alone, open_part
+from clipcid_cli.steps.open_data import open_named
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 if TYPE_CHECKING:

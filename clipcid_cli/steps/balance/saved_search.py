@@ -29,7 +29,7 @@ from clipcid_cli.algorithms.near.search import search_jobs
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import array_journal
 from clipcid_cli.runtime.distributed import memory_for_rows
-from clipcid_cli.runtime.timing import SavePace
+from clipcid_cli.runtime.save_pace import SavePace
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalanceRun
 from clipcid_cli.steps.balance.merge import merge

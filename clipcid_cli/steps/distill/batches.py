@@ -19,12 +19,14 @@ from clipcid_cli.algorithms.losses.registry import list_sample_inputs
 from clipcid_cli.formats.data.activity import count_received
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.embeddings.rows import Kind, take_captions, take_images
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import take_captions, take_images
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation, Masking, choose_view
 from clipcid_cli.runtime.models.decode import ImageCache, SkippedImage, full_size
+from clipcid_cli.runtime.models.renderer import Processor
 from clipcid_cli.runtime.models.tokenizers import Tokenizer
-from clipcid_cli.runtime.models.views import MixedView, Processor, identity_colors, mix_pixels
+from clipcid_cli.runtime.models.views import MixedView, identity_colors, mix_pixels
 from clipcid_cli.runtime.pipeline import ordered_map, prefetch
 from clipcid_cli.runtime.randomness import SampleOrder, derive_seed
 from clipcid_cli.steps.distill.inputs import Inputs

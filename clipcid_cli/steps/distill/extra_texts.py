@@ -10,7 +10,8 @@ from clipcid_cli.algorithms.losses.registry import LossEntry
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import Kind, Rows
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.settings.distill import DistillSettings

@@ -10,7 +10,7 @@ import torch
 from clipcid_cli.algorithms.metrics.chance import guess_captions
 from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics, retrieval_ranks
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.towers import Towers
 from clipcid_cli.runtime.precision import Precision

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clipcid_cli.algorithms.metrics.chance import guess_own
 from clipcid_cli.algorithms.metrics.retrieval import retrieval_ranks, score_ranks
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.towers import Towers
 from clipcid_cli.steps.distill.held_out import BATCH, FP32, MAX_HELD_OUT

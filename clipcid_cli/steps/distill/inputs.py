@@ -21,11 +21,12 @@ from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.data_index import index_alone, note_captions, open_named
+from clipcid_cli.steps.data_index import index_alone, note_captions
 from clipcid_cli.steps.distill.samples import Sources, UsableSamples, count_usable, find_samples, index_of
 from clipcid_cli.steps.distill.stored import TeacherFolders, choose_online, first_key, open_stored
 from clipcid_cli.steps.distill.teachers import Judgement, Teacher, choose_losses, choose_teacher, judge_teacher
 from clipcid_cli.steps.keep_list import choose_keep_list
+from clipcid_cli.steps.open_data import open_named
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 if TYPE_CHECKING:

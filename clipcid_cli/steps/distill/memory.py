@@ -12,7 +12,7 @@ from clipcid_cli.algorithms.costs import BATCH_OF_DEVICE, TOKENS_OF_CAPTION, Cli
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.distributed import DistContext, available_memory
 from clipcid_cli.runtime.models.names import find_config
-from clipcid_cli.runtime.models.views import Processor
+from clipcid_cli.runtime.models.renderer import Processor
 from clipcid_cli.runtime.pipeline import HostMemory, host_memory_of, validate_host_memory
 from clipcid_cli.steps.distill.batches import BatchMaker, count_parts
 from clipcid_cli.steps.distill.inputs import Inputs

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.registry import LossEntry
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.runtime.models.views import Processor, apply_colors
+from clipcid_cli.runtime.models.renderer import Processor
+from clipcid_cli.runtime.models.views import apply_colors
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.shown import short_name
 from clipcid_cli.steps import reporting

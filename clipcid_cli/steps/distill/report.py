@@ -15,7 +15,8 @@ import torch
 from clipcid_cli.algorithms.metrics.chance import guess_captions
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import Kind, Rows, take_captions
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Rows, take_captions
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
 from clipcid_cli.formats.results.run_folder import AVERAGED, read_lines
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, SharedSpace, principal_axes, second_moment
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.files import atomic_file
 from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.work_directory import WorkDirectory

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from clipcid_cli.algorithms.accumulation import exact_accumulation
 from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.phase_timer import PhaseTimer, PhaseTimes
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.runtime.timing import PhaseTimer, PhaseTimes
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.distill.training_batch import TrainingBatch

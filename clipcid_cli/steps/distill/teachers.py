@@ -17,14 +17,15 @@ from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, TEACHER_SCAL
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import Kind, Rows
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.repair import RepairFigures
 from clipcid_cli.records import Pairing
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.runtime.models.views import Processor
+from clipcid_cli.runtime.models.renderer import Processor
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.distill.stored import validate_matches, validate_views

@@ -14,7 +14,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime import interruption
 from clipcid_cli.runtime.distributed import DistContext, memory_in_use
 from clipcid_cli.runtime.libraries import keep_freed_memory
-from clipcid_cli.runtime.models.views import Processor
+from clipcid_cli.runtime.models.renderer import Processor
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker
 from clipcid_cli.steps.distill.checkpoints import Checkpoints

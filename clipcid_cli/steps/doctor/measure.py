@@ -31,7 +31,7 @@ from clipcid_cli.formats.files import lock
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.host import count_cores, memory_limit
 from clipcid_cli.runtime.interruption import ends_when_saved
-from clipcid_cli.runtime.models.views import Renderer
+from clipcid_cli.runtime.models.renderer import Renderer
 from clipcid_cli.runtime.pipeline import ordered_map
 from clipcid_cli.runtime.probes import (
     measure_copies,

@@ -14,7 +14,6 @@ from clipcid_cli.runtime.interruption import starts_over
 from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.probes import measure_device, measure_exchange
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.doctor.measure import (
     Process,
     find_lock_problem,
@@ -35,6 +34,7 @@ from clipcid_cli.steps.doctor.needs import (
     check_versions,
     list_checks,
 )
+from clipcid_cli.steps.open_data import open_named
 from clipcid_cli.steps.settings.doctor import DoctorSettings
 from clipcid_cli.steps.training_time import describe_model, samples_per_second
 

@@ -20,15 +20,15 @@ from PIL import Image
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.models.augment import STRONG, Augmentation, choose_view
 from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
+from clipcid_cli.runtime.models.renderer import Renderer
 from clipcid_cli.runtime.models.views import (
     PACKED_MIX,
     PACKED_VIEW,
     PARTNER,
     MixedView,
-    Renderer,
     View,
     apply_colors,
     identity_colors,

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.records import hash_preprocess
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.load import load_model
+from clipcid_cli.runtime.models.renderer import Renderer
 from clipcid_cli.runtime.models.towers import Towers
-from clipcid_cli.runtime.models.views import Renderer
 from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.steps.embed.plan import EmbedPlan

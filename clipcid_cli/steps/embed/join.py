@@ -15,9 +15,9 @@ import pyarrow as pa
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.index import RepeatedKeyError
 from clipcid_cli.formats.data.object_store import ObjectStore
+from clipcid_cli.formats.embeddings.kinds import METADATA
 from clipcid_cli.formats.embeddings.manifest import ShardRecord, merge_skips
 from clipcid_cli.formats.embeddings.parts import PartRecord, part_journal, refuse_running, validate_complete
-from clipcid_cli.formats.embeddings.rows import METADATA
 from clipcid_cli.formats.embeddings.sent_parts import fetch_shards, read_runs, read_sent, read_sent_parts
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar, read_embed_sidecar
 from clipcid_cli.formats.embeddings.writer import FINISHED, EmbeddingWriter, read_finished

@@ -15,7 +15,6 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, Sample
-from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.embeddings.manifest import read_manifest
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar, recorded_data
 from clipcid_cli.formats.embeddings.writer import FINISHED, read_unfinished
@@ -35,8 +34,8 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.array_task import choose_task
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.models import choose_embeddings, find_embedded_model, find_mismatch
+from clipcid_cli.steps.open_data import open_named
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
 from clipcid_cli.steps.settings.shared import url_of
 
@@ -322,6 +321,8 @@ def _validate_own_folder(folder: Path) -> None:
     output = next((step for step in _OTHER_OUTPUTS if is_claimed(folder, step)), None)
     if output is not None:
         raise ClipcidError(f"{folder} holds the output of clipcid {output}.", "Choose another folder with --out.")
+    from clipcid_cli.formats.embeddings.layouts import find_rows
+
     first = None if is_claimed(folder, EMBED) else find_rows(folder)
     if first is not None:
         raise ClipcidError(

@@ -153,22 +153,22 @@ def _find_missing(plan: EmbedPlan, writer: EmbeddingWriter, shards: range) -> tu
     return missing, dataset.estimate_samples() * len(missing) / len(plan.shards)
 
 
+@dataclasses.dataclass
 class _Seen:
     """What a process has seen of the data: too many samples that cannot be used end the step early."""
 
-    def __init__(self, plan: EmbedPlan) -> None:
-        self._plan = plan
-        self._skipped = Skips()
-        self._read = 0
-        self.samples = 0
-        self.shards = 0
+    plan: EmbedPlan
+    shards: int = 0
+    samples: int = 0  # also of shards that are not encoded to the end
+    read: int = 0
+    skipped: Skips = dataclasses.field(default_factory=Skips)
 
     def add(self, rows: ShardRows) -> None:
-        self._skipped.merge(rows.skipped.counted())
-        self._read += rows.read
         self.shards += 1
-        if self._read >= _EARLY_CHECK:
-            self._skipped.check(self._read, self._plan.settings.max_bad_fraction, self._plan.dataset.spec)
+        self.read += rows.read
+        self.skipped.merge(rows.skipped.counted())
+        if self.read >= _EARLY_CHECK:
+            self.skipped.check(self.read, self.plan.settings.max_bad_fraction, self.plan.dataset.spec)
 
 
 def _commit(

@@ -12,8 +12,8 @@ import PIL
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.shard import Shard
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, merge_skips
-from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.embeddings.sidecar import EmbedFacts, EmbedSidecar
 from clipcid_cli.formats.embeddings.writer import ShardRows
 from clipcid_cli.formats.fingerprint import record
@@ -115,41 +115,38 @@ def commit(
         captions: What was counted of them; None where they are not embedded.
         without_text: As of `EmbedPlan`; advised where few other samples are unusable.
     """
-    rows = sum(shard.rows for shard in records)
+    rows = read = 0
+    adapted = dict.fromkeys(_ADAPTED, 0)
+    for shard in records:
+        rows += shard.rows
+        read += shard.read
+        for how in adapted:
+            adapted[how] += getattr(shard, how)
     skips = merge_skips(records)
     if not rows:
         output.discard()  # it must not stand in the way of other data
-        read = sum(shard.read for shard in records)
         raise ClipcidError(
             f"None of the {read:,} samples in {facts.data.spec} can be used:\n{skips.describe()}", "Fix the data."
         )
     written = [output.work / name for name in (MANIFEST, SKIPPED)]
     outputs = [record(path, output.work) for path in written if path.exists()]
-    read = sum(shard.read for shard in records)
     without_caption = skips.counts.get("no_caption", 0)
     suffices = without_caption and skips.total - without_caption <= max_bad_fraction * read
     skips.check(read, max_bad_fraction, facts.data.spec, without_text if suffices else "")
-    return output.commit(
-        outputs=outputs,
-        model=facts.model,
-        counts={"images": rows, **_count_images(facts, records, skips, captions)},
-        **measure(timings),
-        data=facts.data,
-        run={"processes": len(timings), "device": facts.device, "pillow": facts.pillow},
-    )
-
-
-def _count_images(
-    facts: EmbedFacts, records: Sequence[ShardRecord], skips: Skips, captions: Skips | None
-) -> dict[str, Any]:
-    """Count the samples that were read, skipped and adapted, and say so."""
-    read = sum(shard.read for shard in records)
-    adapted = {how: sum(getattr(shard, how) for shard in records) for how in _ADAPTED}
     for how, count in adapted.items():
         if count:
             reporting.note(f"Images with {_ADAPTED[how]}: {count:,}.")
     of_captions = {} if captions is None else note_counted_captions(facts.data.caption_key, captions)
     if skips.total:
         reporting.warn(f"Samples skipped: {skips.total:,}\n{skips.describe()}")
-    counts = {"read": read, "skipped": dict(sorted(skips.counts.items())), **adapted, **of_captions}
-    return counts if facts.missing_fraction is None else counts | {"missing_fraction": facts.missing_fraction}
+    counts = {"images": rows, "read": read, "skipped": dict(sorted(skips.counts.items())), **adapted, **of_captions}
+    if facts.missing_fraction is not None:
+        counts["missing_fraction"] = facts.missing_fraction
+    return output.commit(
+        outputs=outputs,
+        model=facts.model,
+        counts=counts,
+        **measure(timings),
+        data=facts.data,
+        run={"processes": len(timings), "device": facts.device, "pillow": facts.pillow},
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.features import ImageFeatures, features_path, read_features, write_features
 from clipcid_cli.formats.work_directory import WorkDirectory

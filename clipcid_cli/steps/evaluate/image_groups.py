@@ -7,7 +7,6 @@ from typing import Any
 
 from clipcid_cli.algorithms.metrics.intervals import Array
 from clipcid_cli.errors import UsageError
-from clipcid_cli.formats.data.image_groups import read_groups, validate_columns
 from clipcid_cli.formats.data.samples import Columns
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.steps import reporting
@@ -30,6 +29,8 @@ def find_groups(keys: Sequence[str], dataset: str, settings: ComparingSettings) 
     """Return the group of each image, int64 [N] from 0, and say how many there are; None where images are drawn alone."""
     if settings.groups is None:
         return None
+    from clipcid_cli.formats.data.image_groups import read_groups
+
     groups = read_groups(settings.groups, settings.group_column, keys, _columns(settings))
     count = int(groups.max()) + 1
     of = f"{dataset}: {len(keys):,} images in {count:,} groups by {settings.group_column} of {settings.groups}"
@@ -44,6 +45,8 @@ def describe_groups(settings: ComparingSettings) -> dict[str, Any]:
     """Return the setting by which intervals of groups are told from those of images; a table without them is an error."""
     if settings.groups is None:
         return {}
+    from clipcid_cli.formats.data.image_groups import validate_columns
+
     validate_columns(settings.groups, settings.group_column, _columns(settings))
     return {"groups": {"table": record(settings.groups).hash, "column": settings.group_column}}
 

@@ -28,7 +28,7 @@ from clipcid_cli.algorithms.metrics.intervals import Array, CellMetrics
 from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, retrieval_metrics, retrieval_ranks
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.classes import read_metadata
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.evaluations import ClassScore, Example
 from clipcid_cli.formats.results.metrics import ASSOCIATION
 from clipcid_cli.steps import reporting

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -160,31 +160,29 @@ class EvaluatedModel:
         read = 0
         decoder = Decoder.from_model(self.model, captions=task.kind == RETRIEVAL)
 
-        def deal() -> Iterator[Batch]:
-            # Every process lists all samples, but decodes only its own.
+        batches = list_batches(dataset, range(len(dataset.shards)), task.stream, self.batch_size, task.reject)
+
+        def is_mine(batch: Batch) -> bool:
+            """Count a batch, and tell whether this process decodes it: every one lists all samples."""
             nonlocal read
-            batches = list_batches(dataset, range(len(dataset.shards)), task.stream, self.batch_size, task.reject)
-            for turn, batch in enumerate(batches):
-                skips.merge(batch.skipped)
-                read += batch.read or 0
-                sizes.append(len(batch.samples))
-                if turn % context.size == context.rank:
-                    yield batch
+            skips.merge(batch.skipped)
+            read += batch.read or 0
+            sizes.append(len(batch.samples))
+            return (len(sizes) - 1) % context.size == context.rank
 
-        def encode_mine() -> list[tuple[Encoded, Skips]]:
-            mine = list[tuple[Encoded, Skips]]()
-            shown = 0
-            for batch, encoded in encode(deal(), decoder, partial(encode_batch, towers), context.device, self.workers):
-                mine.append((encoded.usable(), encoded.count_skips(dataset.shards[batch.shard])))
-                # The other processes are about as far: count every batch up to this one.
-                done = (len(mine) - 1) * context.size + context.rank + 1
-                progress.advance(sum(sizes[shown:done]))
-                shown = done
-            progress.advance(sum(sizes[shown:]))
-            return mine
-
+        encoder = partial(encode_batch, towers)
+        mine = list[tuple[Encoded, Skips]]()
+        shown = 0
         with reporting.progress(f"{self.model.info.slug} on {task.name}", None, "images") as progress:
-            dealt = context.gather(context.on_all(encode_mine))
+            with context.agreeing():
+                for batch, encoded in encode(filter(is_mine, batches), decoder, encoder, context.device, self.workers):
+                    mine.append((encoded.usable(), encoded.count_skips(dataset.shards[batch.shard])))
+                    # The other processes are about as far: count every batch up to this one.
+                    done = (len(mine) - 1) * context.size + context.rank + 1
+                    progress.advance(sum(sizes[shown:done]))
+                    shown = done
+                progress.advance(sum(sizes[shown:]))
+            dealt = context.gather(mine)
             parts = [dealt[turn % context.size][turn // context.size] for turn in range(len(sizes))]
             for _, unread in parts:
                 skips.merge(unread)

@@ -18,11 +18,10 @@ from clipcid_cli.formats.results.metrics import (
     write_metrics,
     write_predictions,
 )
-from clipcid_cli.formats.skipped import make_table, write_skipped
+from clipcid_cli.formats.skipped import write_listed
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.data_index import note_captions
 from clipcid_cli.steps.evaluate.image_groups import describe_groups, find_groups
 from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_skips
@@ -104,6 +103,8 @@ def _write(
     task = rows.task
     warn_of_skips(task.name, rows.skips)
     if task.kind == RETRIEVAL:
+        from clipcid_cli.steps.data_index import note_captions
+
         note_captions(task.dataset, rows.skips)
     seconds = dict(rows.seconds)
     with timed(seconds, "compare"):
@@ -119,7 +120,7 @@ def _write(
         written.append(output.work / predictions_path(path).name)
         write_predictions(written[1], task.kind, model.model.info.slug, task.name, len(task.class_names), columns)
     skipped = skipped_path(path)
-    if write_skipped(output.work / skipped.name, [make_table(rows.skips.listed)]):
+    if write_listed(output.work / skipped.name, rows.skips.listed):
         written.append(output.work / skipped.name)
     images = len(rows.encoded.samples)
     sidecar = output.commit(

@@ -24,12 +24,12 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, LINEAR_PROBE, MULTI_LABEL, metrics_stem
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.steps.data_index import open_named, refuse_empty
 from clipcid_cli.steps.evaluate.image_groups import describe_groups
 from clipcid_cli.steps.evaluate.split_classes import Split, match_classes
 from clipcid_cli.steps.evaluate.task_plan import find_copy
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.models import choose_model
+from clipcid_cli.steps.open_data import open_named, refuse_empty
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
 
 

@@ -25,10 +25,10 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL, LinesRecord
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.evaluate.image_groups import refuse_groups_of_several
 from clipcid_cli.steps.evaluate.prompts import find_class_names, find_templates
 from clipcid_cli.steps.evaluate.tasks import TASKS, ZeroshotTask
+from clipcid_cli.steps.open_data import open_named
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 # Samples by which classes and captions are found: at the head of the data, where they cost no more than the first.
@@ -39,7 +39,10 @@ _BUILTIN = (*BUILTIN_CLASS_NAMES, *BUILTIN_TEMPLATES)
 def plan_tasks(settings: EvalZeroshotSettings, models: Sequence[ModelName] = ()) -> list[ZeroshotTask]:
     """Open every data set; where none is named, what the training runs of the models held out."""
     if settings.data:
-        tasks = [_plan_task(data, settings) for data in settings.data]
+        tasks = list[ZeroshotTask]()
+        for data in settings.data:
+            known, place = find_copy(data, settings.data_root) or (None, data)
+            tasks.append(plan_folder(str(place), settings, known, None if known is None else known.name))
     else:
         from clipcid_cli.steps.evaluate.held_out import plan_held_out
 
@@ -55,11 +58,6 @@ def plan_tasks(settings: EvalZeroshotSettings, models: Sequence[ModelName] = ())
             f"Omit {idle}, or {other}.",
         )
     return tasks
-
-
-def _plan_task(data: str, settings: EvalZeroshotSettings) -> ZeroshotTask:
-    known, place = find_copy(data, settings.data_root) or (None, data)
-    return plan_folder(str(place), settings, known, None if known is None else known.name)
 
 
 def plan_folder(

@@ -83,10 +83,12 @@ class ZeroshotTask:
 
         What is wrong with others than those held out is not counted.
         """
-        index, held_out = self.dataset.index, self.held_out
-        if held_out is None:
-            yield from self.dataset.shards[shard_index].stream(skips)
-            return
+        if self.held_out is None:
+            return self.dataset.shards[shard_index].stream(skips)
+        return self._stream_held_out(shard_index, self.held_out)
+
+    def _stream_held_out(self, shard_index: int, held_out: frozenset[str]) -> Iterator[Sample]:
+        index = self.dataset.index
         if index is None:
             yield from (sample for sample in self.dataset.shards[shard_index].stream() if sample.key in held_out)
             return

@@ -166,4 +166,4 @@ def evaluate(plan: ZeroshotPlan, context: DistContext) -> ZeroshotResults:
             results.append(evaluate_pair(model, task, inputs, path, settings))
     datasets = [task.dataset for task in plan.tasks] * len(plan.names)
     files = context.on_rank0(lambda: write_summary(WorkDirectory(settings.work), results, datasets))
-    return ZeroshotResults(results, files, average_results(results))
+    return ZeroshotResults(results, files, average_results(results) if len(results) > 1 else [])

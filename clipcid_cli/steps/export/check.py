@@ -17,7 +17,7 @@ from clipcid_cli.algorithms.metrics.classification import class_weights
 from clipcid_cli.algorithms.metrics.intervals import Array
 from clipcid_cli.algorithms.metrics.parity import compare_rows
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.models.export_sidecar import Latency, Parity, PredictionParity, RowParity
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.tower_modules import DenseImageTower

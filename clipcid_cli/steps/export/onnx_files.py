@@ -35,8 +35,8 @@ from clipcid_cli.formats.models.onnx_file import (
 from clipcid_cli.runtime.libraries import quiet_libraries
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.exported import OnnxSession, onnx_towers, read_tokens
+from clipcid_cli.runtime.models.renderer import Renderer
 from clipcid_cli.runtime.models.tower_modules import DenseImageTower, ImageTower, TextTower
-from clipcid_cli.runtime.models.views import Renderer
 from clipcid_cli.steps.export.check import Checker, latency_of, rate_of, run_timed
 from clipcid_cli.steps.export.inputs import ACCURACY, Classes
 from clipcid_cli.steps.export.limits import validate_parity

@@ -339,6 +339,8 @@ class ReadingSettings(TrustSettings, KeyedSettings):
         """Return the flags of lists for data that the command names: those that can only mean other data of it are None."""
         flags = dict.fromkeys(_LISTS)
         for flag, endings in _LISTS.items():
+            if getattr(self, flag) is None:
+                continue
             are_lists = {name: without_query(name).lower().endswith(endings) for name in (*self.named_data, data)}
             if are_lists[data] or not any(are_lists.values()):
                 flags[flag] = getattr(self, flag)

@@ -246,7 +246,7 @@ def test_a_closed_stream_is_as_good_as_one_that_leads_nowhere(line: str, code: i
 
 
 def test_another_process_behind_a_broken_pipe_is_told(tmp_path: Path) -> None:
-    hook = functools.partial(put, "clipcid_cli.commands.command", "run_step", write_to_nobody)
+    hook = functools.partial(put, "clipcid_cli.commands.command", "reporting_run", write_to_nobody)
     run = start_clipcid("balance", "--keep", "0.5", cwd=tmp_path, hook=hook)
     assert run.wait() == 1
     assert "a process that this one was writing to has ended (broken pipe)" in run.read()[1]

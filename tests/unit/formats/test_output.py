@@ -16,8 +16,9 @@ import pytest
 from sidecars import edit_sidecar
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats import fingerprint
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, memo_table, record
+from clipcid_cli.formats import memo
+from clipcid_cli.formats.fingerprint import FileRecord, find_changed, record
+from clipcid_cli.formats.memo import Memo, memo_table
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claimed, open_output, remove_leftovers
 from clipcid_cli.formats.sidecar import Sidecar
 
@@ -369,7 +370,7 @@ def test_a_file_is_hashed_again_only_when_it_changed(tmp_path: Path, monkeypatch
     first.save()
 
     hashed: list[Path] = []
-    monkeypatch.setattr(fingerprint, "record", lambda path: hashed.append(path) or record(path))
+    monkeypatch.setattr(memo, "record", lambda path: hashed.append(path) or record(path))
     again = Memo(tmp_path / "table")
     assert again.record_all(files) == expected
     assert hashed == []

@@ -29,7 +29,7 @@ from clipcid_cli.runtime.pipeline import (
 )
 
 CPU = torch.device("cpu")
-Map = Callable[..., Generator[object]]
+Map = Callable[..., Iterator[object]]
 
 WAYS: dict[str, Map] = {
     "here": partial(ordered_map, workers=0),
@@ -96,6 +96,12 @@ def wait_until(true: Callable[[], bool], seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
+def end(results: Iterator[object]) -> None:
+    """End a map that nobody reads on; in one thread there is nothing to end."""
+    if isinstance(results, Generator):
+        results.close()
+
+
 @every_way
 def test_results_come_in_the_order_of_the_items_which_are_taken_as_they_are_needed(way: Map) -> None:
     state, threads, taken = torch.random.get_rng_state(), torch.get_num_threads(), list[int]()
@@ -104,7 +110,7 @@ def test_results_come_in_the_order_of_the_items_which_are_taken_as_they_are_need
     assert len(taken) <= 10
     found += islice(results, 19)
     assert [result.tolist() for result in found] == [[number**2] * 2 for number in range(20)]  # type: ignore[attr-defined]
-    results.close()
+    end(results)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.get_num_threads() == threads
 
@@ -118,7 +124,7 @@ def test_an_error_comes_in_its_place_and_no_thread_outlives_it(way: Map) -> None
         with pytest.raises(ClipcidError, match=message) as raised:
             next(results)
         assert raised.value.fix
-        results.close()
+        end(results)
     wait_until(lambda: threading.active_count() <= before)
 
 

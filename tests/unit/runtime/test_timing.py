@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clipcid_cli.runtime.timing import SavePace
+from clipcid_cli.runtime.save_pace import SavePace
 
 
 @pytest.mark.parametrize("growth", [0.0, 0.5])

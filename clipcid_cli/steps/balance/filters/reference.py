@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.embed.result import EmbedCost

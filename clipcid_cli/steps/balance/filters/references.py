@@ -20,7 +20,7 @@ from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, map_strings
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
@@ -34,10 +34,10 @@ from clipcid_cli.steps.balance.plan import BalanceInputs
 from clipcid_cli.steps.balance.result import ReferenceResult
 from clipcid_cli.steps.balance.run_search import Search, run_search
 from clipcid_cli.steps.balance.saved_search import find_place
-from clipcid_cli.steps.data_index import holds_embeddings, open_named, refuse_empty
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embeddings import open_given
 from clipcid_cli.steps.models import find_mismatch
+from clipcid_cli.steps.open_data import holds_embeddings, open_named, refuse_empty
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 

@@ -17,8 +17,9 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import parquet
 from clipcid_cli.formats.embeddings import copies
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
-from clipcid_cli.formats.embeddings.rows import Kind, unit_rows
-from clipcid_cli.steps.data_index import holds_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import unit_rows
+from clipcid_cli.steps.open_data import holds_embeddings
 
 WIDTH = 8
 KEYS = [f"k{row}" for row in range(60)]

@@ -26,7 +26,8 @@ from uid_data import make_uid
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings import foreign
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
-from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, Kind, find_member, find_npy, holds_unit_rows, unit_rows
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, find_member, find_npy, holds_unit_rows, unit_rows
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.fingerprint import FileRecord, record

@@ -18,7 +18,7 @@ from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.records import hash_preprocess
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
-from clipcid_cli.runtime.models.views import Renderer
+from clipcid_cli.runtime.models.renderer import Renderer
 from clipcid_cli.runtime.precision import choose_precision
 
 CPU = torch.device("cpu")

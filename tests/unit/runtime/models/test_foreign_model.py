@@ -21,7 +21,7 @@ from clipcid_cli.runtime.models.exported import read_tokens
 from clipcid_cli.runtime.models.guarded_open_clip import import_towers
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.models.views import Renderer
+from clipcid_cli.runtime.models.renderer import Renderer
 from clipcid_cli.runtime.precision import choose_precision
 
 TEXTS = ["a red square", "two green circles , striped"]

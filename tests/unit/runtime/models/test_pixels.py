@@ -26,7 +26,8 @@ from clipcid_cli.runtime.models.decode import (
     read_size,
     was_16_bit,
 )
-from clipcid_cli.runtime.models.views import Renderer, View, apply_colors
+from clipcid_cli.runtime.models.renderer import Renderer
+from clipcid_cli.runtime.models.views import View, apply_colors
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:

@@ -20,7 +20,7 @@ from teaching_data import FP32, embed_data, join
 from clipcid_cli.algorithms.metrics.retrieval import retrieval_ranks
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model

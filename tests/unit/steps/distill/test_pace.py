@@ -12,7 +12,7 @@ from distill_data import train
 from teaching_data import write_student
 
 from clipcid_cli.formats.results.run_folder import PHASES
-from clipcid_cli.runtime.timing import PhaseTimer
+from clipcid_cli.runtime.phase_timer import PhaseTimer
 from clipcid_cli.steps.distill.pace import Pace
 
 

@@ -38,7 +38,8 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import decode_image
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.models.views import MixedView, Processor, mix_pixels
+from clipcid_cli.runtime.models.renderer import Processor
+from clipcid_cli.runtime.models.views import MixedView, mix_pixels
 from clipcid_cli.steps import cluster
 from clipcid_cli.steps.distill import batches
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker

@@ -23,7 +23,7 @@ from clipcid_cli.algorithms.pairing import summarise_ranks
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
 from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model

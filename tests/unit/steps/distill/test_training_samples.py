@@ -21,7 +21,7 @@ from clipcid_cli.algorithms.costs import describe_clip
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.matched_samples import SampleRows, open_rows
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import find_config, parse_model

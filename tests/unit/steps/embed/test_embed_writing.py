@@ -13,8 +13,8 @@ from teaching_data import embed_data
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.manifest import read_manifest
-from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.steps import encode
 from clipcid_cli.steps.embed.cost import EmbedPace
