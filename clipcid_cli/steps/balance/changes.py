@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 from clipcid_cli.algorithms.near.exact import BoolArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_remote
-from clipcid_cli.formats.data.benchmark import find_benchmark_folder, read_class_names
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.steps.balance.rows import BalanceRows
@@ -110,6 +109,8 @@ def _compare_labels(
 
 def _name_classes(data: Dataset, labels: list[int]) -> list[str]:
     """Name the classes by their folders, by the data set's list of names, or else by number."""
+    from clipcid_cli.formats.data.benchmark import find_benchmark_folder, read_class_names
+
     path = find_benchmark_folder(data.spec).class_names if data.kind == "benchmark" else None
     names = data.classes if data.classes is not None else () if path is None else read_class_names(path)
     return [names[label] if label < len(names) else f"class {label}" for label in labels]
