@@ -96,7 +96,8 @@ def reporting_run(settings: SharedSettings) -> Iterator[Console]:
     from clipcid_cli.commands.console import ConsoleReporter, make_console
 
     console = make_console()
-    reporter = ConsoleReporter(console, quiet=settings.quiet) if _is_main() else Reporter()
+    is_main = os.environ.get("RANK", "0") == "0"
+    reporter = ConsoleReporter(console, quiet=settings.quiet) if is_main else Reporter()
     if settings.writes_work:
         from clipcid_cli.formats.work_directory import validate_outermost  # what help pages do without
 
@@ -110,7 +111,7 @@ def reporting_run(settings: SharedSettings) -> Iterator[Console]:
 
 def print_result(result: Any, settings: SharedSettings, show: Show, console: Console) -> None:
     """Print what a step returned: one JSON object on stdout with ``--json``, a summary on stderr without."""
-    if not _is_main():
+    if os.environ.get("RANK", "0") != "0":
         return
     if settings.json:
         plain = msgspec.to_builtins(result, enc_hook=lambda number: number.item())  # NumPy's numbers
@@ -121,11 +122,6 @@ def print_result(result: Any, settings: SharedSettings, show: Show, console: Con
     code = getattr(result, "exit_code", 0)  # of a result that may be bad news
     if code:
         raise click.exceptions.Exit(code)
-
-
-def _is_main() -> bool:
-    """Tell whether this is the process of the run that prints."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _read_embedding(ctx: click.Context) -> dict[str, Any]:
