@@ -28,8 +28,9 @@ from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker, DealtBatch
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
+from clipcid_cli.steps.distill.online_teacher import OnlineTeacher, RunningModel
 from clipcid_cli.steps.distill.space import choose_space
-from clipcid_cli.steps.distill.teachers import OnlineTeacher, RunningModel, Teacher, TeacherRows
+from clipcid_cli.steps.distill.teachers import Teacher, TeacherRows
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.embed.result import Embedded

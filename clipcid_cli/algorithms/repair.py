@@ -31,7 +31,7 @@ from torch import Tensor
 
 from clipcid_cli.algorithms.losses.contrastive import contrast_both_ways
 from clipcid_cli.algorithms.pairing import Matches, Pairs, summarise_ranks
-from clipcid_cli.algorithms.sets.forest import connected_components
+from clipcid_cli.algorithms.sets.components import connected_components
 from clipcid_cli.records import Repair
 
 MAX_PAIRS = 10_000

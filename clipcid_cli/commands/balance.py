@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
-from clipcid_cli.commands.embed import show as show_embedded
 from clipcid_cli.commands.summary import count, format_phases, format_skipped, print_facts
-from clipcid_cli.steps.balance.result import Audit, BalanceCost, BalanceResult, ReferenceResult
-from clipcid_cli.steps.embed.result import EmbedCost
+from clipcid_cli.steps.balance.result import Audit, BalanceResult, ReferenceResult
 from clipcid_cli.steps.settings.balance import BalanceSettings
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.balance.cost_result import BalanceCost
+    from clipcid_cli.steps.embed.result import EmbedCost
 
 # Files that only a later `balance` reads: the JSON object names them, too.
 _OWN_FILES = ("row_numbering", "forest_row_numbering", "forest_sidecar")
 
 
 def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> None:
-    """Print how much is kept, at which cut-off, and where the files are; the cost of a dry run is in its notes."""
-    if isinstance(result, EmbedCost):
-        show_embedded(result, console)
+    """Print how much is kept, at which cut-off, and where the files are."""
     if not isinstance(result, BalanceResult):
+        _show_cost(result, console)
         return
     threshold = result.threshold
     other = result.other_linkage
@@ -73,6 +76,15 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
     facts["time"] = format_phases(result.seconds)
     files = {name: path for name, path in result.files.items() if name not in _OWN_FILES}
     print_facts(console, "Balanced", facts, files)
+
+
+def _show_cost(result: BalanceCost | EmbedCost, console: Console) -> None:
+    """Print what the embeddings that are missing would take; the cost of a search is in its notes."""
+    from clipcid_cli.commands.embed import show as show_embedded
+    from clipcid_cli.steps.embed.result import EmbedCost
+
+    if isinstance(result, EmbedCost):
+        show_embedded(result, console)
 
 
 def _format_references(references: list[ReferenceResult]) -> str:

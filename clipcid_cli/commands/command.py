@@ -96,7 +96,8 @@ def reporting_run(settings: SharedSettings) -> Iterator[Console]:
     from clipcid_cli.commands.console import ConsoleReporter, make_console
 
     console = make_console()
-    reporter = ConsoleReporter(console, quiet=settings.quiet) if _is_main() else Reporter()
+    is_main = os.environ.get("RANK", "0") == "0"
+    reporter = ConsoleReporter(console, quiet=settings.quiet) if is_main else Reporter()
     if settings.writes_work:
         from clipcid_cli.formats.work_directory import validate_outermost  # what help pages do without
 
@@ -110,7 +111,7 @@ def reporting_run(settings: SharedSettings) -> Iterator[Console]:
 
 def print_result(result: Any, settings: SharedSettings, show: Show, console: Console) -> None:
     """Print what a step returned: one JSON object on stdout with ``--json``, a summary on stderr without."""
-    if not _is_main():
+    if os.environ.get("RANK", "0") != "0":
         return
     if settings.json:
         plain = msgspec.to_builtins(result, enc_hook=lambda number: number.item())  # NumPy's numbers
@@ -123,15 +124,12 @@ def print_result(result: Any, settings: SharedSettings, show: Show, console: Con
         raise click.exceptions.Exit(code)
 
 
-def _is_main() -> bool:
-    """Tell whether this is the process of the run that prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _read_embedding(ctx: click.Context) -> dict[str, Any]:
     """Return what the configuration file and the environment say of `embed`, for a command that embeds."""
-    command = _sibling_command(ctx, EMBED)
     config = ctx.params["config"]
+    if config is None and not _given_variables():
+        return {}
+    command = _sibling_command(ctx, EMBED)
     with command.make_context(EMBED, [] if config is None else ["--config", str(config)], parent=ctx.parent) as own:
         given = (ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
         return {name: value for name, value in own.params.items() if own.get_parameter_source(name) in given}
@@ -317,7 +315,7 @@ def _sibling_command(ctx: click.Context, name: str) -> click.Command:
 
 def _validate_variables(ctx: click.Context) -> None:
     """Refuse a variable of the environment that begins with ``CLIPCID_`` and belongs to no flag of any subcommand."""
-    given = {name for name in os.environ if name.startswith(_PREFIX)} - _NOT_FLAGS - _variables(ctx.command)
+    given = _given_variables() - _variables(ctx.command)
     if not given:
         return
     commands = _sibling_commands(ctx)
@@ -328,6 +326,11 @@ def _validate_variables(ctx: click.Context) -> None:
         close = [variable for variable in complete if variable in known] or difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"Unset it, or see clipcid {ctx.command.name} --help."
         raise UsageError(f"{name} is set in the environment, but no flag reads it.", hint)
+
+
+def _given_variables() -> set[str]:
+    """Return the variables of the environment that are meant for flags."""
+    return {name for name in os.environ if name.startswith(_PREFIX)} - _NOT_FLAGS
 
 
 def _variable(command: str, flag: str) -> str:

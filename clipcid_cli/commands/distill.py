@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
-from clipcid_cli.commands.embed import show as show_embedded
-from clipcid_cli.commands.eval_zeroshot import group_metrics, show_tables
 from clipcid_cli.commands.summary import count, format_host_memory, format_percent, format_seconds, print_facts
-from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.distill.result import DistillCost, Distilled
+    from clipcid_cli.steps.embed.result import EmbedCost
 
 
 def show(result: Distilled | DistillCost | EmbedCost, console: Console) -> None:
     """Print what was trained and how well it retrieves; of a dry run, what it would cost."""
     from clipcid_cli.steps.distill.result import DistillCost
+    from clipcid_cli.steps.embed.result import EmbedCost
 
     if isinstance(result, EmbedCost):
+        from clipcid_cli.commands.embed import show as show_embedded
+
         show_embedded(result, console)
         return
     facts = {"steps": f"{result.steps:,} ({count(result.samples, 'sample')})"}
@@ -43,6 +44,8 @@ def show(result: Distilled | DistillCost | EmbedCost, console: Console) -> None:
             facts[name] = _format_metrics(metrics, result.chance if name.startswith("held out") else {})
     print_facts(console, "Distilled", facts, result.files)
     if result.evaluations:
+        from clipcid_cli.commands.eval_zeroshot import show_tables
+
         console.print()
         show_tables(result.evaluations, console)
         print_facts(console, "", {"metrics": "\n".join(one.files["metrics"] for one in result.evaluations)})
@@ -62,6 +65,8 @@ def _by_data(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
 
 def _format_metrics(metrics: dict[str, float], chance: dict[str, float]) -> str:
     """Write metrics in percent, those of retrieval on a line for each direction: ``image R@1/5/10 7.4 / 29.6 / 44.4%``."""
+    from clipcid_cli.commands.eval_zeroshot import group_metrics
+
     lines = []
     for column, names in group_metrics(list(metrics)).items():
         line = f"{column} {' / '.join(format_percent(metrics[name]) for name in names)}%"

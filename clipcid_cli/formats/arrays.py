@@ -11,20 +11,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.formats.files import atomic_file, create, read_regular, write_error
-from clipcid_cli.formats.journal import Journal
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from clipcid_cli.formats.journal import Journal
+
 Header = tuple[tuple[int, ...], bool, np.dtype[Any]]  # shape, whether by column, number format
 Arrays = tuple[npt.NDArray[Any], ...]
-ArrayJournal = Journal[dict[str, Any]]
+ArrayJournal: TypeAlias = "Journal[dict[str, Any]]"
 Number = TypeVar("Number", bound=np.generic)
 
 _HASH = "hash"
@@ -86,6 +87,8 @@ def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
 
 def array_journal(folder: Path) -> ArrayJournal:
     """Return the journal of arrays and numbers by name."""
+    from clipcid_cli.formats.journal import Journal
+
     return Journal(folder, ".npz", save_arrays, load_arrays)
 
 

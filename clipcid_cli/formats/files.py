@@ -38,12 +38,7 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 def open_regular(path: Path | str) -> IO[bytes]:
-    """Open a file for reading, unbuffered; errors as `open_descriptor`'s."""
-    return os.fdopen(open_descriptor(path), "rb", buffering=0)
-
-
-def open_descriptor(path: Path | str) -> int:
-    """Open a file for reading.
+    """Open a file for reading, unbuffered.
 
     Raises:
         OSError: when it cannot be opened, or is no regular file: reading a FIFO would wait for ever.
@@ -58,7 +53,7 @@ def open_descriptor(path: Path | str) -> int:
         if not stat.S_ISREG(mode):
             kind = "folder" if stat.S_ISDIR(mode) else "pipe or device"
             raise OSError(f"it is a {kind}, not a file")
-        return descriptor
+        return os.fdopen(descriptor, "rb", buffering=0)
     except BaseException:
         os.close(descriptor)
         raise

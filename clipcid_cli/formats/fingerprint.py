@@ -59,7 +59,8 @@ def record(path: Path, folder: Path | None = None) -> FileRecord:
             digest = f"blake2b:{hashlib.blake2b(file.read(), digest_size=16).hexdigest()}"
         else:
             digest = hash_windows(file, stat.st_size, _WINDOW)
-    return FileRecord(_name(path, folder), stat.st_size, digest, stat.st_mtime_ns)
+    name = str(path) if folder is None else os.path.relpath(path, folder)
+    return FileRecord(name, stat.st_size, digest, stat.st_mtime_ns)
 
 
 def hash_windows(file: IO[bytes], size: int, window: int) -> str:
@@ -69,10 +70,6 @@ def hash_windows(file: IO[bytes], size: int, window: int) -> str:
         file.seek(start)
         digest.update(file.read(window))
     return f"blake2b-sampled:{digest.hexdigest()}"
-
-
-def _name(path: Path, folder: Path | None) -> str:
-    return str(path) if folder is None else os.path.relpath(path, folder)
 
 
 def record_together(path: str, contents: Iterable[FileRecord]) -> FileRecord:

@@ -67,4 +67,6 @@ def _control_groups(root: Path, controller: str) -> Iterator[Path]:
         mount = root / "sys/fs/cgroup" / (controller if controllers else "")
         group = mount / path.lstrip("/")
         # In a container the path may be that of the host, and its own group is what is mounted.
-        yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(mount))
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(mount):
+                yield folder

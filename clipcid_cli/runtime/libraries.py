@@ -89,7 +89,7 @@ def let_gpu_memory_grow() -> None:
     Texts of a batch have another length in each step: pieces of fixed sizes then leave gaps between them that nothing fits.
     To be called before torch loads.
     """
-    if not any(name in os.environ for name in _ALLOCATION):
+    if os.environ.keys().isdisjoint(_ALLOCATION):
         os.environ[_ALLOCATION[0]] = "expandable_segments:True"
 
 

@@ -94,4 +94,7 @@ def _cpu_flags() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+    for line in lines:
+        if line.startswith("flags"):
+            return frozenset(line.split())
+    return frozenset()

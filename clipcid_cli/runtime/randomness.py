@@ -14,7 +14,7 @@ SHARDS_MIXED = 16
 
 def derive_seed(*parts: int | str) -> int:
     """Mix words and numbers into a seed in [0, 2⁶³): the same parts give the same seed on any machine."""
-    text = "\x1f".join(str(part) for part in parts)
+    text = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 

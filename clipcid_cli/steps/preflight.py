@@ -151,13 +151,13 @@ def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:
     offset = derive_seed("preflight", seed) / 2**63
     positions = (np.arange(len(dataset.shards)) * _GOLDEN_RATIO + offset) % 1.0
     order = positions.argsort().argsort().tolist()
-    shards = dataset.shards
-    streamed = [
-        shard_index
-        for shard_index in order
-        if shards[shard_index].is_streamed and not is_pipe(shards[shard_index].file)
-    ]
-    others = [shard_index for shard_index in order if not shards[shard_index].is_streamed]
+    others, streamed = list[int](), list[int]()
+    for shard_index in order:
+        shard = dataset.shards[shard_index]
+        if not shard.is_streamed:
+            others.append(shard_index)
+        elif not is_pipe(shard.file):
+            streamed.append(shard_index)
     return others + streamed[: _STREAMED_SHARDS if dry_run else 0]
 
 

@@ -24,7 +24,8 @@ from balance import describe_machine
 
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
 from clipcid_cli.algorithms.near.partitions import group_rows
-from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components, forest_curve
+from clipcid_cli.algorithms.sets.components import connected_components
+from clipcid_cli.algorithms.sets.forest import ForestSink, forest_curve
 from clipcid_cli.algorithms.sets.representatives import central_rows, distances_to, find_diameters
 from clipcid_cli.formats.embeddings.rows import FileRows, find_npy
 from clipcid_cli.formats.parquet import read_first_column

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,11 +49,67 @@ def list_imported_at_once(tree: ast.AST) -> Iterator[str]:
             yield from list_imported_at_once(node)
 
 
-def test_modules_can_be_imported_in_any_order() -> None:
-    graph = {
+@functools.cache
+def find_imports() -> dict[str, set[str]]:
+    """Return, for each module, those of the package that its import loads at once."""
+    return {
         name: (set(list_imported_at_once(ast.parse(path.read_bytes()))) & FILES.keys()) - {name}
         for name, path in FILES.items()
     }
+
+
+# What only some runs of a command use, as parts of the names of modules.
+FEW_USE = {
+    "steps.balance.run": (
+        "steps.balance.filters.a",
+        "steps.balance.filters.c",
+        "steps.balance.filters.near",
+        "steps.balance.filters.reference",
+        "steps.balance.cost",
+        "steps.balance.merge",
+        "steps.balance.partition",
+        "steps.balance.saved",
+        "steps.balance.write_data",
+        "steps.embed.",
+        "formats.data.benchmark",
+        "formats.data.remote",
+    ),
+    "steps.distill.run": (
+        "formats.data.distant",
+        "formats.data.remote",
+        "formats.data.shard_cache",
+        "formats.models.export",
+        "formats.results.boards",
+        "formats.results.keep_list",
+        "steps.chosen_keep_list",
+        "steps.distill.clusters",
+        "steps.distill.extra_texts",
+        "steps.distill.kept_text",
+        "steps.distill.named_data",
+        "steps.distill.online_teacher",
+        "steps.distill.own_losses",
+        "steps.embed.run",
+        "steps.several_teachers",
+        "steps.shard_copies",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", FEW_USE)
+def test_a_command_loads_at_once_no_room_that_only_some_of_its_runs_use(command: str) -> None:
+    imports = find_imports()
+    loaded: set[str] = set()
+    left = {f"clipcid_cli.{command}"}
+    while left:
+        loaded |= left
+        left = set[str]().union(*(imports[name] for name in left)) - loaded
+    assert len(loaded) > 50
+    unused = tuple(f"clipcid_cli.{name}" for name in FEW_USE[command])
+    assert [name for name in sorted(loaded) if name.startswith(unused)] == []
+
+
+def test_modules_can_be_imported_in_any_order() -> None:
+    graph = find_imports()
     assert len(graph["clipcid_cli.cli"]) > 3
     try:
         graphlib.TopologicalSorter(graph).prepare()

@@ -16,6 +16,7 @@ import numpy as np
 from clipcid_cli.algorithms.gather import gather
 from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
+from clipcid_cli.algorithms.sets.components import connected_components, find_roots
 
 # Edges collected before they are merged into the forest; at least a quarter as many as the forest has, and one for so many
 # rows, since a merge passes over all of them.
@@ -24,23 +25,6 @@ _ROWS_OF_FOLD = 32
 # Small pieces, each three arrays of its own, are put together before they are many.
 _MAX_PIECES = 2**10
 _CURVE_POINTS = 1000
-
-
-def connected_components(num_nodes: int, a: IntArray, b: IntArray) -> IntArray:
-    """Label each node of a graph, given both ends of its edges, by the smallest node that is reachable from it."""
-    labels = np.arange(num_nodes, dtype=row_type(num_nodes))
-    while True:
-        apart = a != b
-        a, b = a[apart], b[apart]
-        if not len(a):
-            break
-        np.minimum.at(labels, np.maximum(a, b), np.minimum(a, b))
-        a, b = _find(labels, a), _find(labels, b)
-    while True:
-        shorter = gather(labels, labels)
-        if np.array_equal(shorter, labels):
-            return labels
-        labels = shorter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +181,7 @@ def forest_curve(num_rows: int, forest: Edges, chosen: float | None) -> Curve:
     start = 0
     for point, end in enumerate(ends.tolist()):
         # Only components that these edges touch are relabelled, so the whole curve costs one pass.
-        roots_a, roots_b = _find(labels, forest.a[start:end]), _find(labels, forest.b[start:end])
+        roots_a, roots_b = find_roots(labels, forest.a[start:end]), find_roots(labels, forest.b[start:end])
         roots, position = np.unique(np.concatenate([roots_a, roots_b]), return_inverse=True)
         joined = connected_components(len(roots), position[: len(roots_a)], position[len(roots_a) :])
         labels[roots] = roots[joined]
@@ -207,14 +191,3 @@ def forest_curve(num_rows: int, forest: Edges, chosen: float | None) -> Curve:
         largest_at[point] = largest
         start = end
     return Curve(distances, num_rows - ends, largest_at)
-
-
-def _find(labels: IntArray, nodes: IntArray) -> IntArray:
-    """Follow labels to their roots, and shorten the paths."""
-    roots = gather(labels, nodes)
-    while True:
-        further = gather(labels, roots)
-        if np.array_equal(further, roots):
-            labels[nodes] = roots
-            return roots
-        roots = further

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB.
 _PARTS_KEPT = 48
 
-_VERSION = 6
+_VERSION = 7
 _LOCATION = pa.struct(
     [
         ("path", pa.string()),  # null where it is the shard's own file
@@ -78,6 +78,7 @@ class IndexedShard:
 
     samples: int  # with an image
     with_captions: int
+    with_labels: int
     read: int  # with an image or without
     skips: Skips  # without an image, or of a key seen before in the shard
     stamp: tuple[int, ...]  # of the shard when it was listed, as its fingerprint
@@ -120,17 +121,17 @@ class Part:
     def __len__(self) -> int:
         return len(self.table)
 
-    def sample(self, place: int) -> Sample:
-        """Return a sample by its place; captions that are in the shard's file are read from it."""
+    def sample(self, place: int, *, captions: bool = True) -> Sample:
+        """Return a sample by its place, with its captions or without; those in the shard's file are read from it."""
         row = self.table.slice(place, 1).to_pylist()[0]
-        captions = row["captions"]
-        if captions is None:
+        texts = row["captions"] if captions else ()
+        if texts is None:
             assert self.shard is not None, "captions are in the shard's own file"
-            captions = self.shard.read_captions([text and self._locate(text) for text in row["captions_at"]])
+            texts = self.shard.read_captions([text and self._locate(text) for text in row["captions_at"]])
         return Sample(
             key=row["key"],
             image=self._locate(row["image"]),
-            captions=tuple(captions),
+            captions=tuple(texts),
             attributes=None if row["attributes"] is None else self._locate(row["attributes"]),
         )
 
@@ -214,6 +215,7 @@ def write_part(folder: Path, shard: Shard, stamp: tuple[int, ...], samples: Sequ
     record = IndexedShard(
         samples=len(samples),
         with_captions=sum(bool(sample.captions) for sample in samples),
+        with_labels=sum(sample.label is not None for sample in samples),
         read=len(samples) + skips.total,
         skips=skips.counted(),
         stamp=stamp,

@@ -11,7 +11,7 @@ from glob import glob
 from typing import TYPE_CHECKING
 
 from clipcid_cli.formats.data.addresses import is_remote
-from clipcid_cli.formats.files import open_descriptor, read_part, read_regular, validate_size
+from clipcid_cli.formats.files import open_regular, read_part, read_regular, validate_size
 
 if TYPE_CHECKING:
     from clipcid_cli.formats.data.cells import Origin
@@ -137,4 +137,5 @@ class Handle:
 
 @lru_cache(maxsize=_OPEN_FILES)
 def _open_kept(path: str) -> Handle:
-    return Handle(open_descriptor(path))
+    with open_regular(path) as file:
+        return Handle(os.dup(file.fileno()))

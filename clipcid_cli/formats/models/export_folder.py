@@ -9,18 +9,20 @@ from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.export_sidecar import ExportSidecar
+from clipcid_cli.formats.models.open_clip_folder import (
+    HF_CONFIG,
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHTS,
+    TOKENIZER_CONFIG,
+)
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 
-OPEN_CLIP_CONFIG = "open_clip_config.json"
-OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
-HF_CONFIG = "config.json"
 HF_WEIGHTS = "model.safetensors"
 SPECIAL_TOKENS = "special_tokens_map.json"
 VOCABULARY = "vocab.json"
 MERGES = "merges.txt"
 TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 ST_MODULES = "modules.json"
 ST_SETTINGS = "sentence_bert_config.json"
 IMAGE_ENCODER = "image_encoder.onnx"

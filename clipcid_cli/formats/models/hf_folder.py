@@ -19,7 +19,6 @@ import torch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import write_bytes, write_json, write_text
 from clipcid_cli.formats.models.export_folder import (
-    HF_CONFIG,
     HF_WEIGHTS,
     MERGES,
     SPECIAL_TOKENS,
@@ -30,7 +29,7 @@ from clipcid_cli.formats.models.export_folder import (
 )
 from clipcid_cli.formats.models.hf_clip import BOS_ID, EOS_ID, ClipArchitecture, MetaClip2Architecture
 from clipcid_cli.formats.models.hf_siglip import SiglipArchitecture
-from clipcid_cli.formats.models.open_clip_folder import RESAMPLE, refusals_of_the_system, square_side
+from clipcid_cli.formats.models.open_clip_folder import HF_CONFIG, RESAMPLE, refusals_of_the_system, square_side
 
 
 def find_architecture(model: Mapping[str, Any]) -> ClipArchitecture:

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save
 
 from clipcid_cli.formats.files import write_bytes, write_error, write_json
-from clipcid_cli.formats.models.export_folder import (
-    HF_CONFIG,
-    OPEN_CLIP_CONFIG,
-    OPEN_CLIP_WEIGHTS,
-    TOKENIZER_CONFIG,
-)
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+# Of a text tower of Hugging Face, and of its tokenizer.
+HF_CONFIG = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 # Filters that Hugging Face and ONNX have too: PIL's numbers, as Hugging Face stores them.
 RESAMPLE = {"bilinear": 2, "bicubic": 3}

@@ -30,10 +30,8 @@ def validate_board(kind: str, *, quiet: bool) -> None:
             raise _wandb_error(error) from error
 
 
-def open_board(kind: str, folder: RunFolder, step: int, settings: dict[str, Any], *, quiet: bool) -> Board | None:
-    """Open what ``--report-to`` names, for the steps after `step`."""
-    if kind == "none":
-        return None
+def open_board(kind: str, folder: RunFolder, step: int, settings: dict[str, Any], *, quiet: bool) -> Board:
+    """Open a board, for the steps after `step`."""
     return _TensorBoard(folder, step) if kind == "tensorboard" else _WeightsAndBiases(folder, settings, quiet)
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import reading, write_bytes, write_parquet, write_text
 from clipcid_cli.formats.fingerprint import FileRecord, find_changed, record
-from clipcid_cli.formats.output import OutputSpec, open_output
+from clipcid_cli.formats.output import OutputSpec, is_claimed, open_output
 from clipcid_cli.formats.parquet import read_columns, read_rows, write_row_groups
 from clipcid_cli.formats.sidecar import Sidecar, read_sidecar, sidecar_path
 
@@ -73,6 +73,11 @@ def row_numbering_path(folder: Path, kind: str) -> Path:
 def forest_sidecar_path(folder: Path, kind: str) -> Path:
     """Return where the sidecar of a forest lies."""
     return sidecar_path(folder, _STEPS[kind])
+
+
+def has_forest(folder: Path, kind: str) -> bool:
+    """Tell whether the folder of `balance` holds a forest of a kind, finished or begun."""
+    return is_claimed(folder, _STEPS[kind])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,7 @@ def load_model(
         context_length=int(tokenizer.whole.context_length),
         embed_dim=int(config["embed_dim"]),
         image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        parameters=sum(map(torch.numel, module.parameters())),
         tokenizer=" ".join(filter(None, (type(tokenizer.whole).__name__, tokenizer_name))),
         config=config,
     )

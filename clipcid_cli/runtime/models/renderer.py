@@ -28,9 +28,8 @@ class Renderer:
 
     def __call__(self, image: Image.Image, view: View | None = None) -> npt.NDArray[np.uint8]:
         """Return uint8 [H, W, 3] of an RGB image of any size; the colours of a view are left as they are."""
-        return self._evaluate(image) if view is None else self._crop(image, view)
-
-    def _evaluate(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        if view is not None:
+            return self._crop(image, view)
         for step in self._steps:
             image = step(image)
         return np.asarray(image)

@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 from clipcid_cli.algorithms.near.exact import BoolArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_remote
-from clipcid_cli.formats.data.benchmark import find_benchmark_folder, read_class_names
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.steps.balance.rows import BalanceRows
@@ -57,7 +56,7 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
     unread = ""
     if data is not None and not any(is_remote(shard.file) for shard in data.shards):
         try:
-            if any(sample.label is not None for sample in data.shards[0].samples()):
+            if _has_classes(data):
                 labels = _read_labels(data) if len(rows) <= _MAX_LABELS else None
                 if labels is not None:
                     return _compare_labels(data, labels, embeddings, rows, kept)
@@ -78,6 +77,13 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
         f"caption{sample}. Words of fewer than three letters and common English words are omitted.{unread}"
     )
     return LargestChanges("word", note, *_find_changes(count_words(captions, kept), before, after))
+
+
+def _has_classes(data: Dataset) -> bool:
+    """Tell whether an image of the first shard has a class: its index says so, else the shard is listed."""
+    if data.index is not None:
+        return data.index.records[0].with_labels > 0
+    return any(sample.label is not None for sample in data.shards[0].samples())
 
 
 def _read_labels(data: Dataset) -> dict[str, int | None] | None:
@@ -103,6 +109,8 @@ def _compare_labels(
 
 def _name_classes(data: Dataset, labels: list[int]) -> list[str]:
     """Name the classes by their folders, by the data set's list of names, or else by number."""
+    from clipcid_cli.formats.data.benchmark import find_benchmark_folder, read_class_names
+
     path = find_benchmark_folder(data.spec).class_names if data.kind == "benchmark" else None
     names = data.classes if data.classes is not None else () if path is None else read_class_names(path)
     return [names[label] if label < len(names) else f"class {label}" for label in labels]

@@ -8,8 +8,9 @@ import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.jobs import least_of_components
+from clipcid_cli.algorithms.sets.components import connected_components
 from clipcid_cli.algorithms.sets.covers import CoverRows, cover_curve
-from clipcid_cli.algorithms.sets.forest import Curve, connected_components
+from clipcid_cli.algorithms.sets.forest import Curve
 from clipcid_cli.algorithms.sets.representatives import central_rows, distances_to, ratio_beyond
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.steps import reporting
@@ -64,7 +65,7 @@ def compare_single(run: BalanceRun, forest: Forest, threshold: float) -> Compare
     def measure(share: Share) -> Arrays:
         return (distances_to(share.read, central_rows(share.read, share.labels)),)
 
-    groups = Groups.publish(run.shared, find_sets)
+    groups = Groups(*run.shared.publish(find_sets))
     parts = work_on_groups(run.shared, rows.images, rows.numbers, groups, measure)
 
     def compare() -> ComparedLinkage:

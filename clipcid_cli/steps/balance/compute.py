@@ -26,7 +26,7 @@ from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import Audit
 from clipcid_cli.steps.balance.rows import BalanceRows, read_rows
-from clipcid_cli.steps.balance.sets import Sets, make_sets
+from clipcid_cli.steps.balance.sets import Sets, divide, measure_sets
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 from clipcid_cli.steps.embeddings import skip_rows
 
@@ -92,46 +92,26 @@ def compute(plan: BalancePlan, output: Output[BalanceSidecar], context: DistCont
     """Find what is kept, on all processes."""
     if plan.settings.neighbors == "partitioned":  # the tiles of partitions are of many sizes
         keep_few_kernels()
-    run, dropped_first = _filter_rows(begin(plan, output, context))
-    for rule in run.filters:
-        if risk := rule.find_risk(run.rows.num_searched):
-            reporting.warn(risk)
-    sets, forest, reused = make_sets(run)
+    run = begin(plan, output, context)
+    dropped_first: list[Dropped] = []
+    dropped_last: list[Dropped] = []
+    if run.filters:
+        from clipcid_cli.steps.balance.filters.apply import filter_rows
+
+        run, dropped_first = filter_rows(run)
+    division, forest, reused = divide(run)
+    sets = measure_sets(run, division)
     if reused:
         reporting.note("The forest of these embeddings exists: keep list, curve and report are made from it.")
     compared = compare_linkages(run, sets, forest)
-    dropped_last, is_kept = _filter_kept(run, sets.kept)
+    is_kept = sets.kept
+    if run.filters:
+        from clipcid_cli.steps.balance.filters.apply import filter_kept
+
+        dropped_last, is_kept = filter_kept(run, is_kept)
     audit = _audit(run, sets, is_kept)
     context.barrier()  # until here another process may read what it has mapped
     return Outcome(run, dropped_first, sets, forest.edges, compared, dropped_last, is_kept, audit)
-
-
-def _filter_rows(run: BalanceRun) -> tuple[BalanceRun, list[Dropped]]:
-    """Apply the filters that come before the search, and leave out of it what they drop."""
-    dropped: list[Dropped] = []
-    is_left = np.ones(len(run.rows), np.bool_)
-    for rule in run.filters:
-        if rule.follows_search:
-            continue
-        dropped.append(rule.apply(run, is_left))
-        is_left = is_left & ~dropped[-1].is_dropped
-        if not is_left.any():
-            raise ClipcidError(
-                f"All {len(is_left):,} images are dropped before repeats are searched.",
-                "Give a smaller --against-threshold, or a wider window of caption similarity.",
-            )
-        run = dataclasses.replace(run, rows=run.rows.restrict(run.shared, is_left))
-    return run, dropped
-
-
-def _filter_kept(run: BalanceRun, is_kept: BoolArray) -> tuple[list[Dropped], BoolArray]:
-    """Apply the filters that come after the search to the images that repeats have left, bool [N]; return which stay."""
-    dropped: list[Dropped] = []
-    for rule in run.filters:
-        if rule.follows_search:
-            dropped.append(rule.apply(run, is_kept))
-            is_kept = is_kept & ~dropped[-1].is_dropped
-    return dropped, is_kept
 
 
 def _audit(run: BalanceRun, sets: Sets, is_kept: BoolArray) -> Audit | None:

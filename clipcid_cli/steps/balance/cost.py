@@ -19,9 +19,9 @@ from clipcid_cli.runtime.distributed import DistContext, memory_for_rows
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES
+from clipcid_cli.steps.balance.cost_result import BalanceCost, MemoryCost, SearchCost
 from clipcid_cli.steps.balance.filters.filter import SAMPLED, FilterCost
 from clipcid_cli.steps.balance.plan import BalanceInputs, check_inputs
-from clipcid_cli.steps.balance.result import BalanceCost, MemoryCost, SearchCost
 from clipcid_cli.steps.balance.samples import validate_data_there
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.reporting import format_duration

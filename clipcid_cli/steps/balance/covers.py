@@ -58,7 +58,7 @@ class _Progress:
 
     def read(self) -> _Bounds | None:
         """Return those that a killed run saved last; the same on every process."""
-        return self._context.on_rank0(lambda: self._journal.read(self._name))
+        return self._context.on_rank0(self._journal.read, self._name)
 
     def save(self, searched_to: float, above: float, within: float) -> None:
         if self._context.is_main and self._pace.is_due():

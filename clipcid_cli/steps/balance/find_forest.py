@@ -17,11 +17,12 @@ from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import BoolArray, ReadRows
 from clipcid_cli.algorithms.near.jobs import Jobs, hash_arrays, triangle
 from clipcid_cli.algorithms.sets.forest import ForestSink
+from clipcid_cli.formats.results.forest import has_forest
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.linkages import LINKAGES
-from clipcid_cli.steps.balance.run_search import Search, find_nearest, run_chunks
+from clipcid_cli.steps.balance.run_search import Search, find_nearest, run_search
 from clipcid_cli.steps.balance.stored_forest import Forest, read_earlier, read_stored, write_stored
 
 
@@ -59,13 +60,14 @@ def find_forest(run: BalanceRun, *, searched_to: float | None = None, num_edges:
     """
     need = _Need(run, searched_to, num_edges)
     with timed(run.seconds, "search"):
-        stored = read_stored(run)
+        is_there = run.context.on_rank0(has_forest, run.folder, run.settings.forest_kind)
+        stored = read_stored(run) if is_there else None
         if stored is not None and need.is_met(stored):
             return stored, True
         started = time.perf_counter()
         if len(run.rows.unique) > 1:
             reporting.note(f"Near pairs are searched in {run.scan.name} ({run.scan.reason}) and verified in fp64.")
-        earlier = read_earlier(run) if stored is None else None
+        earlier = read_earlier(run) if is_there and stored is None else None
         # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
         forest = _start(need, stored or Forest(run.rows.copies, 0.0), earlier)
         drops_per_near_row = LINKAGES[run.settings.linkage].drops_per_near_row
@@ -77,7 +79,7 @@ def find_forest(run: BalanceRun, *, searched_to: float | None = None, num_edges:
         # An earlier one that was searched farther stays: it may be extended later.
         if earlier is None or forest.searched_to >= earlier[0].searched_to:
             seconds = time.perf_counter() - started
-            run.context.on_rank0(lambda: write_stored(run, forest, seconds))
+            run.context.on_rank0(write_stored, run, forest, seconds)
         return forest, False
 
 
@@ -129,5 +131,5 @@ def _search_forest(run: BalanceRun, jobs: Jobs, read: ReadRows, known: Edges, se
     def further_identity() -> str:
         return hash_arrays(known.a, known.b, known.weight)
 
-    search = Search("search", jobs, read, searched_to, lambda: ForestSink(len(run.rows), known), further_identity)
-    return Forest(run_chunks(run, search), searched_to)
+    search = Search("search", jobs, read, searched_to, partial(ForestSink, len(run.rows), known), further_identity)
+    return Forest(run_search(run, search), searched_to)

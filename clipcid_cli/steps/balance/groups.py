@@ -11,12 +11,13 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.near.exact import IntArray, ReadRows, row_type
+from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.rows import Rows, create_copy, open_copies, remove_copies
 from clipcid_cli.runtime.distributed import DistContext
@@ -27,8 +28,7 @@ from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 _ROWS_AT_ONCE = 16_384
 
 
-@dataclasses.dataclass(frozen=True)
-class Groups:
+class Groups(NamedTuple):
     """Groups of two rows or more, one group after another."""
 
     rows: IntArray  # row numbers, ascending within a group, integers [M]
@@ -58,16 +58,6 @@ class Groups:
         is_grouped[1:] = ordered[1:] == ordered[:-1]
         is_grouped[:-1] |= is_grouped[1:]
         return cls(order[is_grouped], _find_bounds(ordered[is_grouped]))
-
-    @classmethod
-    def publish(cls, shared: SharedArrays, make: Callable[[], Groups]) -> Groups:
-        """Make groups on the first process, and return them on every process."""
-
-        def arrays() -> Arrays:
-            groups = make()
-            return groups.rows, groups.bounds
-
-        return cls(*shared.publish(arrays))
 
     def share(self, context: DistContext) -> slice:
         """Return which groups this process works on: about as many rows as the others."""
@@ -104,7 +94,12 @@ class Share:
     rows: IntArray  # their numbers among all rows, integers [M]
     starts: IntArray  # the first row of each group, int64 [G]
     labels: IntArray  # the first row of each row's group, int64 [M]
-    read: ReadRows
+    source: Rows  # what they are read from
+    places: IntArray  # where in it each row is, integers [M]
+
+    def read(self, rows: IntArray) -> HalfArray:
+        """Read some of the M rows, float16 [n, D]."""
+        return self.source.take(self.places[rows])
 
     @property
     def sizes(self) -> IntArray:
@@ -119,7 +114,7 @@ class Share:
     def _part(self, first: int, end: int) -> Share:
         begin, stop = np.append(self.starts, len(self.rows))[[first, end]].tolist()
         starts, labels = self.starts[first:end] - begin, self.labels[begin:stop] - begin
-        return Share(self.rows[begin:stop], starts, labels, lambda places: self.read(places + begin))
+        return Share(self.rows[begin:stop], starts, labels, self.source, self.places[begin:stop])
 
 
 def find_places(rows: IntArray) -> Callable[[IntArray], IntArray]:
@@ -144,9 +139,9 @@ def work_on_groups(
     first, end = int(bounds[0]), int(bounds[-1])
     starts = bounds[:-1] - first
     labels = np.repeat(starts, np.diff(bounds))
-    with readable(shared, images, numbers, groups.rows, first) as read:
-        share = Share(groups.rows[first:end], starts, labels, read)
-        return shared.collect(lambda: _work_in_threads(share, work))
+    with readable(shared, images, numbers, groups.rows, slice(first, end)) as (source, places):
+        share = Share(groups.rows[first:end], starts, labels, source, places)
+        return shared.collect(_work_in_threads, share, work)
 
 
 def _work_in_threads(share: Share, work: Callable[[Share], Arrays]) -> Arrays:
@@ -157,26 +152,24 @@ def _work_in_threads(share: Share, work: Callable[[Share], Arrays]) -> Arrays:
 
 @contextmanager
 def readable(
-    shared: SharedArrays, images: Rows, numbers: IntArray, rows: IntArray, first: int = 0
-) -> Iterator[ReadRows]:
+    shared: SharedArrays, images: Rows, numbers: IntArray, rows: IntArray, own: slice = slice(None)
+) -> Iterator[tuple[Rows, IntArray]]:
     """Make rows that lie anywhere readable in their order, until all processes have read them.
 
     Args:
         numbers: As of `work_on_groups`.
         rows: The rows, in the order in which they will be read, integers [M]; the same on every process.
-        first: The first one that this process will read.
+        own: Which of them this process will read.
 
     Yields:
-        read(i): row `rows[first + i]`, i int array.
+        What these are read from, and where in it each of them is, integers [m].
     """
     if images.stay_mapped or not len(rows):
-        own_rows = rows[first:]
-        yield lambda places: images.take(numbers[own_rows[places]])
+        yield images, numbers[rows[own]]
         return
     with temporary_copies(shared):
-        copies, place = _copy(shared, images, numbers, rows)
-        own_place = place[first:]
-        yield lambda places: copies.take(own_place[places].astype(np.int64))
+        copies, places = _copy(shared, images, numbers, rows)
+        yield copies, places[own]
 
 
 @contextmanager
@@ -227,6 +220,6 @@ def _copy(shared: SharedArrays, images: Rows, numbers: IntArray, rows: IntArray)
     start, stop = context.rank_range(len(numbers))
     own = rows[(rows >= start) & (rows < stop)]
     order = np.argsort(own)
-    context.on_all(lambda: copy_rows(shared, images.shape[1], order, numbers[own[order]], images.take))
-    copies = context.on_all(lambda: open_copies(shared.work, sizes.tolist(), images.shape[1]))
+    context.on_all(copy_rows, shared, images.shape[1], order, numbers[own[order]], images.take)
+    copies = context.on_all(open_copies, shared.work, sizes.tolist(), images.shape[1])
     return copies, place

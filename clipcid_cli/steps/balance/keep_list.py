@@ -34,7 +34,7 @@ def _read_strings(run: BalanceRun, read: Callable[[EmbeddingFile], pa.ChunkedArr
     context, numbers = run.context, run.rows.numbers
     start, stop = context.rank_range(len(numbers))
     pieces = run.embeddings.take_column(read, numbers[start:stop])
-    bounds, text = context.on_all(lambda: spool_strings(run.work, pieces))
+    bounds, text = context.on_all(spool_strings, run.work, pieces)
     before = sum(context.gather(len(text))[: context.rank])
     # The first string begins where the last one of the process before ends.
     own = (bounds[1:] + before if context.rank else bounds, text)

@@ -67,6 +67,6 @@ def merge(shared: SharedArrays, sink: Sink, journal: ArrayJournal, names: Sequen
     """Merge what files hold, on all processes, into an empty sink; return the result, the same on every process."""
     merger = Merger(sink, journal)
     context = shared.context
-    context.on_all(lambda: merger.load(names[context.rank :: context.size]))
+    context.on_all(merger.load, names[context.rank :: context.size])
     a, b, weight, *_ = shared.reduce(merger.arrays, merger.add)
     return Edges(a, b, weight)

@@ -6,19 +6,20 @@ A pair within a distance is within a component of single linkage at it, so only 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.jobs import components, hash_arrays
-from clipcid_cli.algorithms.sets.forest import connected_components
+from clipcid_cli.algorithms.sets.components import connected_components
 from clipcid_cli.algorithms.sets.sinks import PairsWithin
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.groups import find_places, readable
-from clipcid_cli.steps.balance.run_search import Search, run_chunks
+from clipcid_cli.steps.balance.run_search import Search, run_search
 from clipcid_cli.steps.balance.stored_forest import Forest
 
 # Pairs that sets are made of, and the memory that each takes while they are sorted and covered by stars (measured).
@@ -58,16 +59,16 @@ def find_pairs(
     def further_identity() -> str:
         return f"{hash_arrays(labels[members])}-{max_found}"
 
-    with readable(run.shared, run.rows.images, run.rows.numbers, members) as read:
+    with readable(run.shared, run.rows.images, run.rows.numbers, members) as (source, places):
         search = Search(
             "pairs",
             jobs,
-            lambda rows: read(place_of(rows)),
+            lambda rows: source.take(places[place_of(rows)]),
             searched_to,
-            lambda: PairsWithin(labels, max_found),
+            partial(PairsWithin, labels, max_found),
             further_identity,
         )
-        pairs = run_chunks(run, search)
+        pairs = run_search(run, search)
     if len(pairs) > max_found:
         return NotComputed(f"more than {max_found:,} pairs are within the cut-off")
     return pairs

@@ -31,7 +31,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.groups import copy_rows, temporary_copies
 from clipcid_cli.steps.balance.result import Audit
-from clipcid_cli.steps.balance.run_search import Search, find_nearest, run_chunks
+from clipcid_cli.steps.balance.run_search import Search, find_nearest, run_search
 
 # Where this share of all pairs would be compared, all of them may as well be.
 _MAX_FRACTION = 0.5
@@ -62,15 +62,15 @@ def _partition(run: BalanceRun, searched_to: float) -> tuple[Jobs, ReadRows] | N
     count = len(unique)
     sample = draw_sample(count, SAMPLE_ROWS, seed=1)
     neighbours = find_nearest(run, sample, NEIGHBOURS)
-    margin, visits = context.on_rank0(lambda: measure_margin(partitions, read, unique, sample, neighbours, searched_to))
+    margin, visits = context.on_rank0(measure_margin, partitions, read, unique, sample, neighbours, searched_to)
     if count * count / len(partitions) * (0.5 + visits) > _MAX_FRACTION * count * (count - 1) / 2:
         return None
     reporting.note(
         f"{len(partitions):,} partitions; rows within {margin:.4f} of a border are also compared beyond their own, in "
         f"{visits:.1f} partitions per row."
     )
-    parts = run.shared.exchange(lambda: _assign_and_copy(run, partitions, margin))
-    listed, lengths = run.shared.assemble(lambda: _group(run, parts, 2 * len(partitions)))
+    parts = run.shared.exchange(_assign_and_copy, run, partitions, margin)
+    listed, lengths = run.shared.assemble(_group, run, parts, 2 * len(partitions))
 
     def locate() -> Arrays:
         place_of = _allocate(run, len(rows))
@@ -80,7 +80,7 @@ def _partition(run: BalanceRun, searched_to: float) -> tuple[Jobs, ReadRows] | N
     (place_of,) = run.shared.publish(locate)
     start, stop = _share(run)
     sizes = context.gather(stop - start)
-    copies = context.on_all(lambda: open_copies(run.work, sizes, partitions.width))
+    copies = context.on_all(open_copies, run.work, sizes, partitions.width)
 
     def read_copies(numbers: IntArray) -> HalfArray:
         return copies.take(place_of[numbers].astype(np.int64))
@@ -199,7 +199,7 @@ def audit_kept(run: BalanceRun, kept: IntArray, threshold: float) -> Audit:
     """Estimate what a search in partitions missed: compare a random sample of the kept rows, ascending, with all of them."""
     sample = np.sort(np.random.default_rng(0).permutation(kept)[:AUDIT_SAMPLE])
     jobs = rectangle(sample, kept, run.rows_in_memory)
-    pairs = run_chunks(run, Search("audit", jobs, run.rows.read, threshold, lambda: NearestOf(sample)))
+    pairs = run_search(run, Search("audit", jobs, run.rows.read, threshold, lambda: NearestOf(sample)))
     near = int(np.count_nonzero(np.isin(sample, np.concatenate([pairs.a, pairs.b]))))
     rate = near / len(sample)
     low, high = (rate, rate) if len(sample) == len(kept) else clopper_pearson(near, len(sample))

@@ -83,7 +83,8 @@ class ReportPictures:
     def load(self, numbers: IntArray) -> list[Picture]:
         """Load the thumbnails of n rows of the embeddings; without the data there are keys only."""
         embeddings = self._embeddings
-        shards, keys = (take_texts(embeddings, read, numbers) for read in (embeddings.shards_of, embeddings.keys_of))
+        shards = take_texts(embeddings, embeddings.shards_of, numbers)
+        keys = take_texts(embeddings, embeddings.keys_of, numbers)
         sources = self.read(shards, keys)
         return [Picture(key, source) for key, source in zip(keys, sources, strict=True)]
 

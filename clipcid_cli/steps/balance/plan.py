@@ -5,42 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from clipcid_cli.errors import ClipcidError, flag_words
 from clipcid_cli.formats.data.dataset import Dataset, list_shards
-from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row
+from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
-from clipcid_cli.formats.fingerprint import find_lost, identity_of
+from clipcid_cli.formats.fingerprint import find_lost
 from clipcid_cli.formats.output import WORK, OutputSpec, find_works, other_run_error
 from clipcid_cli.formats.results.forest import ROW_NUMBERING, NumberedFile, read_row_numbering
 from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.filters import identify
-from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.balance.filters.filter import Filter
-
-
-@dataclasses.dataclass(frozen=True)
-class NamedReference:
-    """Images that others are compared with, by the flag and name that the user gave; a dry run does not embed them."""
-
-    flag: str
-    name: str
-    rows: Embeddings | EmbedCost
-
-    @property
-    def num_rows(self) -> int:
-        return self.rows.num_rows if isinstance(self.rows, Embeddings) else self.rows.images + self.rows.images_done
+    from clipcid_cli.steps.balance.filters.reference import NamedReference, Reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +34,6 @@ class BalanceInputs:
     references: Sequence[NamedReference]
     filters: Sequence[Filter]
     seconds: dict[str, float]  # time by phase, to which later phases add theirs
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """One reference, by the name that the user gave, the hash of its files, and the rows that cannot be compared."""
-
-    flag: str
-    name: str
-    identity: str
-    embeddings: Embeddings
-    bad_rows: npt.NDArray[np.int64]
-
-    @cached_property
-    def numbers(self) -> npt.NDArray[np.int64]:
-        """Its usable rows, int64 [R], ascending."""
-        return np.delete(np.arange(self.embeddings.num_rows), self.bad_rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +67,11 @@ def make_plan(settings: BalanceSettings, inputs: BalanceInputs) -> BalancePlan:
 
 def plan_checked(settings: BalanceSettings, inputs: BalanceInputs, data: Dataset | None = None) -> BalancePlan:
     """Decide it for inputs that have been checked."""
-    references = [_plan_reference(reference) for reference in inputs.references]
+    references: list[Reference] = []
+    if inputs.references:
+        from clipcid_cli.steps.balance.filters.reference import plan_references
+
+        references = plan_references(inputs.references)
     spec = _identify(settings, inputs, references)
     if not settings.overwrite:
         _validate_none_lost(spec.folder, inputs.embeddings)
@@ -130,12 +101,10 @@ def check_inputs(settings: BalanceSettings, inputs: BalanceInputs) -> Dataset | 
         validate_uids(settings, embeddings)
     if settings.reads_texts and not embeddings.has_texts:
         raise _no_texts_error(settings, embeddings)
-    for reference in inputs.references:
-        rows = reference.rows
-        if isinstance(rows, Embeddings) and not has_usable_row(rows.rows(Kind.IMAGES)):
-            raise ClipcidError(
-                f"All {rows.num_rows:,} rows of {reference.name} are zero or not finite.", "Embed again."
-            )
+    if inputs.references:
+        from clipcid_cli.steps.balance.filters.reference import validate_usable
+
+        validate_usable(inputs.references)
     return data
 
 
@@ -149,15 +118,6 @@ def _no_texts_error(settings: BalanceSettings, embeddings: Embeddings) -> Clipci
         f"{embeddings.folder} contains no text embeddings, which are needed for {flags}.",
         f"Omit {flags}, or embed captions too; the data needs some. {embeddings.embed_again(text=True)}",
     )
-
-
-def _plan_reference(reference: NamedReference) -> Reference:
-    name, embeddings = reference.name, reference.rows
-    assert isinstance(embeddings, Embeddings), "this is no dry run"
-    bad_rows = embeddings.find_bad_rows(texts=False)
-    if len(bad_rows):
-        reporting.warn(f"{len(bad_rows):,} rows of {name} are zero or not finite, and nothing is compared with them.")
-    return Reference(reference.flag, name, identity_of({}, embeddings.fingerprints()), embeddings, bad_rows)
 
 
 def _identify(

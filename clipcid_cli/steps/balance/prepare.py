@@ -14,14 +14,15 @@ from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.filters import make_filters
-from clipcid_cli.steps.balance.plan import BalanceInputs, NamedReference
-from clipcid_cli.steps.embed.result import EmbedCost
+from clipcid_cli.steps.balance.plan import BalanceInputs
 from clipcid_cli.steps.embeddings import open_given
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.balance.filters.filter import Filter
+    from clipcid_cli.steps.balance.filters.reference import NamedReference
+    from clipcid_cli.steps.embed.result import EmbedCost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,9 @@ def prepare(settings: BalanceSettings, context: DistContext) -> BalanceInputs | 
     """
     seconds = dict[str, float]()
     with timed(seconds, "embed"):
-        choice = context.on_rank0(lambda: _choose(settings))
+        choice = context.on_rank0(_choose, settings)
         folder = _embed(settings, choice.model, context) if choice.folder is None else choice.folder
-        if isinstance(folder, EmbedCost):
+        if not isinstance(folder, Path):
             return folder
         embeddings = open_given(settings, folder, None if settings.dry_run else settings.work)
         references = _open_references(settings, embeddings, context)
@@ -94,6 +95,7 @@ def _embed(settings: BalanceSettings, model: str | None, context: DistContext) -
 def _open_references(settings: BalanceSettings, embeddings: Embeddings, context: DistContext) -> list[NamedReference]:
     if not settings.named_references:
         return []
+    from clipcid_cli.steps.balance.filters.reference import NamedReference
     from clipcid_cli.steps.balance.filters.references import open_reference
 
     return [

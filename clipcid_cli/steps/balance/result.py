@@ -1,4 +1,4 @@
-"""The JSON objects of `balance`. What was not asked for, or is not computed, is null."""
+"""The JSON object of `balance`. What was not asked for, or is not computed, is null."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 from msgspec import field
 
 
-def _null() -> None:
+def null() -> None:
     """Return the default of a field that is in the JSON object also where it is null: other defaults are left out."""
 
 
@@ -100,9 +100,9 @@ class BalanceResult(msgspec.Struct, omit_defaults=True, kw_only=True):
     audit: Audit | None
     # Images by ``reference, caption, repeat, cluster`` and, of ``--near``, ``far``, each once.
     dropped_by: dict[str, int]
-    against: AgainstResult | None = field(default_factory=_null)
-    caption_window: CaptionWindowResult | None = field(default_factory=_null)
-    cluster_cap: ClusterCapResult | None = field(default_factory=_null)
+    against: AgainstResult | None = field(default_factory=null)
+    caption_window: CaptionWindowResult | None = field(default_factory=null)
+    cluster_cap: ClusterCapResult | None = field(default_factory=null)
     skipped: dict[str, int]  # samples by reason
     seconds: dict[str, float]  # ``embed, search, write`` and, of partitioned neighbours, ``audit``
     near: NearResult | None = None
@@ -116,68 +116,3 @@ class BalanceResult(msgspec.Struct, omit_defaults=True, kw_only=True):
         """Whether images could be dropped that repeat no other."""
         counts = self.against, self.caption_window, self.near, self.cluster_cap
         return counts != (None, None, None, None)
-
-
-class SearchCost(msgspec.Struct):
-    """What a search would take."""
-
-    pairs: int
-    flop: int
-
-
-class ReferenceCost(msgspec.Struct):
-    """What a reference would take, and first its embedding where it has none."""
-
-    name: str
-    rows: int
-    to_embed: bool
-    embed_seconds: float
-    pairs: int
-
-
-class CaptionCost(msgspec.Struct):
-    """What a caption window would leave: how many images were sampled, and the share inside."""
-
-    sampled: int
-    inside: float
-
-    @property
-    def share(self) -> float:
-        """The share of images inside; where none of those sampled is, the most at 95 % confidence."""
-        return self.inside or min(1.0, 3.0 / self.sampled)
-
-
-class MemoryCost(msgspec.Struct, omit_defaults=True):
-    """Bytes of mapped files, of a process without them, and of its GPU."""
-
-    mapped: int
-    resident: int
-    device: int = 0  # on a CPU none
-
-
-class BalanceCost(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """What a new search would take; pairs and flop are those of ``neighbors``."""
-
-    images: int
-    # Fewer than all images where a caption window or --near-keep drops some; the most they may be where the window drops all
-    # that were sampled. What references drop within a distance is not known.
-    searched: int
-    width: int
-    neighbors: str
-    pairs: int
-    flop: int
-    exact: SearchCost
-    partitioned: SearchCost
-    against: list[ReferenceCost] | None = field(default_factory=_null)
-    caption_window: CaptionCost | None = field(default_factory=_null)
-    clustered_images: int | None = field(default_factory=_null)
-    memory: MemoryCost
-    disk: int  # bytes
-    near: list[ReferenceCost] | None = None
-
-    @property
-    def references(self) -> list[tuple[str, ReferenceCost]]:
-        """All references, each with the name of what it is compared for."""
-        against = [("against", cost) for cost in self.against or []]
-        near = [("near", cost) for cost in self.near or []]
-        return against + near

@@ -92,7 +92,7 @@ def _join(a: IntArray, b: IntArray) -> Edges:
 
 def read_rows(shared: SharedArrays, images: Rows) -> BalanceRows:
     """Read every row once, each process its share, to find rows that are not finite and rows that are equal."""
-    parts = shared.collect(lambda: _look_at_rows(shared.context, images))
+    parts = shared.collect(_look_at_rows, shared.context, images)
 
     def survey() -> Arrays:
         hash_N, finite_N = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import remove_copies
 from clipcid_cli.formats.fingerprint import find_lost
 from clipcid_cli.formats.output import Output, is_claimed, list_differences
@@ -26,24 +28,27 @@ from clipcid_cli.steps.balance.keep_list import read_names
 from clipcid_cli.steps.balance.pictures import has_new_pictures
 from clipcid_cli.steps.balance.plan import BalanceInputs, BalancePlan, list_row_numbering, make_plan, plan_checked
 from clipcid_cli.steps.balance.prepare import prepare
-from clipcid_cli.steps.balance.result import BalanceCost, BalanceResult
+from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.samples import validate_data_there
 from clipcid_cli.steps.balance.shared_arrays import remove_shared
 from clipcid_cli.steps.balance.write import name_files, validate_new, write, write_lists
 from clipcid_cli.steps.claim import claim_output, preview_output
-from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.balance import BalanceSettings
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.balance.cost_result import BalanceCost
+    from clipcid_cli.steps.embed.result import EmbedCost
 
 
 def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
     """Balance a data set; with ``--dry-run`` state what that takes, or first the embeddings that it lacks."""
     with open_dist_context(settings.device) as context:
         inputs = prepare(settings, context)
-        if isinstance(inputs, EmbedCost):
+        if not isinstance(inputs, BalanceInputs):
             return inputs
         if settings.dry_run:
-            return context.on_rank0(lambda: _preview(settings, inputs, context))
-        plan = context.on_rank0(lambda: make_plan(settings, inputs))
+            return context.on_rank0(_preview, settings, inputs, context)
+        plan = context.on_rank0(make_plan, settings, inputs)
         with claim_output(context, plan.spec) as output:
             return _balance(plan, output, context)
 
@@ -54,20 +59,20 @@ def _preview(settings: BalanceSettings, inputs: BalanceInputs, context: DistCont
 
     # Else files of another tool need not be hashed; and where references are not embedded yet, no result has them.
     is_there = is_claimed(WorkDirectory(settings.work).balance, "balance")
-    if is_there and not any(isinstance(reference.rows, EmbedCost) for reference in inputs.references):
+    if is_there and all(isinstance(reference.rows, Embeddings) for reference in inputs.references):
         preview_output(plan_checked(settings, inputs).spec, "this result", "What follows is of a new search.")
     return estimate_cost(settings, inputs, context)
 
 
 def _balance(plan: BalancePlan, output: Output[BalanceSidecar], context: DistContext) -> BalanceResult:
     """Balance, unless the output is there already; then write what the settings name beside it."""
-    finished = context.on_rank0(lambda: _take_or_start(plan, output))
+    finished = context.on_rank0(_take_or_start, plan, output)
     result = finished
     if result is None:
         outcome = compute(plan, output, context)
         names = read_names(outcome.run)
-        result = context.on_rank0(lambda: write(outcome, names))
-    context.on_rank0(lambda: write_lists(plan))
+        result = context.on_rank0(write, outcome, names)
+    context.on_rank0(write_lists, plan)
     if plan.data is not None:
         from clipcid_cli.steps.balance.write_data import write_samples
 

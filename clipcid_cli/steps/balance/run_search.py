@@ -1,51 +1,28 @@
-"""Searches for near pairs on all processes, resumable: what a chunk of the jobs found is saved, and what is saved is done.
-
-A process saves the numbers of the chunks that it has done since its last save, and what its sink has gathered from them, in
-one file, whole or not at all. A later run, of any number of processes, merges all files and does the other chunks. A file
-that is lost or damaged costs its chunks.
-
-Resuming. Saved chunks lie in a folder whose name hashes all that decides their results (`Search.place`): the files of
-embeddings, the jobs (the rows compared, cut into panels), the distance searched to, and what a search adds, as the edges a
-forest begins with. A folder of another name is not read, so what is saved is lost to a search up to another distance, of
-other rows (more files, other filters), or on another kind of device, whose memory holds other panels at a time. The number
-of processes, the format of the fast product, `--select` and the lists do not matter; `--keep`, `--threshold` and `--linkage`
-may, since they decide the distance. Before that `find_output` has decided whether the work folder is taken over at all, and
-`_survey` which of the saved files can be read (`load_arrays`) and count.
-"""
+"""Searches for near pairs: in one piece on the first process, or where there are more pieces on all, resumable."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
-from collections.abc import Callable, Collection, Iterable
-from functools import lru_cache
-from itertools import chain
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from clipcid_cli.algorithms.near.block import Block, bytes_an_entry, load_block
+from clipcid_cli.algorithms.near.block import load_block
 from clipcid_cli.algorithms.near.cutoff import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import IntArray, ReadRows
 from clipcid_cli.algorithms.near.jobs import Jobs
-from clipcid_cli.algorithms.near.search import search_jobs
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import array_journal
-from clipcid_cli.runtime.distributed import memory_for_rows
-from clipcid_cli.runtime.save_pace import SavePace
+from clipcid_cli.algorithms.near.search import near_pairs
+from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalanceRun
-from clipcid_cli.steps.balance.merge import Sink, merge
+from clipcid_cli.steps.balance.balance_run import BalanceRun
 
-# Each process has so many stretches of what is left: near rows, which take longer, are often beside each other, so everyone
-# should have jobs of a panel with itself. More stretches read more panels twice.
-_STRETCHES = 4
-# Another number wherever the same jobs would have other chunks, or a part would hold something else.
-_VERSION = 2
-# In the folder of `balance`: what was compared with references, for later runs.
-_KEPT = ".references"
+if TYPE_CHECKING:
+    from clipcid_cli.steps.balance.merge import Sink
+
+KEPT = ".references"
+"""In the folder of `balance`: what was compared with references, for later runs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,114 +39,39 @@ class Search:
     further_identity: Callable[[], str] = lambda: ""
     stays: bool = False  # whether its results stay for later runs
 
-    def place(self, run: BalanceRun) -> Path:
-        """Return where its chunks are saved, under a name that hashes all that decides their results."""
 
-        def name() -> str:
-            jobs = self.jobs
-            distance = np.float32(self.searched_to).view(np.uint32)
-            decisive = [_VERSION, run.inputs_hash, jobs.identity, jobs.num_chunks, distance, self.further_identity()]
-            return hashlib.blake2b("\n".join(map(str, decisive)).encode(), digest_size=8).hexdigest()
+def run_search(run: BalanceRun, search: Search) -> Edges:
+    """Compare what the jobs name, and return what all found; the same on every process."""
+    # One job takes seconds, so nothing of it is saved.
+    if len(search.jobs) > 1 or search.stays:
+        from clipcid_cli.steps.balance.saved_search import run_chunks
 
-        folder = run.output.folder / _KEPT if self.stays else run.work / ".search"
-        return folder / run.context.on_rank0(name)
+        return run_chunks(run, search)
+    return Edges(*run.shared.publish(_compare_at_once, run, search))
 
 
-def run_chunks(run: BalanceRun, search: Search) -> Edges:
-    """Search all chunks of the jobs that are not saved yet, and return what all found; the same on every process.
+def _compare_at_once(run: BalanceRun, search: Search) -> Arrays:
+    """Compare the two panels of the only job, or one with itself; of rows that are all alone there is none.
 
-    Processes wait for one another at the survey, at the merge of what was saved, behind the chunks, at the second survey and
-    at the last merge. They do not inside `_do_chunks`, where each has other chunks. So an error in it ends its process
-    at once: in `on_all` it would first wait until the others have searched all of theirs, perhaps for hours.
+    Returns:
+        The rows a and b of the pairs, integers [P], and their distances, float32 [P].
     """
-    context = run.context
-    num_chunks = search.jobs.num_chunks
-    place = search.place(run)
-    saved = context.on_rank0(lambda: _survey(place))
-    done = set(chain.from_iterable(saved.values()))
-    if 0 < len(done) < num_chunks:
-        reporting.note(f"Resuming the search: {len(done):,} of {num_chunks:,} parts are done.")
-    elif done:
-        reporting.note("All comparisons were made before.")
-    left = [chunk for chunk in range(num_chunks) if chunk not in done]
-    if left:
-        _do_chunks(run, search, left, place, _merge(run, search, place, saved) if saved else None)
-        context.barrier()
-
-    def list_all() -> list[str]:
-        saved = _survey(place)
-        if lost := num_chunks - sum(map(len, saved.values())):
-            raise ClipcidError(
-                f"{place}: the results of {lost:,} of {num_chunks:,} parts cannot be read.",
-                "Run the same command again.",
-            )
-        return list(saved)
-
-    return _merge(run, search, place, context.on_rank0(list_all))
-
-
-def _do_chunks(run: BalanceRun, search: Search, left: list[int], place: Path, known: Edges | None) -> None:
-    """Search this process's share of the chunks that are left; what is saved is known."""
-    context = run.context
-    jobs = search.jobs
-    sink = search.new_sink()
-    if known is not None:
-        sink.add(known)
-        sink.result()
-        sink.drain()
-        del known
-    largest = int((jobs.stops - jobs.starts).max()) * run.embeddings.width * bytes_an_entry(run.scan.dtype)
-
-    @lru_cache(maxsize=max(2, memory_for_rows(context.device, on_cpu=CACHE_BYTES) // largest))
-    def load(panel: int) -> Block:
-        return load_block(search.read, jobs.panel(panel), context.device, run.scan.dtype)
-
-    stretches = np.array_split(left, _STRETCHES * context.size)[context.rank :: context.size]
-    mine = np.concatenate(stretches).tolist()
-    # Adding up the pairs of hundreds of millions of jobs would take minutes; most compare nearly equal numbers.
-    total = jobs.num_pairs * len(mine) // jobs.num_chunks
-    journal = array_journal(place)
-    pace = SavePace(expected=0.0)
-    since = list[int]()
-    with reporting.progress(search.label, total, "pairs") as progress:
-        for chunk in mine:
-            for job, pieces in search_jobs(jobs.of_chunk(chunk), load, search.searched_to, sink.wants):
-                for edges in pieces:
-                    sink.add(edges)
-                progress.advance(jobs.pairs_of(job))
-            since.append(chunk)
-            if chunk == mine[-1] or pace.is_due():
-                with pace.saving():
-                    edges = sink.drain()
-                    arrays = {"chunks": since, "a": edges.a, "b": edges.b, "weight": edges.weight}
-                    journal.append(str(since[0]), arrays)
-                since = []
-
-
-def _survey(place: Path) -> dict[str, list[int]]:
-    """Return the names of the files that can be read, with the numbers of their chunks.
-
-    Two files can hold one chunk where a file could not be read for a while, or was merged right before a kill. Only one of
-    them counts, that with more chunks.
-    """
-    readable = {name: saved["chunks"].tolist() for name, saved in array_journal(place).entries()}
-    counted = dict[str, list[int]]()
-    done = set[int]()
-    for name in sorted(readable, key=lambda name: -len(readable[name])):
-        if done.isdisjoint(readable[name]):
-            counted[name] = readable[name]
-            done.update(readable[name])
-    return counted
-
-
-def _merge(run: BalanceRun, search: Search, place: Path, names: Iterable[str]) -> Edges:
-    """Return what files hold together; the same on every process."""
-    return merge(run.shared, search.new_sink(), array_journal(place), list(names))
+    jobs, sink = search.jobs, search.new_sink()
+    with reporting.progress(search.label, jobs.num_pairs, "pairs") as progress:
+        for one, other in jobs.of_chunk(0) if len(jobs) else []:
+            a = b = load_block(search.read, jobs.panel(one), run.context.device, run.scan.dtype)
+            if other != one:
+                b = load_block(search.read, jobs.panel(other), run.context.device, run.scan.dtype)
+            for edges in near_pairs(a, b, search.searched_to, sink.wants):
+                sink.add(edges)
+            progress.advance(jobs.num_pairs)
+    edges = sink.result()
+    return edges.a, edges.b, edges.weight
 
 
 def forget_searches(folder: Path, but: Collection[str] = ()) -> None:
     """Remove the searches that were kept in the folder of `balance`, but for some by their names."""
-    for path in (folder / _KEPT).glob("*") if but else [folder / _KEPT]:
+    for path in (folder / KEPT).glob("*") if but else [folder / KEPT]:
         if path.name not in but:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -178,5 +80,5 @@ def find_nearest(run: BalanceRun, sample: IntArray, count: int) -> Neighbours:
     """Find so many nearest neighbours of some unique rows, by their places, ascending: each process in its share of all."""
     context, unique = run.context, run.rows.unique
     places = context.rank_range(len(unique))
-    own = context.on_all(lambda: find_neighbours(run.rows.read, unique, sample, count, context.device, places))
+    own = context.on_all(find_neighbours, run.rows.read, unique, sample, count, context.device, places)
     return Neighbours.nearest(context.gather(own), count)

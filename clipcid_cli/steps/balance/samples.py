@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from itertools import groupby
 from operator import itemgetter
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -20,12 +21,14 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.manifest import validate_embedded
 from clipcid_cli.formats.embeddings.rows import EmbeddingFile
-from clipcid_cli.formats.join import Keys, Listing, Values, join
 from clipcid_cli.formats.results.keep_list import is_uid
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps.data_index import index_alone, open_part
 from clipcid_cli.steps.open_data import open_named
 from clipcid_cli.steps.settings.balance import BalanceSettings
+
+if TYPE_CHECKING:
+    from clipcid_cli.formats.join import Keys, Values
 
 
 def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
@@ -85,12 +88,12 @@ def take_texts(
     """Read a column of strings at rows in any order; n strings."""
     order = np.argsort(numbers, kind="stable")
     texts = np.empty(len(numbers), object)
-    texts[order] = [text for piece in embeddings.take_column(read, numbers[order]) for text in piece.to_pylist()]
+    texts[order] = pa.chunked_array(embeddings.take_column(read, numbers[order]), pa.large_string()).to_pylist()
     return list(texts)
 
 
 class SampleFinder:
-    """Finds samples by shard and key in the index of the data, on one process.
+    """Finds samples by shard and key in the index of the data, on one process; their captions are not read.
 
     Shards that are not in it are listed into it: those asked for, or all of them for embeddings of other tools, which do not
     record shards.
@@ -136,6 +139,8 @@ class SampleFinder:
 
     def _find_places(self, keys: Keys, count: int) -> Values:
         """Find n different keys in the data: shard and place there of each, int64 [n, 2]; −1 for those it does not have."""
+        from clipcid_cli.formats.join import Listing, join
+
         self._data = index_alone(self._data, self._workers)
         index = self._data.index
         assert index is not None  # it has just been made
@@ -149,4 +154,4 @@ class SampleFinder:
         return join(keys, count, Listing(index.folder, read, 2), index.folder)
 
     def _samples_at(self, places: Values) -> list[Sample | None]:
-        return [None if row < 0 else self._part(shard).sample(row) for shard, row in places.tolist()]
+        return [None if row < 0 else self._part(shard).sample(row, captions=False) for shard, row in places.tolist()]

@@ -26,9 +26,9 @@ import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
-from clipcid_cli.algorithms.near.jobs import hash_arrays
+from clipcid_cli.algorithms.sets.components import connected_components
 from clipcid_cli.algorithms.sets.covers import count_kept, is_own_representative
-from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
+from clipcid_cli.algorithms.sets.forest import Curve, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
     best_rows,
     central_rows,
@@ -37,8 +37,7 @@ from clipcid_cli.algorithms.sets.representatives import (
     medoid_rows,
     ratio_beyond,
 )
-from clipcid_cli.formats.arrays import Arrays, array_journal
-from clipcid_cli.formats.fingerprint import hash_json
+from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.results.forest import SetTable
 from clipcid_cli.runtime.pipeline import Background
 from clipcid_cli.steps.balance.balance_run import BalanceRun
@@ -52,6 +51,8 @@ from clipcid_cli.steps.balance.stored_forest import Forest
 _BY_ROWS = ("central", "medoid")
 # What took longer to measure is saved: hundreds of millions of rows are read for it.
 _LONG_SECONDS = 60.0
+MEASURED = ".sets"
+"""In the folder of unfinished work: what was saved of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +87,11 @@ class Division:
     make_curve: Callable[[], Curve]
 
 
-def make_sets(run: BalanceRun) -> tuple[Sets, Forest, bool]:
-    """Make the sets that the settings ask for; the same on every process.
+def divide(run: BalanceRun) -> tuple[Division, Forest, bool]:
+    """Divide the searched rows into the sets that the settings ask for; the same on every process.
 
     Returns:
-        The sets, the forest they were made from, and whether it was there already.
+        The sets, the forest they are made from, and whether it was there already.
     """
     settings, num_kept = run.settings, run.num_requested
     num_edges = run.rows.num_searched - num_kept
@@ -108,7 +109,7 @@ def make_sets(run: BalanceRun) -> tuple[Sets, Forest, bool]:
         if division.representatives is None and settings.select not in _BY_ROWS:
             division = _choose_by_score(run, division)
         reused = reused and forest.searched_to == searched_to
-    return _measure_sets(run, division), forest, reused
+    return division, forest, reused
 
 
 def shortest_decimal(distance: float) -> float:
@@ -122,14 +123,15 @@ def single_curve(rows: BalanceRows, forest: Edges, threshold: float | None) -> C
     return dataclasses.replace(curve, kept=curve.kept - (len(rows) - rows.num_searched))
 
 
-def _measure_sets(run: BalanceRun, division: Division) -> Sets:
+def measure_sets(run: BalanceRun, division: Division) -> Sets:
     """Choose representatives where there are none yet, and measure the sets; rows that filters dropped have none."""
     threshold = division.threshold
     curves = list[Curve]()
     with Background() as background:
         if run.context.is_main:
             background.start(lambda: curves.append(division.make_curve()))
-        representatives_N, distances_N, *columns = _load_or_measure(run, division)
+        measured = _load_measured(run, division) or _measure_all(run, division)
+    representatives_N, distances_N, *columns = measured
     table = SetTable(*columns)
     num_kept = count_kept(representatives_N)
     beyond = 0.0
@@ -140,7 +142,7 @@ def _measure_sets(run: BalanceRun, division: Division) -> Sets:
         representatives=representatives_N,
         distances=distances_N,
         threshold=threshold,
-        curve=run.context.on_rank0(lambda: curves[0]),
+        curve=run.context.on_rank0(curves.pop),
         num_kept=num_kept,
         largest=int(table.size.max(initial=1)),
         table=table,
@@ -148,31 +150,24 @@ def _measure_sets(run: BalanceRun, division: Division) -> Sets:
     )
 
 
-def _load_or_measure(run: BalanceRun, division: Division) -> Arrays:
-    """Measure the sets, or load what a killed run has measured where that took long; the same on every process.
+def _load_measured(run: BalanceRun, division: Division) -> Arrays:
+    """Load what a killed run has measured where that took long, as `_measure_all` returns it; nothing where none did."""
+    if not run.context.on_rank0((run.work / MEASURED).is_dir):
+        return ()
+    from clipcid_cli.steps.balance.saved_sets import load_measured
+
+    return run.shared.publish(load_measured, run, division)
+
+
+def _measure_all(run: BalanceRun, division: Division) -> Arrays:
+    """Measure the sets, each process some; the same on every process.
 
     Returns:
         The representative of each row, integers [N], and its distance to it, float32 [N]; then the columns of the table.
     """
     rows, labels = run.rows, division.labels
-    journal = array_journal(run.work / ".sets")
-
-    def name() -> str:
-        """Return what decides the sets and what is measured of them: unfinished work may be of other settings."""
-        decisive = (labels, division.representatives, rows.is_searched)
-        hashes = [None if array is None else hash_arrays(array) for array in decisive]
-        return hash_json([run.inputs_hash, run.settings.select, *hashes])
-
-    saved_as = run.context.on_rank0(name)
-
-    def load() -> Arrays:
-        saved = journal.read(saved_as)
-        return () if saved is None else tuple(saved[str(place)] for place in range(len(saved)))
-
-    if saved := run.shared.publish(load):
-        return saved
     began = time.monotonic()
-    groups = Groups.publish(run.shared, lambda: Groups.from_sets(labels))
+    groups = Groups(*run.shared.publish(Groups.from_sets, labels))
     is_unique = np.zeros(len(rows), np.bool_)
     is_unique[rows.unique] = True
     measure = partial(_measure, run, division.representatives, is_unique)
@@ -192,7 +187,9 @@ def _load_or_measure(run: BalanceRun, division: Division) -> Arrays:
         table = (members[is_first], sizes, chosen[is_first], farthest, farthest_distance, diameter, is_exact)
         arrays = (representatives_N, distances_N, *table)
         if time.monotonic() > began + _LONG_SECONDS:
-            journal.append(saved_as, {str(place): array for place, array in enumerate(arrays)})
+            from clipcid_cli.steps.balance.saved_sets import save_measured
+
+            save_measured(run, division, arrays)
         return arrays
 
     return run.shared.publish(join)
@@ -236,11 +233,11 @@ def divide_by_components(
 ) -> tuple[Division, Forest]:
     """Single linkage: the components of the forest up to the threshold, at which it keeps as many as are asked for."""
 
-    def divide() -> Arrays:
+    def label() -> Arrays:
         merged = forest.edges.up_to(threshold)
         return (connected_components(len(run.rows), merged.a, merged.b),)
 
-    (labels,) = run.shared.publish(divide)
+    (labels,) = run.shared.publish(label)
     return Division(labels, None, threshold, partial(single_curve, run.rows, forest.edges, threshold)), forest
 
 

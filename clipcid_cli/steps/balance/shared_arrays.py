@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from clipcid_cli.formats.files import write_error
 from clipcid_cli.runtime.distributed import DistContext
 
 _FOLDER = ".shared"
+
+P = ParamSpec("P")
 
 _Form = tuple[np.dtype[Any], tuple[int, ...]]
 
@@ -38,7 +40,7 @@ class SharedArrays:
         self._name = context.broadcast(secrets.token_hex(4))
         self._number = count()
 
-    def publish(self, make: Callable[[], Arrays]) -> Arrays:
+    def publish(self, make: Callable[P, Arrays], *args: P.args, **kwargs: P.kwargs) -> Arrays:
         """Make arrays on the first process and return them, read-only, on every process.
 
         Where all processes are on one host, the files are gone when this returns: the maps keep their content. Another host
@@ -46,20 +48,20 @@ class SharedArrays:
         """
         context = self.context
         if context.size == 1:
-            return make()
+            return make(*args, **kwargs)
         place = self._next_place()
-        forms = context.on_rank0(lambda: self._write(place, 0, make()))
-        arrays = context.on_all(lambda: _map(place, 0, forms))
+        forms = context.on_rank0(lambda: self._write(place, 0, make(*args, **kwargs)))
+        arrays = context.on_all(_map, place, 0, forms)
         self._forget(place)
         return arrays
 
-    def collect(self, make: Callable[[], Arrays]) -> list[Arrays]:
+    def collect(self, make: Callable[P, Arrays], *args: P.args, **kwargs: P.kwargs) -> list[Arrays]:
         """Make arrays on every process, and return all of them, by rank, on the first one; nothing on the others."""
         context = self.context
         if context.size == 1:
-            return [make()]
+            return [make(*args, **kwargs)]
         place = self._next_place()
-        forms = context.gather(context.on_all(lambda: self._write(place, context.rank, make())))
+        forms = context.gather(context.on_all(lambda: self._write(place, context.rank, make(*args, **kwargs))))
         collected: list[Arrays] = []
 
         def read() -> None:
@@ -69,27 +71,27 @@ class SharedArrays:
         context.on_rank0(read)
         return collected
 
-    def exchange(self, make: Callable[[], Arrays]) -> list[Arrays]:
+    def exchange(self, make: Callable[P, Arrays], *args: P.args, **kwargs: P.kwargs) -> list[Arrays]:
         """Make arrays on every process, and return all of them, by rank, read-only, on every process."""
         context = self.context
         if context.size == 1:
-            return [make()]
+            return [make(*args, **kwargs)]
         place = self._next_place()
-        forms = context.gather(context.on_all(lambda: self._write(place, context.rank, make())))
+        forms = context.gather(context.on_all(lambda: self._write(place, context.rank, make(*args, **kwargs))))
         arrays = context.on_all(lambda: [_map(place, rank, of_rank) for rank, of_rank in enumerate(forms)])
         self._forget(place)
         return arrays
 
-    def assemble(self, make: Callable[[], Arrays]) -> Arrays:
+    def assemble(self, make: Callable[P, Arrays], *args: P.args, **kwargs: P.kwargs) -> Arrays:
         """Make a part of some arrays, [n], on every process; return the whole, the parts by rank, on every process."""
         context = self.context
         if context.size == 1:
-            return make()
+            return make(*args, **kwargs)
         if context.spans_hosts:  # where parts meet in a page of a file, each host would write it with its part alone
-            parts = self.collect(make)
+            parts = self.collect(make, *args, **kwargs)
             return self.publish(lambda: tuple(self._concatenate(arrays) for arrays in zip(*parts, strict=True)))
         place = self._next_place()
-        own = context.on_all(make)
+        own = context.on_all(make, *args, **kwargs)
         lengths = np.array(context.gather([len(array) for array in own]))
         begins = lengths[: context.rank].sum(axis=0)
         forms = [(array.dtype, (int(length),)) for array, length in zip(own, lengths.sum(axis=0), strict=True)]
@@ -104,7 +106,7 @@ class SharedArrays:
                 whole[begin : begin + len(part)] = part
 
         context.on_all(fill)
-        arrays = context.on_all(lambda: _map(place, 0, forms))
+        arrays = context.on_all(_map, place, 0, forms)
         self._forget(place)
         return arrays
 

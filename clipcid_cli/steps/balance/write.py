@@ -71,7 +71,7 @@ def write(outcome: Outcome, names: Names) -> BalanceResult:
         one.start(lambda: write_list(outcome, names))
         other.start(lambda: write_sets(outcome, names))
         written = [KEEP_LIST, ROW_NUMBERING]
-        if write_skipped(run.work / SKIPPED, _list_skipped(run)):
+        if result.skipped and write_skipped(run.work / SKIPPED, _list_skipped(run)):
             written.append(SKIPPED)
         pictures = write_report(outcome, result, warnings)
     result = msgspec.structs.replace(result, seconds=run.phases())

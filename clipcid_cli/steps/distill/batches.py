@@ -29,15 +29,14 @@ from clipcid_cli.runtime.models.tokenizers import Tokenizer
 from clipcid_cli.runtime.models.views import MixedView, identity_colors, mix_pixels
 from clipcid_cli.runtime.pipeline import ordered_map, prefetch
 from clipcid_cli.runtime.randomness import SampleOrder, derive_seed
-from clipcid_cli.steps.distill.extra_texts import ExtraText
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.distill.training_batch import HOST, TrainingBatch
 from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.steps.shard_copies import fetch_part_ahead
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.distill.clusters import ClusterLookup
+    from clipcid_cli.steps.distill.extra_texts import ExtraText
 
 Piece = TypeVar("Piece")
 
@@ -325,7 +324,11 @@ class Batches:
     def deal(self, steps: range) -> Iterator[DealtBatch]:
         """Say what workers shall make of each step's batch; a start anywhere deals the same."""
         index = index_of(self._inputs.dataset)
-        fetch = partial(fetch_part_ahead, index, context=self._context)
+        fetch: Callable[[Sequence[int]], None] | None = None
+        if index.cache is not None:
+            from clipcid_cli.steps.shard_copies import fetch_part_ahead
+
+            fetch = partial(fetch_part_ahead, index, context=self._context)
         order = SampleOrder(self._seed, self._samples.sizes.tolist(), fetch)
         own = slice(*self._context.rank_range(self._batch_size))
         for step in steps:
@@ -364,6 +367,8 @@ class Batches:
         extra = self._inputs.teacher.extra_texts
         if extra is None:
             return []
+        from clipcid_cli.steps.distill.extra_texts import ExtraText
+
         random = np.random.default_rng(derive_seed("extra texts", self._seed, step))
         count = self._inputs.teacher.num_extra_texts(self._batch_size)
         own = slice(*self._context.rank_range(count))

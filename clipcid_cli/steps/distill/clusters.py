@@ -25,7 +25,7 @@ from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.distill.stored import flags_of_embeddings
-from clipcid_cli.steps.distill.teachers import OnlineTeacher, Teacher
+from clipcid_cli.steps.distill.teachers import Teacher
 from clipcid_cli.steps.models import cluster_with, validate_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -58,9 +58,9 @@ class ChosenClusters:
         device: torch.device,
     ) -> ClusterLookup:
         """Make them ready for training, in the space of the teacher's principal `axes` where it is cut to them."""
-        if isinstance(teacher, OnlineTeacher):
-            fix = cluster_with(teacher.name, settings)
-            validate_width(self.files, f"teacher {teacher.name.spec}", teacher.width, fix)
+        if teacher.online is not None and teacher.width is not None:
+            fix = cluster_with(teacher.online, settings)
+            validate_width(self.files, f"teacher {teacher.online.spec}", teacher.width, fix)
         centroids = ProjectedCentroids(self.files.centroids, axes, device)
         return ClusterLookup(centroids, table_rows, self.towers, settings)
 

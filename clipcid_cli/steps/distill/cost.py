@@ -40,7 +40,7 @@ def measure_cost(trainer: Trainer) -> DistillCost:
     reporting.note(f"Timing steps of {plan.batch_size:,} samples.")
     measured = _make_steps(trainer)
     # What steps take on the device is there now; on a CPU that is the host.
-    memory = trainer.context.on_all(lambda: host_memory(plan, trainer.student, trainer.context))
+    memory = trainer.context.on_all(host_memory, plan, trainer.student, trainer.context)
     # Workers prepare batches during the steps; without any, one follows the other.
     data_seconds = measured.batch_seconds / max(1, plan.workers)
     seconds_per_step = max(measured.step_seconds, data_seconds)

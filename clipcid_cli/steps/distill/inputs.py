@@ -31,12 +31,12 @@ from clipcid_cli.steps.distill.stored import (
     open_stored,
 )
 from clipcid_cli.steps.distill.teachers import Judgement, Teacher, choose_losses, choose_teacher, judge_teacher
-from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
+from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.open_data import open_named
 from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.steps.shard_copies import cache_shards
 
 if TYPE_CHECKING:
+    from clipcid_cli.steps.chosen_keep_list import ChosenKeepList
     from clipcid_cli.steps.distill.clusters import ChosenClusters
 
 
@@ -162,4 +162,8 @@ def _open_data(
         dataset = dataclasses.replace(dataset, index_folder=scratch / "index")
     dataset = index_alone(dataset, settings.workers)  # `embed` has mostly done it before
     note_captions(dataset)
-    return cache_shards(dataset, settings.cache_size)
+    if any(shard.is_streamed for shard in dataset.shards):
+        from clipcid_cli.steps.shard_copies import cache_shards
+
+        dataset = cache_shards(dataset, settings.cache_size)
+    return dataset

@@ -17,7 +17,7 @@ from clipcid_cli.runtime.pipeline import HostMemory, host_memory_of, validate_ho
 from clipcid_cli.steps.distill.batches import BatchMaker, count_parts
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.student import Student
-from clipcid_cli.steps.distill.teachers import OnlineTeacher, Teacher
+from clipcid_cli.steps.distill.teachers import Teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.training_memory import SHARE_OF_DEFAULT, planned_states, training_memory
 from clipcid_cli.training.train_state import count_checkpoint_bytes, count_trained_bytes
@@ -56,7 +56,7 @@ def validate_memory(plan: DistillPlan, student: Student, context: DistContext) -
 
     Counted is the least that it takes: what losses and fragments need is not known before.
     """
-    context.on_all(lambda: _validate(plan, student, context))
+    context.on_all(_validate, plan, student, context)
 
 
 def checkpoint_copy_bytes(plan: DistillPlan, student: Student) -> int:
@@ -132,9 +132,9 @@ def _describe(
     clip = describe_clip(config, tokens if student.pruned.prunes_texts else student.model.info.context_length)
     if settings.keeps_text_tower:
         clip = clip.image_alone(clip.embed_dim)
-    if not isinstance(teacher, OnlineTeacher):
+    if teacher.online is None:
         return clip, []
-    return clip, [describe_clip(find_config(teacher.name) or {})]
+    return clip, [describe_clip(find_config(teacher.online) or {})]
 
 
 def _measure_captions(student: Student, inputs: Inputs) -> int:

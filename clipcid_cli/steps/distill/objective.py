@@ -16,9 +16,9 @@ from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.inputs import Inputs
-from clipcid_cli.steps.distill.own_losses import load_own_loss
 from clipcid_cli.steps.distill.teachers import Teacher
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
+from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.training.gradients import Features, gather_rows
 
 
@@ -53,9 +53,8 @@ class Objective:
         weights = dict[str, float]()
         functions = dict[LossEntry, Callable[..., Tensor]]()
         for loss, weight in losses.items():
-            own = settings.own_losses.get(loss.name)
             weights[loss.name] = weight.at(space.width)
-            functions[loss] = load_loss(loss.name) if own is None else load_own_loss(own)
+            functions[loss] = _load(loss, settings)
         why = "" if losses == settings.losses else " (the teacher is near chance)"
         reporting.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + f"{why}.")
         seed = derive_seed("loss parameters", settings.seed)
@@ -191,3 +190,11 @@ class Objective:
     def _gather_compared(self, rows: Tensor) -> Tensor:
         """Collect everybody's rows of what a loss reads of the own samples alone, unless it is of these alone."""
         return rows if self.local_loss else gather_rows(rows)
+
+
+def _load(loss: LossEntry, settings: DistillSettings) -> Callable[..., Tensor]:
+    if loss.name not in settings.own_losses:
+        return load_loss(loss.name)
+    from clipcid_cli.steps.distill.own_losses import load_own_loss
+
+    return load_own_loss(settings.own_losses[loss.name])

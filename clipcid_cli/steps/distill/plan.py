@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from clipcid_cli.algorithms.losses.rates import default_rate
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.output import OutputSpec, unfinished
-from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
 from clipcid_cli.formats.sidecar import Provenance, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -21,7 +20,6 @@ from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
 from clipcid_cli.steps.distill.memory import fitting_batch
-from clipcid_cli.steps.distill.own_losses import load_own_loss
 from clipcid_cli.steps.distill.stored import TeacherFolders, validate_teacher_names
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.keep_list import NO_KEEP_LIST
@@ -118,11 +116,16 @@ class DistillPlan:
 
 def validate_named(settings: DistillSettings) -> NamedData | None:
     """Look at what can be wrong with named inputs before hours of embedding; return the data sets of ``--eval-data``."""
-    for file in settings.own_losses.values():
-        load_own_loss(file)
+    if settings.own_losses:
+        from clipcid_cli.steps.distill.own_losses import load_own_loss
+
+        for file in settings.own_losses.values():
+            load_own_loss(file)
     if settings.needs_teacher:
         validate_teacher_names(settings)
     if settings.keep_list not in (None, NO_KEEP_LIST):
+        from clipcid_cli.formats.results.keep_list import read_keep_list
+
         read_keep_list(Path(settings.keep_list))
     if settings.needs_clusters:
         from clipcid_cli.steps.distill.clusters import validate_named_clusters

@@ -23,7 +23,6 @@ from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.shown import metric_title
 from clipcid_cli.steps.distill.held_out import HeldOut
 from clipcid_cli.steps.distill.inputs import Inputs
-from clipcid_cli.steps.distill.teachers import OnlineTeacher
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.encode import Encoded
 from clipcid_cli.steps.settings.shared import output_settings
@@ -226,8 +225,8 @@ def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
     listed = [("data", inputs.dataset.spec)]
     listed.append(("keep list", "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)))
     teacher = inputs.teacher
-    if isinstance(teacher, OnlineTeacher):
-        listed.append(("teacher", f"{teacher.name.spec}, run alongside the student"))
+    if teacher.online is not None:
+        listed.append(("teacher", f"{teacher.online.spec}, run alongside the student"))
     if teacher.embeddings is not None:
         listed += teacher.embeddings.listed()
     listed += teacher.judgement.listed(inputs.settings)

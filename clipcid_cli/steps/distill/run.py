@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.results.run_folder import DistillSidecar, write_held_out
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import skipped_file, write_skipped
@@ -27,10 +26,11 @@ from clipcid_cli.steps.distill.samples import count_unreadable, list_skipped
 from clipcid_cli.steps.distill.stored import find_embeddings
 from clipcid_cli.steps.distill.student import Student, load_student, write_students
 from clipcid_cli.steps.distill.trainer import Trainer
-from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.steps.shard_copies import warn_of_copies
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.embed.result import EmbedCost
 
 
 def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
@@ -39,14 +39,17 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
     if settings.workers != 0:
         start_worker_server()
     with open_dist_context(settings.device) as context, scratch_folder(context, dry_run=settings.dry_run) as scratch:
-        named = context.on_rank0(lambda: validate_named(settings))
-        student = context.on_all(lambda: load_student(settings, context.device))
+        named = context.on_rank0(validate_named, settings)
+        student = context.on_all(load_student, settings, context.device)
         embeddings = find_embeddings(settings, context)
-        if isinstance(embeddings, EmbedCost):
+        if not isinstance(embeddings, tuple):
             return embeddings
         memories = context.gather(device_memory(context.device))
-        plan = context.on_rank0(lambda: make_plan(settings, student, embeddings, named, scratch, context, memories))
-        warn_of_copies(plan.inputs.dataset, context)
+        plan = context.on_rank0(make_plan, settings, student, embeddings, named, scratch, context, memories)
+        if context.size > 1:
+            from clipcid_cli.steps.shard_copies import warn_of_copies
+
+            warn_of_copies(plan.inputs.dataset, context)
         plan = plan.loaded(context)
         if settings.dry_run:
             return _preview(plan, student, context)
@@ -85,7 +88,7 @@ def _preview(plan: DistillPlan, student: Student, context: DistContext) -> Disti
     from clipcid_cli.steps.distill.cost import measure_cost
 
     spec = plan.identify(student)
-    context.on_rank0(lambda: preview_output(spec, "this run", "What follows is of all its steps."))
+    context.on_rank0(preview_output, spec, "this run", "What follows is of all its steps.")
     validate_memory(plan, student, context)
     validate_samples(plan.inputs.dataset, context, plan.settings, dry_run=True)
     cost = measure_cost(Trainer(plan, student, context))
@@ -99,9 +102,12 @@ def _train(
 ) -> DistillSidecar:
     """Start a run or go on with it, train, and write what it ends with."""
     settings, folder = plan.settings, plan.folder
-    context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
+    if settings.report_to != "none":
+        from clipcid_cli.formats.results.boards import validate_board
+
+        context.on_rank0(validate_board, settings.report_to, quiet=settings.quiet)
     validate_memory(plan, student, context)
-    first = context.on_rank0(lambda: begin_run(output, folder, settings.resume))
+    first = context.on_rank0(begin_run, output, folder, settings.resume)
     if not first:  # an unfinished run without a checkpoint may have ended because of what this finds
         validate_samples(plan.inputs.dataset, context, settings, dry_run=False)
     trainer = Trainer(plan, student, context, output, first)
@@ -111,7 +117,7 @@ def _train(
             trainer.train()
         speed = (plan.steps - first) * plan.batch_size / seconds["train"]
         unreadable = trainer.unreadable_images()
-        return context.on_rank0(lambda: write(trainer, output, unreadable, speed, seconds))
+        return context.on_rank0(write, trainer, output, unreadable, speed, seconds)
 
 
 def write(

@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, second_moment
+from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, SharedSpace, principal_axes, second_moment
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.files import atomic_file
@@ -49,7 +49,7 @@ def choose_space(inputs: Inputs, student_width: int, context: DistContext) -> Sh
             f"{by_layer} There are no stored embeddings to find the axes of --teacher-space pca in (clipcid embed)."
         )
     else:
-        axes = context.on_rank0(lambda: principal_axes(_find_second_moment(settings, embeddings), student_width))
+        axes = context.on_rank0(_find_axes, settings, embeddings, student_width)
         dimensions = f"{student_width} of the teacher's {teacher_width} dimensions"
         if requested == "pca" or axes.kept >= _ENOUGH_LENGTH:
             reporting.note(f"Shared space: {dimensions}, which keep {axes.kept:.1%} of its rows' squared length.")
@@ -60,6 +60,10 @@ def choose_space(inputs: Inputs, student_width: int, context: DistContext) -> Sh
             "tower maps to all of them (--teacher-space pca cuts anyway)."
         )
     return SharedSpace(teacher_width, is_learned=True)
+
+
+def _find_axes(settings: DistillSettings, embeddings: Embeddings, width: int) -> PrincipalAxes:
+    return principal_axes(_find_second_moment(settings, embeddings), width)
 
 
 def _find_second_moment(settings: DistillSettings, embeddings: Embeddings) -> npt.NDArray[np.float64]:

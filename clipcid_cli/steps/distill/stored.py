@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
-from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
@@ -21,11 +20,13 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width,
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.samples import MatchCounts, index_of
 from clipcid_cli.steps.embed.request import ensure_embeddings
-from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embeddings import advise_keys, compare_keys, open_teacher
 from clipcid_cli.steps.models import choose_embeddings, embed_with, find_mismatch, find_model, validate_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.embed.result import EmbedCost
 
 
 def losses_of_captions(settings: DistillSettings) -> list[str]:
@@ -96,7 +97,7 @@ def find_embeddings(settings: DistillSettings, context: DistContext) -> TeacherF
     if settings.embeddings:
         return settings.embeddings
     if settings.online_teacher:
-        return context.on_rank0(lambda: _find_of_online(settings))
+        return context.on_rank0(_find_of_online, settings)
     work = WorkDirectory(settings.work)
     teachers = settings.teacher
     if not teachers:
@@ -110,7 +111,7 @@ def find_embeddings(settings: DistillSettings, context: DistContext) -> TeacherF
     folders = list[Path]()
     for teacher in teachers:
         embedded = _ensure_embeddings(settings, teacher, context)
-        if isinstance(embedded, EmbedCost):
+        if not isinstance(embedded, Path):
             if teacher != teachers[-1]:
                 reporting.note(f"That is the cost of {teacher} alone: the teachers after it are not estimated.")
             return embedded
@@ -124,8 +125,10 @@ def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistCon
     if not exists:
         with_views = f"run: {embed_with(parse_model(teacher), settings)} --views 4"
         validate_views(settings, folder, configured().get("views", 0), with_views)
-        if not settings.dry_run:  # and before hours of embedding
-            context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
+        if settings.report_to != "none" and not settings.dry_run:  # and before hours of embedding
+            from clipcid_cli.formats.results.boards import validate_board
+
+            context.on_rank0(validate_board, settings.report_to, quiet=settings.quiet)
     # Existing embeddings of images only may suffice; new ones are of captions too, if a text tower is trained on them.
     text = True if losses_of_captions(settings) or not (exists or settings.keeps_text_tower) else None
     alone = settings.without_captions

@@ -22,7 +22,6 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import with_default_tag
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
-from clipcid_cli.runtime.models.tower_modules import freeze, image_tower_kind
 from clipcid_cli.runtime.models.views import apply_colors
 from clipcid_cli.runtime.precision import Precision, choose_precision, fast_attention
 from clipcid_cli.steps import reporting
@@ -115,6 +114,8 @@ def load_student(settings: DistillSettings, device: torch.device) -> Student:
     frozen: list[nn.Module] = []
     for tower, is_frozen in (("image", settings.freeze_image), ("text", not settings.trains_text)):
         if is_frozen:
+            from clipcid_cli.runtime.models.tower_modules import freeze
+
             frozen += freeze(model.module, tower)
             starts_trained -= {tower}
     pruned = PrunedForward(model.module)
@@ -168,6 +169,8 @@ def _plan_masking(settings: DistillSettings, model: ClipModel, num_patches: int 
 
 
 def _other_towers(model: ClipModel, loss: str, does: str, or_text: str = "") -> ClipcidError:
+    from clipcid_cli.runtime.models.tower_modules import image_tower_kind
+
     return ClipcidError(
         f"--loss {loss} {does}. The image tower of {model.info.spec}, {image_tower_kind(model.module)}, is not a ViT of "
         f"open_clip with a class token and without patch dropout{or_text}.",

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
-import torch
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, TEACHER_SCALE, LossEntry, Weight
@@ -21,19 +19,13 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.fingerprint import FileRecord, hash_json
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.records import Pairing, Repair
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation
-from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
-from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.models.renderer import Processor
-from clipcid_cli.runtime.models.views import apply_colors
-from clipcid_cli.runtime.precision import Precision, choose_precision
-from clipcid_cli.shown import short_name
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.distill.stored import validate_matches, validate_views
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
@@ -42,18 +34,11 @@ from clipcid_cli.steps.repair import describe_repair, repair_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import VIEW_KINDS
 
-SAMPLES_AT_ONCE = 256
-"""Samples that an online teacher takes at once, whatever the batch; no activations are kept."""
+if TYPE_CHECKING:
+    from clipcid_cli.steps.distill.extra_texts import ExtraTexts
 
 # Views of another tool, or of a kind that `embed` no longer draws, may have any crop and colours.
 _ANY = Augmentation(crop_scale=0.08, color_jitter=1.0, gray_probability=1.0)
-
-
-class RunningModel(NamedTuple):
-    """A model that is loaded on this process's device."""
-
-    model: ClipModel
-    precision: Precision  # number format of its products
 
 
 class TeacherRows(NamedTuple):
@@ -98,6 +83,7 @@ class Teacher:
     num_views: int = 0  # stored views of each image that are replayed, 0 for none
     first_captions: bool = False  # whether a sample may only show its first caption, the only one that is embedded
     extra_texts: ExtraTexts | None = None
+    online: ModelName | None = None  # the model that runs alongside the student; None where none does
 
     @property
     def model_name(self) -> str | None:
@@ -210,97 +196,6 @@ class StoredTeacher(Teacher):
         return self.embeddings.fingerprints(kinds)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OnlineTeacher(Teacher):
-    """A model that runs alongside the student, on the same views and captions.
-
-    Stored embeddings of it, where there are any, only tell the axes of the shared space, and its repair.
-    """
-
-    name: ModelName
-    running: RunningModel | None = None  # once it is loaded
-
-    @property
-    def _running(self) -> RunningModel:
-        assert self.running is not None, "loaded on every process"
-        return self.running
-
-    @property
-    def model_name(self) -> str:
-        return short_name(self.name.spec)
-
-    @property
-    def width(self) -> int:
-        return self._running.model.info.embed_dim
-
-    @property
-    def scale(self) -> float:
-        return self._running.model.logit_scale
-
-    @property
-    def bias(self) -> float | None:
-        return self._running.model.logit_bias
-
-    @property
-    def processor(self) -> Processor:
-        return Processor.from_model(self._running.model)
-
-    @cached_property
-    def _image_map(self) -> Tensor | None:
-        """What image features are multiplied by, as repaired rows are, [D, D]; None where they are taken as they are."""
-        if self.embeddings is None or self.embeddings.image_map is None:
-            return None
-        return torch.from_numpy(self.embeddings.image_map.map_DD).to(self._running.model.device)
-
-    def loaded(self, settings: DistillSettings, context: DistContext) -> OnlineTeacher:
-        model = context.on_all(lambda: load_model(self.name, context.device))
-        model.module.requires_grad_(False)
-        precision = choose_precision(settings.precision, context.device, "embed", model.info.parameters)
-        model.cast_products(precision)
-        return dataclasses.replace(self, running=RunningModel(model, precision))
-
-    def announce(self, losses: Collection[LossEntry]) -> None:
-        model, precision = self._running
-        info = model.info
-        reporting.note(
-            f"Online teacher: {info.parameters / 1e6:.1f} M parameters, {info.image_size[0]} px, "
-            f"{info.context_length} tokens, precision {precision.name} ({precision.reason})."
-        )
-
-    @torch.no_grad()
-    def rows(self, batch: TrainingBatch) -> TeacherRows:
-        """Embed what the student is shown."""
-        assert batch.teacher_pixels is not None, "workers have its processor"
-        model, precision = self._running
-        images, texts = [], []
-        for start in range(0, len(batch), SAMPLES_AT_ONCE):
-            part = slice(start, start + SAMPLES_AT_ONCE)
-            pixels = batch.teacher_pixels[part]
-            if batch.colors is not None:
-                pixels = normalize_pixels(apply_colors(pixels, batch.colors[part]), model.info.preprocess)
-            images.append(model.encode_images(pixels, precision))
-            if batch.teacher_tokens is not None:
-                texts.append(model.encode_texts(batch.teacher_tokens[part], precision))
-        image = torch.cat(images)
-        if self._image_map is not None:
-            image = image.float() @ self._image_map
-        return TeacherRows(image, torch.cat(texts) if texts else None)
-
-    def fingerprints(self) -> list[FileRecord]:
-        return [] if self.embeddings is None else self.embeddings.fingerprints([Kind.TEXTS])
-
-    def describe_weights(self) -> list[FileRecord]:
-        return [describe_weights(self._running.model)]
-
-
-def describe_weights(model: ClipModel) -> FileRecord:
-    """Describe a model as an input of the run: its weights, configuration, and what decides pixels and tokens."""
-    info = model.info
-    config = hash_json(info.config)
-    content = f"{info.weights_hash} {config} {info.preprocess_hash} {info.tokenizer} {info.context_length}"
-    return FileRecord(f"the teacher {info.spec}", info.parameters, content)
-
-
 def judge_teacher(settings: DistillSettings, embeddings: Embeddings) -> tuple[Embeddings, Judgement]:
     """Repair the teacher of stored rows where that is better, and measure how well it then pairs them."""
     repaired, repair = repair_teacher(settings, embeddings)
@@ -365,12 +260,18 @@ def choose_teacher(
         reporting.note(f"Teacher: {online.spec}, run alongside the student on the same views and captions.")
         if embeddings is None and settings.repair != "none":
             reporting.note("It is left as it is: a repair is fitted to stored embeddings, of which there are none.")
-        return OnlineTeacher(embeddings, judgement, name=online)
+        from clipcid_cli.steps.distill.online_teacher import OnlineTeacher
+
+        return OnlineTeacher(embeddings, judgement, online=online)
     if embeddings is None:
         return Teacher()
     validate_matches(settings, dataset, embeddings, counts)
     num_views = _choose_views(settings, embeddings)
-    extra_texts = find_extra_texts(settings, losses, embeddings)
+    extra_texts: ExtraTexts | None = None
+    if settings.extra_texts or Kind.VARIANTS in embeddings.kinds:
+        from clipcid_cli.steps.distill.extra_texts import find_extra_texts
+
+        extra_texts = find_extra_texts(settings, losses, embeddings)
     first_captions = embeddings.has_texts
     if settings.student_caption_key:
         keys = " or ".join(settings.student_caption_key)

@@ -7,10 +7,8 @@ import time
 from contextlib import closing
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.distant import close_copies
 from clipcid_cli.formats.files import write_json
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.boards import open_board
 from clipcid_cli.formats.results.run_folder import DistillSidecar, TrainingLog
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime import interruption
@@ -24,6 +22,7 @@ from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.pace import Pace, full_speed
 from clipcid_cli.steps.distill.plan import DistillPlan
+from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.distill.space import choose_space
 from clipcid_cli.steps.distill.step import SentRecord, StepRecord, TrainStep
 from clipcid_cli.steps.distill.student import Student, batch_norms
@@ -89,7 +88,9 @@ class Trainer:
         self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, context)
         self.evaluation = Evaluation(inputs, model, plan.named, context)
         board = None
-        if output is not None and context.is_main:
+        if settings.report_to != "none" and output is not None and context.is_main:
+            from clipcid_cli.formats.results.boards import open_board
+
             board = open_board(
                 settings.report_to, plan.folder, self.state.step, output.spec.provenance.settings, quiet=settings.quiet
             )
@@ -109,7 +110,10 @@ class Trainer:
             # The run was killed between its last checkpoint and its sidecar.
             self.losses, self.metrics = plan.folder.last_values()
             return
-        close_copies()
+        if index_of(plan.inputs.dataset).cache is not None:
+            from clipcid_cli.formats.data.distant import close_copies
+
+            close_copies()
         self._saved_at = time.monotonic()
         steps = range(first, plan.steps)
         with (

@@ -25,6 +25,7 @@ from clipcid_cli.formats.output import (
     find_output,
     is_claimed,
     other_run_error,
+    remove_leftovers,
     unfinished,
 )
 from clipcid_cli.formats.sidecar import DataSpec, read_sidecar, sidecar_path
@@ -149,11 +150,19 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
     else:
         plan = dataclasses.replace(plan, may_grow=True)
     # After the output: where that is of other data, the remedies for captions would replace it.
-    if settings.text:
+    if settings.text and plan.finished is None:
         if not _has_captions(dataset):
             raise _no_captions_error(dataset, without_text)
         _look_at_captions(dataset)
     return plan
+
+
+def take_finished(plan: EmbedPlan, finished: EmbedSidecar) -> None:
+    """Say, on the first process, that the embeddings are there, and remove what a killed run has left beside them."""
+    if not plan.settings.dry_run:
+        spec = OutputSpec(plan.folder, EMBED, EmbedSidecar, settings=finished.settings, inputs=finished.inputs)
+        remove_leftovers(spec)
+    reporting.note(f"{plan.folder} already holds the embeddings of {plan.dataset.spec} with {plan.name.spec}.")
 
 
 def _look_at_output(plan: EmbedPlan) -> EmbedPlan:

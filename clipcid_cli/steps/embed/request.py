@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipcid_cli.errors import command_line, flag_words
 from clipcid_cli.formats.embeddings.sidecar import read_embed_sidecar
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import ModelName, with_default_tag
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.embed.plan import choose_text
-from clipcid_cli.steps.embed.result import EmbedCost
-from clipcid_cli.steps.embed.run import make_embeddings
+from clipcid_cli.steps.embed.plan import choose_text, make_plan, take_finished
 from clipcid_cli.steps.models import choose_embeddings, find_model
 from clipcid_cli.steps.settings.embed import EmbedSettings, configured
 from clipcid_cli.steps.settings.shared import ReadingSettings
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.embed.result import EmbedCost
 
 
 def ensure_embeddings(
@@ -55,7 +56,15 @@ def ensure_embeddings(
             request = dataclasses.replace(request, **captions)
     elif text is None and wanted:
         request = dataclasses.replace(request, text=context.on_rank0(choose_text, request, name))
-    result = make_embeddings(request, context, without_captions if text else embed_images_first(request, name))
+    without_text = without_captions if text else embed_images_first(request, name)
+    plan = context.on_rank0(make_plan, request, without_text)
+    if plan.finished is not None:
+        context.on_rank0(take_finished, plan, plan.finished)
+        return folder
+    from clipcid_cli.steps.embed.result import EmbedCost
+    from clipcid_cli.steps.embed.run import embed_planned  # and with it what encodes
+
+    result = embed_planned(plan, context)
     if isinstance(result, EmbedCost):
         flags = request.data_flags | {"work": settings.work, "text": None if request.text else False}
         embed = command_line("embed", data or "DATA", model=model, **flags)

@@ -13,7 +13,7 @@ from clipcid_cli.formats.data.addresses import is_pipe
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, read_manifest
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
-from clipcid_cli.formats.output import Output, OutputSpec, find_output, find_works, remove_leftovers
+from clipcid_cli.formats.output import Output, find_output, find_works
 from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.skipped import skipped_file
 from clipcid_cli.formats.skips import Skips
@@ -24,7 +24,7 @@ from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import count_captions, ensure_index, stream_shard
 from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder
 from clipcid_cli.steps.embed.memory import validate_memory
-from clipcid_cli.steps.embed.plan import EMBED, EmbedPlan, make_plan
+from clipcid_cli.steps.embed.plan import EMBED, EmbedPlan, make_plan, take_finished
 from clipcid_cli.steps.embed.result import Embedded, EmbedResult
 from clipcid_cli.steps.embed.write import Timings, commit, make_rows, state_facts
 from clipcid_cli.steps.encode import Encoded, encode, list_batches
@@ -50,10 +50,14 @@ def make_embeddings(settings: EmbedSettings, context: DistContext, without_text:
     """Embed with the processes of `context`; `without_text` is as of `EmbedPlan`."""
     plan = context.on_rank0(make_plan, settings, without_text)
     if plan.finished is not None:
-        if not settings.dry_run:
-            context.on_rank0(_remove_leftovers, plan)
-        reporting.note(f"{plan.folder} already holds the embeddings of {plan.dataset.spec} with {plan.name.spec}.")
+        context.on_rank0(take_finished, plan, plan.finished)
         return describe(plan.folder, plan.finished)
+    return embed_planned(plan, context)
+
+
+def embed_planned(plan: EmbedPlan, context: DistContext) -> Embedded:
+    """Embed what is not embedded yet; of a dry run return what that would cost."""
+    settings = plan.settings
     shards = "1 shard" if len(plan.shards) == 1 else f"{len(plan.shards):,} shards"
     reporting.note(f"Embedding {plan.dataset.spec} ({shards}) with {plan.name.spec}.")
     if settings.dry_run or not plan.is_begun:
@@ -80,12 +84,6 @@ def make_embeddings(settings: EmbedSettings, context: DistContext, without_text:
         plan = dataclasses.replace(plan, dataset=ensure_index(plan.dataset, context, encoder.workers))
         sidecar = context.on_rank0(_commit, plan, encoder, output, writer, timings)
     return describe(plan.folder, sidecar)
-
-
-def _remove_leftovers(plan: EmbedPlan) -> None:
-    finished = plan.finished
-    assert finished is not None, "embedded earlier"
-    remove_leftovers(OutputSpec(plan.folder, EMBED, EmbedSidecar, settings=finished.settings, inputs=finished.inputs))
 
 
 def _start(output: Output[EmbedSidecar], writer: EmbeddingWriter) -> None:

@@ -31,7 +31,8 @@ def write_summary(
     Args:
         datasets: What each result was measured on.
     """
-    table, report = (work.eval_summary / name for name in (SUMMARY_TABLE, SUMMARY_REPORT))
+    table = work.eval_summary / SUMMARY_TABLE
+    report = work.eval_summary / SUMMARY_REPORT
     table.parent.mkdir(parents=True, exist_ok=True)
     write_results(table, [_row(result) for result in results])
     details = [_detail(result, dataset) for result, dataset in zip(results, datasets, strict=True)]

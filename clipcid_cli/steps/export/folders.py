@@ -10,10 +10,15 @@ from typing import Any
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.models.export_folder import HF_WEIGHTS, OPEN_CLIP_WEIGHTS
+from clipcid_cli.formats.models.export_folder import HF_WEIGHTS
 from clipcid_cli.formats.models.export_sidecar import Parity
 from clipcid_cli.formats.models.hf_folder import write_hf_folder
-from clipcid_cli.formats.models.open_clip_folder import is_height_first, square_side, write_model_folder
+from clipcid_cli.formats.models.open_clip_folder import (
+    OPEN_CLIP_WEIGHTS,
+    is_height_first,
+    square_side,
+    write_model_folder,
+)
 from clipcid_cli.runtime.libraries import quiet_libraries
 from clipcid_cli.runtime.models.exported import HfClip, hf_towers
 from clipcid_cli.runtime.models.load import load_model

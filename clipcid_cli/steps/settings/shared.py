@@ -267,12 +267,12 @@ class TrustSettings(SharedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wrong = next((name for name in self.allow_scheme if not _SCHEME.fullmatch(name)), None)
-        if wrong is not None:
-            raise UsageError(
-                f"--allow-scheme takes the name of a scheme in lower case, and {wrong!r} is none.",
-                "Give it as --allow-scheme s3, for addresses such as s3://bucket/image.jpg.",
-            )
+        for name in self.allow_scheme:
+            if not _SCHEME.fullmatch(name):
+                raise UsageError(
+                    f"--allow-scheme takes the name of a scheme in lower case, and {name!r} is none.",
+                    "Give it as --allow-scheme s3, for addresses such as s3://bucket/image.jpg.",
+                )
 
     @property
     def trust(self) -> dict[str, Any]:

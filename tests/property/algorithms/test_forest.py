@@ -24,7 +24,8 @@ from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.near.exact import LONGEST_ROW, IntArray
 from clipcid_cli.algorithms.near.search import near_pairs, search_jobs
 from clipcid_cli.algorithms.sets import forest as forest_module
-from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components, forest_curve
+from clipcid_cli.algorithms.sets.components import connected_components
+from clipcid_cli.algorithms.sets.forest import ForestSink, forest_curve
 
 CPU = torch.device("cpu")
 SCAN_DTYPES = (torch.float32, torch.bfloat16, torch.int8)

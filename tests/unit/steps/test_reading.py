@@ -32,12 +32,13 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.renderer import Renderer
 from clipcid_cli.steps.balance.filters.references import validate_references
+from clipcid_cli.steps.chosen_keep_list import ChosenKeepList
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.samples import list_skipped
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.probe_plan import make_plan
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
-from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
+from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.open_data import open_named
 from clipcid_cli.steps.preflight import choose_order, choose_workers, validate_samples

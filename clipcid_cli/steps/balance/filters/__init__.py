@@ -11,7 +11,7 @@ from clipcid_cli.steps.settings.balance import BalanceSettings
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.balance.filters.filter import Dropped, Filter
-    from clipcid_cli.steps.balance.plan import Reference
+    from clipcid_cli.steps.balance.filters.reference import Reference
 
 # What `identify` of the filters names: all of it is in every sidecar.
 _IDENTITY = ("clusters", "against", "against_threshold", "near", "near_distance", "near_keep")

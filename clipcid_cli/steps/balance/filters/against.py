@@ -15,9 +15,10 @@ from clipcid_cli.formats.results.keep_list import Column
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.filters.filter import Dropped, Filter, FilterCost
+from clipcid_cli.steps.balance.filters.reference import Reference
 from clipcid_cli.steps.balance.filters.references import Nearest, compare, count_references, name_contents
 from clipcid_cli.steps.balance.pictures import ReportPictures
-from clipcid_cli.steps.balance.plan import BalanceInputs, Reference
+from clipcid_cli.steps.balance.plan import BalanceInputs
 from clipcid_cli.steps.balance.result import AgainstResult
 
 

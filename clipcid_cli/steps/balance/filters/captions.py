@@ -20,10 +20,11 @@ from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.cost_result import CaptionCost
 from clipcid_cli.steps.balance.filters.filter import SAMPLED, Dropped, Filter, FilterCost
 from clipcid_cli.steps.balance.pictures import ReportPictures
 from clipcid_cli.steps.balance.plan import BalanceInputs
-from clipcid_cli.steps.balance.result import CaptionCost, CaptionWindowResult
+from clipcid_cli.steps.balance.result import CaptionWindowResult
 from clipcid_cli.steps.reporting import Progress
 from clipcid_cli.steps.settings.balance import BalanceSettings
 

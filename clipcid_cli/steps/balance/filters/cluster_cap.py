@@ -27,8 +27,9 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.curves import count_sizes
 from clipcid_cli.steps.balance.filters.filter import Dropped, Filter, FilterCost
+from clipcid_cli.steps.balance.filters.reference import Reference
 from clipcid_cli.steps.balance.pictures import ReportPictures
-from clipcid_cli.steps.balance.plan import BalanceInputs, Reference
+from clipcid_cli.steps.balance.plan import BalanceInputs
 from clipcid_cli.steps.balance.result import ClusterCapResult
 from clipcid_cli.steps.balance.scores import SCORES
 from clipcid_cli.steps.settings.balance import BalanceSettings

@@ -13,8 +13,9 @@ import msgspec
 from clipcid_cli.algorithms.near.exact import BoolArray, IntArray
 from clipcid_cli.formats.results.keep_list import Column
 from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.filters.reference import Reference
 from clipcid_cli.steps.balance.pictures import ReportPictures
-from clipcid_cli.steps.balance.plan import BalanceInputs, Reference
+from clipcid_cli.steps.balance.plan import BalanceInputs
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 SAMPLED = 8192

@@ -20,6 +20,7 @@ from clipcid_cli.formats.results.keep_list import Column
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.filters.filter import Dropped, Filter, FilterCost
+from clipcid_cli.steps.balance.filters.reference import Reference
 from clipcid_cli.steps.balance.filters.references import (
     Comparison,
     Nearest,
@@ -29,7 +30,7 @@ from clipcid_cli.steps.balance.filters.references import (
     number_rows,
 )
 from clipcid_cli.steps.balance.pictures import ReportPictures
-from clipcid_cli.steps.balance.plan import BalanceInputs, Reference
+from clipcid_cli.steps.balance.plan import BalanceInputs
 from clipcid_cli.steps.balance.result import NearResult
 
 _SAMPLE_ROWS = 512
@@ -126,7 +127,7 @@ def _find_share(run: BalanceRun, share: float) -> Nearest:
         )
         searched_to = wider_cutoff(nearest_S, searched_to, count, needed)
         comparison = _compare(run, searched_to, sampled_RS)
-    return comparison.up_to(run.context.on_rank0(lambda: _distance_of(comparison, needed)))
+    return comparison.up_to(run.context.on_rank0(_distance_of, comparison, needed))
 
 
 def _sample_distances(run: BalanceRun) -> FloatArray:

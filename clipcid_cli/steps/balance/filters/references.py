@@ -27,10 +27,13 @@ from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.cost_result import ReferenceCost
+from clipcid_cli.steps.balance.filters.reference import Reference
 from clipcid_cli.steps.balance.pictures import ReportPictures, pair_up
-from clipcid_cli.steps.balance.plan import BalanceInputs, Reference
-from clipcid_cli.steps.balance.result import ReferenceCost, ReferenceResult
-from clipcid_cli.steps.balance.run_search import Search, run_chunks
+from clipcid_cli.steps.balance.plan import BalanceInputs
+from clipcid_cli.steps.balance.result import ReferenceResult
+from clipcid_cli.steps.balance.run_search import Search, run_search
+from clipcid_cli.steps.balance.saved_search import find_place
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embeddings import open_given
 from clipcid_cli.steps.models import find_mismatch, find_model
@@ -335,7 +338,7 @@ def _compare(
     """Find the nearest row of a reference of each of some rows; return the pairs, and the name that they are saved under."""
     jobs = rectangle(rows, others, run.rows_in_memory)
     search = Search(label, jobs, read, searched_to, lambda: NearestOf(rows), lambda: reference.identity, stays=True)
-    return run_chunks(run, search), search.place(run).name
+    return run_search(run, search), find_place(run, search).name
 
 
 def number_rows(run: BalanceRun, reference: Reference) -> tuple[IntArray, ReadRows]:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
+from clipcid_cli.algorithms.sets.components import connected_components
 from clipcid_cli.algorithms.sets.covers import count_kept, find_cover_threshold
-from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components
+from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 from clipcid_cli.algorithms.sets.star import star_cover
 

@@ -158,6 +158,7 @@ def test_captions_of_a_shard_that_was_cut_are_an_error(tmp_path: Path) -> None:
     os.truncate(data / "00000.tar", 512)
     with pytest.raises(ClipcidError, match=r"captions in .*00000\.tar cannot be read"):
         part.sample(1)
+    assert part.sample(1, captions=False).captions == ()
 
 
 def test_a_shard_that_changes_while_it_is_listed_is_listed_again_or_named(

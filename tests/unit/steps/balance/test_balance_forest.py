@@ -29,7 +29,7 @@ from clipcid_cli.formats import arrays as formats_arrays
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance import keep_list, partition, write
-from clipcid_cli.steps.balance import run_search as searching
+from clipcid_cli.steps.balance import saved_search as searching
 from clipcid_cli.steps.balance.keep_list import read_names
 from clipcid_cli.steps.balance.run import run
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays

@@ -79,6 +79,8 @@ def test_another_amount_needs_no_search_and_the_forest_of_all_images_stays(
     with monkeypatch.context() as without:  # what is not asked for is not loaded
         for module in pkgutil.iter_modules(filters.__path__, f"{filters.__name__}."):
             without.setitem(sys.modules, module.name, None)
+        for name in ("saved_search", "saved_sets", "merge", "cost_result", "write_data"):
+            without.setitem(sys.modules, f"clipcid_cli.steps.balance.{name}", None)
         balance(work, folder, keep=0.5)
     whole = (work / "balance" / "forest.parquet").read_bytes()
     result, _ = balance(work, folder, keep=0.5, min_caption_similarity=0.5)

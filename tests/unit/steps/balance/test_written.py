@@ -8,6 +8,7 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import balance_data
 import numpy as np
@@ -15,15 +16,20 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from balance_data import make_rows, write_embeddings
+from conftest import make_image, write_tar
 from PIL import Image
 from uid_data import NUM_ROWS, UIDS, balance, datacomp_subset, write_data
 
+from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.data.shard import Shard
+from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.steps.balance import changes, pictures
 from clipcid_cli.steps.balance.changes import count_words
 from clipcid_cli.steps.balance.plan import BalancePlan
+from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.balance.samples import SampleFinder, read_uid
 from clipcid_cli.steps.data_index import index_alone
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -225,6 +231,23 @@ def test_it_tells_what_moved_and_loads_nothing(tmp_path: Path) -> None:
     assert "whose caption has the word" in reports["words"]
     assert reports["classes"].count("data:image/webp") == 3 + 2 * 2  # the set, and the pairs that join it
     assert "not shown: it is not recorded which data" in " ".join(reports["words"].split())
+
+
+def test_shards_whose_index_knows_no_class_are_not_listed_for_them(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labelled = write_tar(
+        tmp_path / "labelled.tar", [("a.png", make_image(0)), ("a.cls", b"3"), ("b.png", make_image(1))]
+    )
+    index_of_labelled = index_alone(open_dataset(labelled, index_root=tmp_path / "index"), 0).index
+    assert index_of_labelled is not None
+    assert [record.with_labels for record in index_of_labelled.records] == [1]
+    dataset = index_alone(open_dataset(data, index_root=tmp_path / "index"), 0)
+    embeddings = open_embeddings(write_embeddings(tmp_path / "e", make_rows(3), captions=["a red boat"] * 3))
+    numbers = np.arange(3, dtype=np.int32)
+    rows = BalanceRows(embeddings.rows(Kind.IMAGES), numbers, numbers, Edges.empty())
+    monkeypatch.setattr(Shard, "samples", Mock(side_effect=AssertionError))
+    assert changes.compare_classes(dataset, embeddings, rows, np.ones(3, np.bool_)).kind == "word"
 
 
 @pytest.mark.parametrize("at_once", [7, 2**16])

@@ -44,7 +44,7 @@ from clipcid_cli.runtime.models.views import MixedView, mix_pixels
 from clipcid_cli.steps import cluster
 from clipcid_cli.steps.distill import batches
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker
-from clipcid_cli.steps.distill.teachers import describe_weights
+from clipcid_cli.steps.distill.online_teacher import describe_weights
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
