@@ -69,8 +69,8 @@ class ReportPictures:
                 self.data = open_data(settings, plan.embeddings)
             else:
                 self.data = open_as_it_is(settings, self._embeddings)
-            if self.data is not None:
-                self.changed = find_changed_shards(self._embeddings.folder, self.data)
+                if self.data is not None:
+                    self.changed = find_changed_shards(self._embeddings.folder, self.data)
             self.closed = _UNKNOWN if self.data is None else ""  # why there is none
         except ClipcidError as error:
             self.closed = error.message
