@@ -145,7 +145,7 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
             raise _no_captions_error(dataset, without_text)
         _look_at_captions(dataset)
     plan = EmbedPlan(settings, without_text, folder, name, dataset, describe_shards(dataset), task=task)
-    if not folder.exists():
+    if not folder.exists():  # there is nothing to compare with
         return dataclasses.replace(plan, may_grow=True)
     _validate_own_folder(folder)
     with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
