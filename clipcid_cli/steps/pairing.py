@@ -49,17 +49,14 @@ def read_pairs(embeddings: Embeddings, most: int) -> Pairs:
     out.
     """
     row_S = consider_rows(embeddings.num_rows)
-    keys, caption_S = (
-        pa.chunked_array(list(embeddings.take_column(read, row_S)))
-        for read in (embeddings.keys_of, embeddings.captions_of)
-    )
+    keys = pa.chunked_array(list(embeddings.take_column(embeddings.keys_of, row_S)))
+    caption_S = pa.chunked_array(list(embeddings.take_column(embeddings.captions_of, row_S)))
     fraction_S = key_fractions(keys.to_pylist())
     usable_S = (fraction_S >= _HELD_OUT_BY_RUNS) & (pc.utf8_length(caption_S).to_numpy() > 0)
     places = np.flatnonzero(usable_S)
     places = np.sort(places[np.argsort(-fraction_S[places], kind="stable")[:most]])
-    images, texts = (
-        torch.from_numpy(embeddings.rows(kind).take(row_S[places])).float() for kind in (Kind.IMAGES, Kind.TEXTS)
-    )
+    images = torch.from_numpy(embeddings.rows(Kind.IMAGES).take(row_S[places])).float()
+    texts = torch.from_numpy(embeddings.rows(Kind.TEXTS).take(row_S[places])).float()
     hashes = torch.tensor([derive_seed(caption) for caption in caption_S.take(places).to_pylist()])
     is_finite = images.isfinite().all(dim=1) & texts.isfinite().all(dim=1)
     pairs = Pairs(torch.nn.functional.normalize(images), torch.nn.functional.normalize(texts), hashes)

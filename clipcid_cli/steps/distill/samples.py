@@ -239,10 +239,14 @@ def match_samples(dataset: Dataset, sources: Sources, val_fraction: float, folde
     """Match the data with other files, and write down the samples to train on and those held out, shard by shard."""
     index = index_of(dataset)
     shards = range(len(index.records))
-    joined = {
-        name: join(lambda: (index.part(shard).keys for shard in shards), int(index.sizes.sum()), listing, folder)
-        for name, listing in sources.listings().items()
-    }
+
+    def read_keys() -> Iterator[pa.ChunkedArray]:
+        for shard in shards:
+            yield index.part(shard).keys
+
+    joined = dict[str, Values]()
+    for name, listing in sources.listings().items():
+        joined[name] = join(read_keys, int(index.sizes.sum()), listing, folder)
     bad = np.empty(0, np.int64) if sources.embeddings is None else sources.embeddings.find_bad_rows(texts=True)
     counts = MatchCounts(bad_rows=len(bad))
     show = reporting.progress if len(shards) > _FEW_SHARDS else Reporter().progress

@@ -148,7 +148,7 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
         with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
             plan = _look_at_output(plan)
     else:
-        plan = dataclasses.replace(plan, may_grow=True)
+        plan = dataclasses.replace(plan, may_grow=True)  # there is nothing to compare with
     # After the output: where that is of other data, the remedies for captions would replace it.
     if settings.text and plan.finished is None:
         if not _has_captions(dataset):
