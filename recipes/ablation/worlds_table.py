@@ -219,7 +219,7 @@ def ideas(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
         rows += [
             [world, label, gain_cell(tuned, idea), gain_cell(reported, idea)]
             for idea, label in IDEAS.items()
-            if idea in tuned
+            if idea in tuned and reported[idea] is not reported.get(BEFORE)  # near chance it is the same run
         ]
     return as_table(("world", "`fd-instance` with", "above it, on what is tuned on", "on what is reported"), rows)
 
