@@ -1,7 +1,7 @@
 """Try the rule of the default learning rate on students of other widths and batches: python rates.py --work DIRECTORY.
 
-The default losses, on the pairs of the ablation's drawings, for as many samples each; width, batch and rate differ. Finished
-students are in rates.jsonl and are not trained again.
+The losses of `clip-kd`, on the pairs of the ablation's drawings, for as many samples each; width, batch and rate differ.
+Finished students are in rates.jsonl and are not trained again.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def train(work: Path, width: int, batch_size: int, factor: float) -> dict[str, A
     name = f"width{width}-batch{batch_size}-lr{rate:g}"
     steps = SAMPLES // batch_size
     result = clipcid(
-        "distill", work / "pairs", "--teacher", TEACHER, "--student", write_student(work, width), "--keep-list", "none",
+        "distill", work / "pairs", "--preset", "clip-kd", "--teacher", TEACHER, "--student", write_student(work, width),
+        "--keep-list", "none",
         "--lr", rate, "--steps", steps, "--batch-size", batch_size, "--val-fraction", 0, "--checkpoint-every", steps,
         "--extra-texts", 0, "--views", "none", "--work", work, "--name", name, "--overwrite",
     )  # fmt: skip

@@ -494,7 +494,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings, 
     @property
     def may_drop_losses(self) -> bool:
         """Whether losses that were not typed are left out where the teacher has no rows of captions for them."""
-        return self.keeps_text_tower or self.preset is None
+        return self.keeps_text_tower or (self.preset is None and not self.has_no_teacher)
 
     @property
     def shows_captions(self) -> bool:
