@@ -60,7 +60,8 @@ def train(work: Path, kind: str, seed: int, steps: int) -> Path:
     name = f"{kind.replace(', ', '-').replace(' ', '-')}-{steps}-s{seed}"
     clipcid(
         "distill", work / "pairs", "--teacher", TEACHER, "--embeddings", work / rows / "embeddings" / "teacher",
-        "--student", QUICKSTART / "student.json", "--preset", "fd-instance", *flags, "--steps", steps, "--batch-size", 64, "--seed", seed,
+        "--student", QUICKSTART / "student.json", "--preset", "fd-instance", *flags,
+        "--steps", steps, "--batch-size", 64, "--seed", seed,
         "--eval-every", steps, "--checkpoint-every", steps, "--name", name, "--work", work / rows,
     )  # fmt: skip
     return work / rows / "distill" / name / "student"
