@@ -105,7 +105,7 @@ def _embed_anew(request: EmbedSettings, name: ModelName) -> str:
     data = () if request.data is None else (request.data,)
     flags: dict[str, Any] = {**request.data_flags, "work": request.work, "text": None if request.text else False}
     flags |= {"views": request.views, "text_variants": request.text_variants or None, **_STRONG}
-    flags["view_kind"] = tuple(kind for kind in request.view_kinds if kind in VIEW_KINDS)
+    flags["view_kind"] = tuple(kind if kind in VIEW_KINDS else "crop" for kind in request.view_kinds)
     return command_line("embed", *data, model=name.spec, **flags, overwrite=True)
 
 

@@ -259,7 +259,9 @@ def test_embeddings_with_views_of_a_kind_that_is_no_longer_drawn_are_taken(
         with pytest.raises(ClipcidError, match="its views are of a kind that is no longer drawn: strong") as refused:
             take()
         command = f"clipcid embed {data} --model {tiny_model} --work {work} --views 3 --crop-scale 0.3"
-        flags = "--color-jitter 0.4 --gray-probability 0.2 --view-kind crop --view-kind mix --overwrite"
+        flags = (
+            "--color-jitter 0.4 --gray-probability 0.2 --view-kind crop --view-kind crop --view-kind mix --overwrite"
+        )
         assert refused.value.fix == f"Embed all anew, with such crops: {command} {flags}"
 
 
