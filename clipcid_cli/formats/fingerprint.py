@@ -164,7 +164,8 @@ def find_lost(there: Sequence[FileRecord], now: Collection[FileRecord]) -> str:
     known = {file.content for file in there}
     new = [_name_file(file) for file in now if file.content not in known]
     lost = [_name_file(file) for file in changed]
-    if gone and new and not set(map(os.path.dirname, lost)) & set(map(os.path.dirname, new)):
+    is_other = len(changed) == len(there) and not renamed
+    if is_other and new and not set(map(os.path.dirname, lost)) & set(map(os.path.dirname, new)):
         parts.append(f"other data: {lost[0]} before, {new[0]} now")
     elif gone:
         gone = list(dict.fromkeys(gone))

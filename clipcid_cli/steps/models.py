@@ -33,13 +33,16 @@ from clipcid_cli.typed import this_command
 _TOKENS = ("context_length", "hf_tokenizer_name", "tokenizer_kwargs")
 
 
-def choose_model(spec: str | None, work: Path, *, positional_of: str | None = None) -> ModelName:
+def choose_model(
+    spec: str | None, work: Path, *, positional_of: str | None = None, is_before_data: bool = False
+) -> ModelName:
     """Resolve a model to evaluate or export, and report whatever the user did not spell out.
 
     Args:
         spec: The model as named on the command line; None takes the student of the run that finished last.
         positional_of: Subcommand whose first positional `spec` is. What is no model there may be data, and the error then
             says so.
+        is_before_data: Whether the one data set that the subcommand takes was given after it, so that it is none.
     """
     if spec is None:
         student = WorkDirectory(work).find_student()
@@ -53,7 +56,9 @@ def choose_model(spec: str | None, work: Path, *, positional_of: str | None = No
         if positional_of is None or _is_of_model(Path(spec)):
             raise
         fix = f"Put the model first: {_with_model_first(positional_of, spec, work)}"
-        if not Path(spec).exists():
+        if is_before_data:
+            fix = error.fix
+        elif not Path(spec).exists():
             fix = f"{error.fix}\nIf {spec} is the data: {fix[0].lower()}{fix[1:]}"
         raise ClipcidError(
             f"{error.message}\n{spec} was read as the model, because the first positional argument is the model.", fix
@@ -84,10 +89,11 @@ class UnfinishedRunError(ClipcidError):
 
 
 def _find_unfinished_run(path: Path) -> Path | None:
-    """Find the unfinished run whose folder a path names, or of whose students one."""
+    """Find the unfinished run, still without a student, whose folder a path names, or of whose students one."""
     run = path.parent if path.name in ("student", "student-ema") else path
     is_begun = run.is_dir() and bool(find_works(run, "distill"))
-    return run if is_begun and not sidecar_path(run, "distill").exists() else None
+    has_student = (run / "student" / CONFIG_NAME).exists()
+    return run if is_begun and not has_student and not sidecar_path(run, "distill").exists() else None
 
 
 def _with_model_first(command: str, data: str, work: Path) -> str:

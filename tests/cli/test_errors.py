@@ -130,7 +130,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("eval-linear model --train two --test three", 1, "1 class that"),
     ("eval-linear model --train lonely --test three", 1, "none can be held out"),
     ("eval-linear three three", 1, "first positional argument is the model"),
-    ("eval-linear no-such-model three", 1, "If no-such-model is the data: put the model first"),
+    ("eval-linear no-such-model three", 1, "first positional argument is the model"),
     (f"{LINEAR} --val-fraction 0", 2, "--val-fraction"),
     (f"{LINEAR} --shots 0", 2, "--shots is '0'"),
     (f"{LINEAR} --knn '10;20'", 2, "--knn is '10;20'"),

@@ -217,7 +217,7 @@ def open_dataset(
     if opened.kind != "list" and options.list_format != ListFormat():
         raise ClipcidError(
             f"--list-root, --list-separator and --list-encoding say how a list is read, and {spec} is none.",
-            f"Omit them{_name_lists(spec)}.",
+            f"Omit them{_name_lists(spec, opened.kind)}.",
         )
     dataset = Dataset(
         redact(spec),
@@ -274,9 +274,9 @@ def _open_parquet(spec: str, files: Sequence[str], options: ReadOptions) -> Open
     raise no_images_error(files[0], options.columns)
 
 
-def _name_lists(spec: str) -> str:
+def _name_lists(spec: str, kind: str) -> str:
     """Return the other remedy for flags of lists where a folder of lists, or of data with lists, was named."""
-    lists = find_lists(spec) if os.path.isdir(spec) else []
+    lists = find_lists(spec, kind) if os.path.isdir(spec) else []
     return f", or give a list of that folder: {', '.join(lists[:3])}" if lists else ""
 
 

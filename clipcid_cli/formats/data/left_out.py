@@ -16,11 +16,18 @@ _OF_FOLDERS = {*IMAGE_SUFFIXES, "tar"}
 # A folder of data shows what it holds at once; a stranger's may hold any number of folders and files.
 _MOST_FOLDERS = 1_000
 _MOST_ENTRIES = 100
+_FOLDERS = "folders of images or tars"
 
 
-def find_lists(folder: str) -> list[str]:
-    """Return the paths of files in a folder that are called as lists are, in natural order."""
-    lists = [name for name in os.listdir(folder) if _split(name)[1] in _LISTS]
+def find_lists(folder: str, kind: str) -> list[str]:
+    """Return the paths of files in a folder, read as data of a kind, that are called as lists are, in natural order.
+
+    Not those that are shards, or describe the samples of a tar that is called so.
+    """
+    names = [name for name in os.listdir(folder) if not name.startswith(".")]
+    tars = {stem for stem, suffix in map(_split, names) if suffix == "tar"}
+    suffixes = {*_LISTS} - {_SHARDS.get(kind)}
+    lists = [name for name in names if _split(name)[1] in suffixes and _split(name)[0] not in tars]
     return [os.path.join(folder, name) for name in sorted(lists, key=natural_key)]
 
 
@@ -38,8 +45,11 @@ def describe_left_out(folder: str, kind: str) -> str:
     if read is not None:
         taken = f".{read} files ({len(shards):,})"
         others["images"] = sum(counts[suffix] for suffix in IMAGE_SUFFIXES)
-        others["folders of images or tars"] = sum(map(_has_data, islice(_list_folders(folder), _MOST_FOLDERS)))
-    unread = ", ".join(f"{what}: {count:,}" for what, count in others.items() if count)
+        others[_FOLDERS] = sum(map(_has_data, islice(_list_folders(folder), _MOST_FOLDERS)))
+    counted = {what: f"{count:,}" for what, count in others.items() if count}
+    if others.get(_FOLDERS) == _MOST_FOLDERS:
+        counted[_FOLDERS] += " or more"
+    unread = ", ".join(f"{what}: {count}" for what, count in counted.items())
     if not unread:
         return ""
     read_alone = f"{folder}: its {taken} are read, and not what is beside them ({unread})."

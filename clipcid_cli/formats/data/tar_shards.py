@@ -28,7 +28,6 @@ from clipcid_cli.formats.data.tars import (
     CutTarError,
     Group,
     Member,
-    count_samples,
     group_members,
     read_members,
     validate_tar,
@@ -177,7 +176,8 @@ class TarShard(Shard):
         if is_pipe(self.source):
             return _SAMPLES_OF_COMMAND
         if not is_url(self.source):
-            return count_samples(Path(self.source))
+            groups = group_members(read_members(self.source, allow_cut=True))
+            return sum(self._find_image(group.members) is not None for group in groups)
         first = list(islice(self.stream(), _PROBED))
         if len(first) < _PROBED:
             return len(first)

@@ -7,14 +7,10 @@ same part of the image in the same colours. Crops are made by the workers; colou
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-
-if TYPE_CHECKING:
-    pass
 
 Box = tuple[float, float, float, float]
 

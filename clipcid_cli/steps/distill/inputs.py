@@ -86,7 +86,8 @@ def find_inputs(settings: DistillSettings, folders: TeacherFolders, scratch: Pat
     if folders:
         embeddings = open_stored(settings, folders, scratch or work.path)
     dataset = _open_data(settings, folders, embeddings, scratch)
-    if settings.keeps_text_tower or (embeddings is not None and not embeddings.has_texts):
+    lacks_texts = embeddings is not None and not embeddings.has_texts and not settings.online_teacher
+    if settings.keeps_text_tower or lacks_texts:
         settings = drop_losses_of_captions(settings, embeddings, dataset)
     captions = settings.shows_captions
     may_lack = bool(settings.student_caption_key)  # few data are translated whole

@@ -71,6 +71,7 @@ def _join_folder(settings: EmbedSettings, folder: Path) -> EmbedResult:
         parts = [part for _, part in part_journal(output.work).entries()]
         records = read_finished(output.work)
         validate_complete(str(folder), parts, records, run)
+        note_replaced(output)
         return _finish(settings, output, parts, [record for _, record in sorted(records.items())])
 
 

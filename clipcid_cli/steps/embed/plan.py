@@ -45,6 +45,8 @@ EMBED = "embed"
 ELSEWHERE = "--work, or --out of clipcid embed"
 # Settings in the sidecar that are known once the model is loaded.
 _OF_MODEL = ("weights", "tokenizer", "precision", "batch_size", "preprocess")
+# Settings that only earlier versions recorded, of kinds of views that are no longer drawn; the kinds are compared.
+_OF_EARLIER = ("strong_view",)
 
 # The flags that decide which rows a list has, by their names in the record of the data.
 _OF_ROWS = {
@@ -174,7 +176,7 @@ def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
     else:
         if find_mismatch(sidecar.model, plan.name) is None:
             # What the request leaves open is as it was; it would differ on another machine, for one.
-            model = {name: value for name, value in sidecar.settings.items() if name in _OF_MODEL}
+            model = {name: value for name, value in sidecar.settings.items() if name in (*_OF_MODEL, *_OF_EARLIER)}
             asked = {"batch_size": plan.settings.batch_size, "precision": plan.settings.precision}
             model |= {name: value for name, value in asked.items() if value not in (None, "auto")}
             output = find_output(plan.identify(model, may_differ={"inputs"}))

@@ -6,18 +6,28 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipcid_cli.errors import command_line, flag_words
+from clipcid_cli.errors import ClipcidError, command_line, flag_words
 from clipcid_cli.formats.embeddings.sidecar import read_embed_sidecar
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import ModelName, with_default_tag
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.embed.plan import choose_text, make_plan, take_finished
+from clipcid_cli.steps.embed.plan import EmbedPlan, choose_text, make_plan, take_finished
 from clipcid_cli.steps.models import choose_embeddings, find_model
-from clipcid_cli.steps.settings.embed import EmbedSettings, configured
+from clipcid_cli.steps.settings.embed import VIEW_KINDS, EmbedSettings, configured
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.embed.result import EmbedCost
+
+# How `--view-kind strong` drew crops, which is no longer a kind.
+_STRONG = {"crop_scale": 0.3, "color_jitter": 0.4, "gray_probability": 0.2}
+
+
+class _RecordedSettings(EmbedSettings):
+    """Settings of embeddings that are there, whose views may be of kinds that only earlier versions drew."""
+
+    def _validate_view_kinds(self) -> None:
+        """Any kind may be taken; `_make_plan` refuses to draw some."""
 
 
 def ensure_embeddings(
@@ -46,7 +56,8 @@ def ensure_embeddings(
     sidecar = context.on_rank0(read_embed_sidecar, folder)
     given = configured() if sidecar is None else {}
     wanted = given.get("text", sidecar is None) if text is None else text
-    request = EmbedSettings.asked_by(settings, **given | {"data": data, "model": model, "text": wanted})
+    kind = EmbedSettings if sidecar is None else _RecordedSettings
+    request = kind.asked_by(settings, **given | {"data": data, "model": model, "text": wanted})
     if sidecar is not None:
         own = {field.name for field in dataclasses.fields(EmbedSettings)} - {"keys", "batch_size", "precision"}
         recorded = {name: getattr(sidecar.made, name) for name in own.intersection(sidecar.settings)}
@@ -56,8 +67,7 @@ def ensure_embeddings(
             request = dataclasses.replace(request, **captions)
     elif text is None and wanted:
         request = dataclasses.replace(request, text=context.on_rank0(choose_text, request, name))
-    without_text = without_captions if text else embed_images_first(request, name)
-    plan = context.on_rank0(make_plan, request, without_text)
+    plan = context.on_rank0(_make_plan, request, name, without_captions if text else None)
     if plan.finished is not None:
         context.on_rank0(take_finished, plan, plan.finished)
         return folder
@@ -74,6 +84,29 @@ def ensure_embeddings(
         )
         return result
     return folder
+
+
+def _make_plan(request: EmbedSettings, name: ModelName, without_captions: str | None) -> EmbedPlan:
+    """Make the plan, and refuse to add to embeddings whose views are of a kind that is no longer drawn."""
+    without_text = embed_images_first(request, name) if without_captions is None else without_captions
+    plan = make_plan(request, without_text)
+    no_longer_drawn = [kind for kind in request.view_kinds if kind not in VIEW_KINDS]
+    if plan.finished is None and no_longer_drawn:
+        raise ClipcidError(
+            f"{plan.folder} does not hold all embeddings of {plan.dataset.spec} with {name.spec}, and its views are of a "
+            f"kind that is no longer drawn: {', '.join(no_longer_drawn)}.",
+            f"Embed all anew, with such crops: {_embed_anew(request, name)}",
+        )
+    return plan
+
+
+def _embed_anew(request: EmbedSettings, name: ModelName) -> str:
+    """Return the command that replaces embeddings whose views are of a kind that is no longer drawn."""
+    data = () if request.data is None else (request.data,)
+    flags: dict[str, Any] = {**request.data_flags, "work": request.work, "text": None if request.text else False}
+    flags |= {"views": request.views, "text_variants": request.text_variants or None, **_STRONG}
+    flags["view_kind"] = tuple(kind if kind in VIEW_KINDS else "crop" for kind in request.view_kinds)
+    return command_line("embed", *data, model=name.spec, **flags, overwrite=True)
 
 
 def embed_images_first(request: EmbedSettings, name: ModelName) -> str:

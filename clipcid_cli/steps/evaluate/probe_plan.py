@@ -21,6 +21,7 @@ from clipcid_cli.formats.data.benchmark import (
 from clipcid_cli.formats.data.classes import read_vector_length
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.fingerprint import hash_json
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, LINEAR_PROBE, MULTI_LABEL, metrics_stem
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
@@ -31,6 +32,9 @@ from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.open_data import note_left_out, open_named, refuse_empty
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
+
+# Characters of the training images' data set in the name of a result, which as a file's name may have 255 bytes.
+_LONGEST_NAME = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +89,8 @@ class ProbePlan:
 
 def make_plan(settings: EvalLinearSettings) -> ProbePlan:
     """Find the model, open all splits and match their classes: by name, where both are numbered by number."""
-    model = choose_model(settings.model, settings.work, positional_of="eval-linear")
+    before_data = settings.data is not None
+    model = choose_model(settings.model, settings.work, positional_of="eval-linear", is_before_data=before_data)
     if settings.data is not None:
         refuse_empty(settings.data)
     known = find_copy(settings.data, settings.data_root) if settings.data is not None else None
@@ -129,7 +134,10 @@ def _name_training_data(names: dict[str, str]) -> tuple[str, ...]:
     """Return what the result's name ends with where the training images are of another data set: ``train-cars``."""
     if names["train"] == names["test"]:
         return ()
-    return (f"train-{names['train'].replace('_', '-')}",)  # a `_` separates the parts of a result's name
+    name = names["train"].replace("_", "-")  # a `_` separates the parts of a result's name
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}-{hash_json(names['train'], 4)}"
+    return (f"train-{name}",)
 
 
 def choose_metric(requested: str, name: str, *, several: bool) -> str:

@@ -136,7 +136,11 @@ class EmbedSettings(AugmentationSettings, TrainingDataSettings, GpuPlanSettings)
                 raise UsageError(
                     f"{flag} was given, but no --views.", f"Omit {flag}, or add --views V, the number of views."
                 )
-        for kind in self.view_kinds if self.views else ():
+        if self.views:
+            self._validate_view_kinds()
+
+    def _validate_view_kinds(self) -> None:
+        for kind in self.view_kinds:
             if kind not in VIEW_KINDS:
                 raise UsageError(f"--view-kind cannot be {kind!r}.", f"Choose from: {', '.join(VIEW_KINDS)}.")
 

@@ -82,8 +82,10 @@ class _Operations:
 
     def _act_alone(self, name: str) -> None:
         self._acting = threading.get_ident()
-        self._act(name, list(self._unflushed.values()))
-        self._acting = None
+        try:
+            self._act(name, list(self._unflushed.values()))
+        finally:
+            self._acting = None
 
     def _wait_for_other_threads(self) -> None:
         """Let no thread give a file its final name between the moment another one cuts that file and the end."""

@@ -251,8 +251,11 @@ def test_settings_and_inputs_that_may_differ_need_no_overwrite_and_unfinished_wo
         assert len(left(folder)) == 1
     with pytest.raises(ClipcidError, match="inputs: 2 files before, 1 now; changed or gone: a"):
         open_it(folder, OTHER, [NEW]).__enter__()
+    others = [FileRecord("/others/c", 1, "c")]
     with pytest.raises(ClipcidError, match="2 files before, 1 now; other data: b before, /others/c now"):
-        open_it(folder, OTHER, [FileRecord("/others/c", 1, "c")]).__enter__()
+        open_it(folder, OTHER, others).__enter__()
+    with pytest.raises(ClipcidError, match="2 files before, 3 now; changed or gone: b"):
+        open_it(folder, OTHER, [OLD, *others, FileRecord("/others/d", 1, "d")]).__enter__()
     with open_it(folder, overwrite=True) as output:
         assert not output.resumed
         assert len(left(folder)) == 1

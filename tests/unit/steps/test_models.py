@@ -57,6 +57,11 @@ def test_a_run_that_is_unfinished_is_called_so_wherever_its_student_is_named(nam
             use()
         assert refused.value.message == f"The run {run} is unfinished (1 of 300 steps), so it has no student yet."
         assert refused.value.fix == "Run its command again, which finishes it."
+    (run / "student").mkdir()
+    (run / "student" / "open_clip_config.json").write_text("{}")
+    with pytest.raises(ClipcidError) as refused:
+        choose_model(spec, tmp_path)
+    assert "no student yet" not in refused.value.message
 
 
 def test_data_in_place_of_a_model_is_told_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +75,9 @@ def test_data_in_place_of_a_model_is_told_the_whole_command(tmp_path: Path, monk
             choose_model(data, tmp_path, positional_of="eval-zeroshot")
         told = f"Put the model first: clipcid eval-zeroshot {model} testtar farben/test --predictions"
         assert refused.value.fix == told
+        with pytest.raises(ClipcidError, match="was read as the model") as refused:
+            choose_model(data, tmp_path, positional_of="eval-linear", is_before_data=True)
+        assert "model first" not in refused.value.fix
         write_json(student.parent / "distill.json", make_sidecar(DistillSidecar))
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_caption, make_image
+from conftest import make_caption, make_image, write_tar
 from shard_server import serve
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
-from clipcid_cli.formats.data.left_out import describe_left_out
+from clipcid_cli.formats.data.left_out import describe_left_out, find_lists
 from clipcid_cli.formats.data.samples import ListFormat, Sample
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import open_dist_context
@@ -185,3 +186,12 @@ def test_damaged_and_other_parquet_files_are_told(tmp_path: Path) -> None:
     with pytest.raises(ClipcidError, match=r"say how a list is read, and .*/photos is none") as error:
         open_dataset(tmp_path / "photos", list_format=ListFormat(root=str(tmp_path)))
     assert error.value.fix == f"Omit them, or give a list of that folder: {tmp_path}/photos/metadata.parquet."
+    write_tar(tmp_path / "photos" / "metadata.tar", [("0.png", make_image(0))])
+    for name in (".hidden.csv", "lists.parquet"):
+        shutil.copy(tmp_path / "photos" / "metadata.parquet", tmp_path / "photos" / name)
+    assert find_lists(str(tmp_path / "photos"), "webdataset") == [f"{tmp_path}/photos/lists.parquet"]
+    assert find_lists(str(tmp_path / "photos"), "parquet") == []
+    for number in range(1_000):
+        (tmp_path / "photos" / str(number)).mkdir()
+        (tmp_path / "photos" / str(number) / "0.png").touch()
+    assert "folders of images or tars: 1,000 or more)" in describe_left_out(str(tmp_path / "photos"), "webdataset")

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import write_tar
 from uid_data import UIDS, datacomp_subset
 
 from clipcid_cli.errors import ClipcidError
@@ -124,6 +125,9 @@ def test_samples_are_copied_byte_for_byte(tmp_path: Path, form: int) -> None:
             assert raw_bytes(target, member) == raw_bytes(source, old[member.name])
     assert target.stat().st_size % 10240 == 0
     assert [sample.key for sample in TarShard("s", str(target)).samples()] == ["x/a", "x/" + "b" * 300, "c"]
+    write_tar(source, [("0.jpg", b""), ("1.txt", b""), ("2.png", b""), ("3.json", b"")])
+    assert count_samples(source) == 4
+    assert TarShard("s", str(source)).estimate_samples() == 2, "those with an image"
 
 
 def test_uids_are_what_datacomp_makes_of_them_each_once(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from conftest import TINY_CONFIG, make_caption, make_image, write_tar, write_tiny_model
 from distill_data import train
 from PIL import Image
+from sidecars import edit_sidecar
 from teaching_data import (
     ALONE,
     FP32,
@@ -45,8 +46,13 @@ from clipcid_cli.steps import cluster
 from clipcid_cli.steps.distill import batches
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker
 from clipcid_cli.steps.distill.online_teacher import describe_weights
+from clipcid_cli.steps.distill.stored import TeacherFolders, find_embeddings
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
+from clipcid_cli.steps.embed.request import ensure_embeddings
+from clipcid_cli.steps.embed.result import EmbedCost
+from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
+from clipcid_cli.steps.settings.distill import DistillSettings
 
 COUNTS = (1, 3, 2, 5, 1, 4)
 # Batches of 40 pictures hold ten samples, with 1 + 3 pictures each.
@@ -229,6 +235,34 @@ def test_views_of_a_kind_that_is_no_longer_drawn_may_show_anything(mixed: Path, 
     shown = teacher.augmentation(chosen)
     assert shown.changes_colors
     assert shown.crop_scale < 0.1
+
+
+def test_embeddings_with_views_of_a_kind_that_is_no_longer_drawn_are_taken(
+    mixed: Path, tiny_shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    data, work = shutil.copytree(tiny_shards, tmp_path / "data"), tmp_path / "work"
+    folder = shutil.copytree(mixed, work / "embeddings" / tiny_model.name)
+    made = {"view_kind": ["crop", "strong", "mix"], "strong_view": {"crop_scale": 0.3}}
+    edit_sidecar(folder / "embed.json", lambda sidecar: sidecar["settings"].update(made))
+
+    def balance() -> Path | EmbedCost:
+        settings = BalanceSettings(keep=0.5, data=str(data), work=work)
+        return ensure_embeddings(settings, ALONE, data=str(data), model=str(tiny_model))
+
+    def distill(**given: Any) -> TeacherFolders | EmbedCost:
+        settings = DistillSettings(student="student.json", teacher=(str(tiny_model),), work=work, **given)
+        return find_embeddings(settings, ALONE)
+
+    assert (balance(), distill(), distill(data=str(data))) == (folder, (folder,), (folder,))
+    write_tar(data / "99999.tar", [("more.png", make_image(1)), ("more.txt", b"more")])
+    for take in (balance, lambda: distill(data=str(data))):
+        with pytest.raises(ClipcidError, match="its views are of a kind that is no longer drawn: strong") as refused:
+            take()
+        command = f"clipcid embed {data} --model {tiny_model} --work {work} --views 3 --crop-scale 0.3"
+        flags = (
+            "--color-jitter 0.4 --gray-probability 0.2 --view-kind crop --view-kind crop --view-kind mix --overwrite"
+        )
+        assert refused.value.fix == f"Embed all anew, with such crops: {command} {flags}"
 
 
 def keep_some(folder: Path, embeddings: Embeddings, rows: list[int]) -> str:

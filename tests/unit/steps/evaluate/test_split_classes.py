@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,16 @@ def read_names(probe: ProbePlan, split: str) -> list[str]:
     task = probe.splits[split]
     labels = [task.label(sample) for shard in task.dataset.shards for sample in shard.stream()]
     return [probe.classes[label] for label in labels if label is not None]
+
+
+def test_a_long_name_of_the_training_images_is_cut_in_the_name_of_the_result(splits: tuple[Path, Path]) -> None:
+    folders, tars = splits
+    (tars / "classnames.txt").write_text(LINES)
+    long = folders.rename(folders.parent / ("long_" * 40))
+    stem = plan(long, tars).path.stem
+    assert re.search(r"_train-(long-){12}-[0-9a-f]{8}$", stem)
+    other = long.rename(long.parent / ("long_" * 41))
+    assert plan(other, tars).path.stem != stem
 
 
 def test_numbers_and_class_folders_are_matched_by_the_list_of_names(splits: tuple[Path, Path]) -> None:
