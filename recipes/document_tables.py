@@ -216,6 +216,19 @@ def ablation_photographs() -> list[str]:
     return lines(("losses", "the teacher as it is", "probe", "repaired"), shown)
 
 
+def ablation_rates() -> list[str]:
+    """Return R@1 on what is tuned on and on what is reported at each multiple of the rate that the batch alone gives."""
+    entries = logged(ABLATION / "rates.jsonl").values()
+    factors = sorted({entry["factor"] for entry in entries})
+    reached = {(entry["width"], entry["batch_size"], entry["factor"]): entry["R@1"] for entry in entries}
+    rows = []
+    for width, batch_size in sorted({(entry["width"], entry["batch_size"]) for entry in entries}):
+        found = [reached.get((width, batch_size, factor)) for factor in factors]
+        cells = ["" if r is None else f"{100 * r['tuning']:.1f} / {100 * r['reported']:.1f}" for r in found]
+        rows.append([str(width), f"{batch_size:,}", *cells])
+    return lines(("width", "batch", *(f"{factor:g} ×" for factor in factors)), rows)
+
+
 def claim_costs() -> list[str]:
     """Return what subsets cost, averaged over the losses."""
     columns = (RECALL, "drawings R@10", "head R@1", "tail R@1", "concepts R@10")
@@ -347,6 +360,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     make.__name__: make
     for make in (
         presets, ablation_recipes, ablation_taken_away, ablation_single_losses, ablation_exchanged, ablation_photographs,
+        ablation_rates,
         claim_costs, claim_recall, claim_subsets, claim_photographs, balance_helps,
     )
 }  # fmt: skip
